@@ -1,0 +1,31 @@
+# harness/: the case list, random data, verify and bench, shared by the command and the tests.
+file(GLOB MOESAIC_HARNESS CONFIGURE_DEPENDS harness/*.cpp)
+if(MOESAIC_STATIC_RUNTIME)
+  set(MOESAIC_EXE_LINK -static-libstdc++ -static-libgcc)
+endif()
+if(MOESAIC_HARNESS)
+  add_library(moesaic_harness STATIC ${MOESAIC_HARNESS})
+  target_include_directories(moesaic_harness PUBLIC ${PROJECT_SOURCE_DIR}/include
+    ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR})
+  target_compile_options(moesaic_harness PRIVATE ${MOESAIC_CXX_FLAGS})
+  target_link_libraries(moesaic_harness PUBLIC fmt::fmt-header-only nlohmann_json::nlohmann_json Threads::Threads)
+endif()
+
+# Internals are hidden in the shared library, so the command and the tests link its objects.
+add_library(moesaic_internal STATIC $<TARGET_OBJECTS:moesaic_objects>)
+target_include_directories(moesaic_internal PUBLIC ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src
+  ${PROJECT_SOURCE_DIR})
+target_link_libraries(moesaic_internal PUBLIC Threads::Threads fmt::fmt-header-only nlohmann_json::nlohmann_json)
+if(MOESAIC_CUDA)
+  target_link_libraries(moesaic_internal PUBLIC moesaic_cuda_link)
+endif()
+
+file(GLOB MOESAIC_TOOL_SOURCES CONFIGURE_DEPENDS tools/*.cpp)
+if(MOESAIC_TOOLS AND MOESAIC_TOOL_SOURCES)
+  find_package(CLI11 REQUIRED)
+  add_executable(moesaic_command ${MOESAIC_TOOL_SOURCES})
+  set_target_properties(moesaic_command PROPERTIES OUTPUT_NAME moesaic)
+  target_compile_options(moesaic_command PRIVATE ${MOESAIC_CXX_FLAGS})
+  target_link_libraries(moesaic_command PRIVATE moesaic_harness moesaic_internal CLI11::CLI11)
+  target_link_options(moesaic_command PRIVATE ${MOESAIC_EXE_LINK})
+endif()

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Level 1: the layer. y[t] = sum_j w[t,j] * FC2_e(act(FC1_e(x[t]))), e = id[t,j].
+// Seed 003 (FlashInfer's cutlass_fused_moe) is the model of what it must be able to do.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "moesaic/activation.h"
+#include "moesaic/gemm.h"
+#include "moesaic/quant.h"
+#include "moesaic/routing.h"
+#include "moesaic/types.h"
+
+namespace moesaic {
+
+// Where the routing weight multiplies: the expert's output (usual) or its input (Llama-4).
+enum class WeightOn : std::uint8_t { kOutput, kInput };
+
+// What a layer is. Everything a Layer allocates or plans follows from this alone.
+struct LayerConfig {
+  std::int64_t experts = 0;       // of the whole model
+  std::int64_t hidden = 0;        // H
+  std::int64_t intermediate = 0;  // I, one of gate / up
+  std::int64_t top_k = 0;
+  std::int64_t max_tokens = 0;    // the largest T of any forward
+  ExpertRange local{};            // experts held here; default: all
+  QuantSpec quant{};
+  ActivationSpec activation{};
+  RoutingSpec routing{};
+  WeightOn weight_on = WeightOn::kOutput;
+  DType input_dtype = DType::kBF16;   // f32 (scheme f32 only), f16, bf16; or fp8_e4m3 / i8 with
+                                      // hidden_scale, for schemes with such activations
+  DType output_dtype = DType::kBF16;  // f32, f16, bf16. 16-bit intermediates use the input's dtype
+                                      // when that is 16-bit, else the output's when that is, else bf16
+  std::int64_t shared_experts = 0;    // always-on experts added to every token, scheme as above;
+  std::int64_t shared_intermediate = 0;  // their (joint) width; 0: shared_experts * intermediate
+  std::size_t workspace_cap = 0;      // bytes; above it forward runs in token chunks with the same
+                                      // bits (not for ActScale::kTensorDynamic). 0: no cap
+};
+
+// fc1: N = intermediate, or 2 * intermediate when gated; K = hidden. fc2: N = hidden, K = intermediate.
+struct LayerWeights {
+  GemmWeights fc1, fc2;
+  ActivationWeights activation;
+};
+
+struct ForwardArgs {
+  Tensor hidden_states;  // [T, H]
+  Tensor hidden_scale;   // f32, with 8-bit hidden_states: [1] | [T, 1] | [T, ceil(H / block_k)]
+  // Routing: ids and weights, or logits, or neither (the router attached with set_router).
+  Tensor topk_ids;       // [T, k] i32 or i64, global ids. Outside [0, experts) or not local: nothing
+  Tensor topk_weights;   // [T, k] f32
+  Tensor router_logits;  // [T, E] f32, f16 or bf16
+  Tensor output;         // [T, H]. May alias hidden_states only if it is exactly the same view
+  Accumulate accumulate = Accumulate::kOverwrite;  // kAdd: output += y
+  Tensor tokens_per_expert;  // optional out i32 [E_local]
+  Workspace workspace{};     // at least workspace_bytes(T)
+  Stream stream{};
+};
+
+// One way of running a product on this layer's device. Every tactic of a layer gives the same bits.
+struct Tactic {
+  int id = 0;
+  std::string description;
+};
+struct TacticPair {
+  int gemm1 = -1;  // -1: the policy's choice. An index out of range falls to the policy, too
+  int gemm2 = -1;
+};
+
+// Immutable once loaded: forward may be called from many threads (and on many streams) at once with
+// one workspace each.
+class MOESAIC_API Layer {
+ public:
+  // Checks the configuration, refuses by name what the device cannot do. Allocates packed storage.
+  explicit Layer(const LayerConfig& config, Device device = {});
+  ~Layer();
+  Layer(Layer&&) noexcept;
+  Layer& operator=(Layer&&) noexcept;
+
+  const LayerConfig& config() const;
+  Device device() const;
+
+  // Attach weights. They are copied and packed; the caller's tensors may go away afterwards.
+  void load(const LayerWeights& weights);  // every local expert, leading extent E_local
+  // One expert (leading extent 1): nothing larger than one expert is ever held twice.
+  void load_expert(std::int64_t local_expert, const LayerWeights& weights);
+  void load_shared(const LayerWeights& weights);  // leading extent 1, intermediate as configured
+  void set_router(const RouterWeights& router);
+  bool ready() const;
+  std::size_t weight_bytes() const;  // packed, on the device
+
+  // A pure function of the configuration and T (0 <= T <= max_tokens).
+  std::size_t workspace_bytes(std::int64_t tokens) const;
+
+  // Allocates nothing, synchronizes nothing, reads nothing back.
+  void forward(const ForwardArgs& args) const;
+
+  std::vector<Tactic> tactics_gemm1() const;
+  std::vector<Tactic> tactics_gemm2() const;
+  void set_tactics(TacticPair pair);
+
+  struct Impl;
+  const Impl& impl() const { return *impl_; }  // for the stages
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace moesaic

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Level 2: prepare, experts, finalize, usable apart so that a foreign dispatch / combine can sit
+// between them. Seed 001 (vLLM's modular kernel) defines the contract; `sorted` is seed 000's format.
+#pragma once
+
+#include <cstdint>
+
+#include "moesaic/gemm.h"
+#include "moesaic/layer.h"
+#include "moesaic/types.h"
+
+namespace moesaic {
+
+enum class Format : std::uint8_t { kStandard, kSorted, kBatched };
+MOESAIC_API std::string_view name(Format format);
+MOESAIC_API Format parse_format(std::string_view text);  // throws kInvalidArgument
+
+// --- prepare: tokens -> the batched format, quantized when the scheme has 8-bit activations ------
+struct PrepareArgs {
+  Tensor hidden_states;  // [T, H]
+  Tensor hidden_scale;   // with 8-bit hidden_states
+  Tensor topk_ids;       // [T, k] i32 or i64, global
+  Tensor topk_weights;   // [T, k] f32; read only with WeightOn::kInput
+  Tensor expert_map;     // optional i32 [experts]: global -> local, -1 remote; else config.local
+  Tensor rows;           // out [E_local, capacity, H] in the activation dtype
+  Tensor row_scale;      // out f32, 8-bit activations: [E_local, 1 | capacity, 1 | ceil(H / block_k)]
+  Tensor num_tokens;     // out i32 [E_local]: live rows, at most capacity
+  Tensor slot_row;       // optional out i32 [T, k]: row (e * capacity + i) of each slot, -1: none
+  Tensor status;         // optional out i32 [1]: slots dropped because an expert's capacity was full
+  Workspace workspace{};
+  Stream stream{};
+};
+
+// --- experts: both products and the activation, on rows that are already where they belong --------
+struct ExpertsArgs {
+  Format format = Format::kBatched;
+  Tensor rows;        // batched [E_local, capacity, H]; sorted [T, H], gathered through `sorted`
+  Tensor row_scale;   // of 8-bit rows, as prepare writes it (sorted: as ForwardArgs::hidden_scale)
+  BatchedRows batched;
+  SortedRows sorted;
+  Tensor row_weights; // optional f32 [T * k] by slot (sorted only): multiplies the output
+  Tensor output;      // batched [E_local, capacity, H]; sorted [T * k, H] by slot. f32, f16 or bf16.
+                      // Rows behind an expert's last token are not written.
+  Workspace workspace{};
+  Stream stream{};
+};
+
+// --- finalize: expert outputs -> tokens ----------------------------------------------------------
+struct FinalizeArgs {
+  Tensor expert_output;  // [E_local, capacity, H]; never modified
+  Tensor topk_ids;       // [T, k], as given to prepare
+  Tensor topk_weights;   // [T, k] f32; not applied with WeightOn::kInput
+  Tensor expert_map;     // as given to prepare
+  Tensor slot_row;       // optional: what prepare wrote; otherwise derived from topk_ids again
+  Tensor output;         // [T, H]
+  Accumulate accumulate = Accumulate::kOverwrite;
+  Workspace workspace{};
+  Stream stream{};
+};
+
+// With the packed weights of a layer.
+MOESAIC_API void prepare(const Layer& layer, const PrepareArgs& args);
+MOESAIC_API void experts(const Layer& layer, const ExpertsArgs& args);
+MOESAIC_API void finalize(const Layer& layer, const FinalizeArgs& args);
+
+// With the caller's own weights, read in place. `config` describes them; max_tokens is not used.
+MOESAIC_API void experts(const LayerConfig& config, const LayerWeights& weights,
+                         const ExpertsArgs& args);
+MOESAIC_API void prepare(const LayerConfig& config, const PrepareArgs& args);
+MOESAIC_API void finalize(const LayerConfig& config, const FinalizeArgs& args);
+
+// What any of the three needs for `tokens` tokens and, in the batched format, `capacity` rows per expert.
+MOESAIC_API std::size_t stage_workspace_bytes(const LayerConfig& config, Format format,
+                                              std::int64_t tokens, std::int64_t capacity,
+                                              Device device = {});
+
+}  // namespace moesaic

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// THE contract between the layer and a backend: memory, packing, and one method per stage, in the
+// order of the data. A backend is chosen once per device; which kernel runs inside a stage is its own
+// business. Callers have checked every argument: backends trust shapes, dtypes and alignment, and
+// only values inside tensors may be hostile.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moesaic/activation.h"
+#include "moesaic/gemm.h"
+#include "moesaic/layer.h"
+#include "moesaic/routing.h"
+#include "moesaic/runtime.h"
+#include "moesaic/stages.h"
+#include "row_map.h"
+#include "scheme.h"
+
+namespace moesaic {
+
+// --- weights ------------------------------------------------------------------------------------
+// The small tensors beside a product's weights, on the device, dense; undefined when absent. In a
+// packed layer they are f32; a caller's own (plain) may be f16 or bf16, too. Row order as the caller's.
+struct SideTensors {
+  Tensor bias;         // [E, N]
+  Tensor input_scale;  // [1] or [E]
+  Tensor prequant;     // [K] or [E, K]
+  Tensor alpha;        // [E]
+  ActivationWeights activation;  // [E] each; fc1 only
+};
+
+// A backend's own arrangement of one product's weights, scales and zero points.
+class PackedWeights {
+ public:
+  virtual ~PackedWeights() = default;
+  // `one` has leading extent 1, host or this device's memory. May be called for different experts
+  // from different threads.
+  virtual void load(std::int64_t local_expert, const GemmWeights& one) = 0;
+  virtual std::size_t bytes() const = 0;
+};
+
+// What a product reads: packed, or the caller's views. Only operand loaders look inside.
+struct WeightOperand {
+  WeightSpec spec;
+  const PackedWeights* packed = nullptr;  // else `plain`
+  GemmWeights plain;
+  SideTensors side;
+};
+
+// --- stage arguments ----------------------------------------------------------------------------
+// The scale of activation row r (of tile expert e), K group g: data[r*row + g*group + e*expert].
+struct ActScaleView {
+  const float* data = nullptr;  // null: activations carry no scale
+  std::int64_t row_stride = 0, group_stride = 0, expert_stride = 0;
+};
+
+struct RouteStage {
+  RoutingSpec spec;
+  Tensor logits;                // [T, E], given or computed
+  Tensor hidden_states;         // when computing: [T, H] and
+  RouterWeights router;
+  Tensor logits_scratch;        // f32 [T, E]
+  Tensor topk_ids;              // out i32 [T, k]
+  Tensor topk_weights;          // out f32 [T, k]
+};
+
+// From ids to positions.
+struct AlignStage {
+  Tensor topk_ids;              // [T, k] i32 or i64
+  std::int64_t experts = 0;     // global
+  ExpertRange local;            // count resolved
+  Tensor expert_map;            // optional i32 [experts]
+  std::int64_t capacity = 0;    // batched: rows per expert; 0: compact
+  std::int64_t block_rows = 0;  // padded sorted lists (level 3); 0: compact
+  RowMap rows;                  // out; row_slot is written in every case but may be null if batched
+  std::int32_t* block_experts = nullptr;  // out, block_rows only: [positions / block_rows]
+  std::int32_t* num_padded = nullptr;     // out, block_rows only
+  std::int32_t* slot_row = nullptr;           // out [T * k]: position or -1; may be null
+  std::int32_t* tokens_per_expert = nullptr;  // out [E_local] (batched: clipped to capacity); may be null
+  std::int32_t* dropped = nullptr;            // out [1]; may be null
+  void* scratch = nullptr;                    // align_scratch_bytes
+};
+
+// From a caller's lists to tiles: exactly one of the two formats.
+struct TileStage {
+  SortedRows sorted;
+  BatchedRows batched;
+  std::int64_t capacity = 0;     // batched: rows per expert; counts beyond are clipped
+  std::int64_t experts = 0;      // local; block experts outside become filtered
+  RowMap rows;                   // out: tiles and num_tiles; row_slot is the caller's list
+};
+
+// Moves rows to where a product wants them, and quantizes: dst = Q(src * row_weight * prequant).
+struct QuantizeStage {
+  Tensor input;                  // [R, K] float; e4m3 / i8 when only moved (scale moves along)
+  ActScaleView input_scale;      // of 8-bit input
+  const RowMap* rows = nullptr;  // null: rows 0..R-1 of input, all live. Else only live positions
+  RowOf source = RowOf::kPosition;       // row of `input` for a position
+  std::int64_t top_k = 1;
+  const float* row_weights = nullptr;    // by slot; WeightOn::kInput
+  Tensor prequant;                       // [K] or [E, K]
+  DType round_to = DType::kBF16;         // the product with row_weights / prequant is rounded to this
+                                         // 16-bit dtype before it is quantized or stored
+  ActScale granularity = ActScale::kDefault;  // kDefault: no quantization
+  std::int64_t group = 0;
+  Int8Rounding int8_rounding = Int8Rounding::kNearest;
+  Tensor static_scale;                   // [1] or [E] f32
+  bool per_expert_absmax = false;        // kTensorDynamic in the batched format
+  Tensor output;                         // [positions or R, K]
+  float* scale = nullptr;                // out: kTensor*: [1] (per_expert_absmax: [E]); kToken: [rows];
+  std::int64_t scale_row_stride = 0;     // kGroup: [rows, groups], row stride in floats
+  void* scratch = nullptr;               // quantize_scratch_bytes
+};
+
+// The grouped product, with gather before and everything element-wise behind.
+struct GemmStage {
+  RowMap rows;
+  Tensor a;                      // [*, K] of spec.act_dtype; unit inner stride
+  ActScaleView a_scale;
+  RowOf a_row = RowOf::kPosition;
+  std::int64_t top_k = 1;
+  const WeightOperand* b = nullptr;
+  const ActivationSpec* activation = nullptr;  // fc1: applied in fp32 on the finished sums; C is [*, N or N/2]
+  const float* row_weights = nullptr;          // by slot, behind the bias
+  Tensor c;                      // [*, N] f32, f16, bf16 in any strides; or, when Fusions say so, 8-bit
+  float* c_scale = nullptr;      // 8-bit c: scales, row stride below
+  std::int64_t c_scale_row_stride = 0;
+  RowOf c_row = RowOf::kPosition;
+  int tactic = -1;
+  void* scratch = nullptr;       // gemm_scratch_bytes
+};
+
+struct ActivateStage {
+  ActivationSpec spec;
+  ActivationWeights parameters;
+  Tensor input, row_expert, output;
+};
+
+// y[t] (+)= scale * sum_j w[t,j] * rows[slot_row[t,j]] + shared_weight[t] * shared[t], fp32, j ascending.
+struct CombineStage {
+  Tensor rows;                   // [R, H] f32, f16, bf16
+  const std::int32_t* slot_row = nullptr;  // [T * k], -1: nothing; null: row = slot
+  const std::int32_t* topk_ids = nullptr;  // optional: negative ids are skipped
+  const float* weights = nullptr;          // [T * k]; null: 1
+  std::int64_t top_k = 1;
+  float scale = 1.0f;
+  Tensor shared;                 // optional [T, H]
+  const float* shared_weight = nullptr;    // optional [T]
+  Accumulate accumulate = Accumulate::kOverwrite;
+  Tensor output;                 // [T, H]
+};
+
+// What a backend does inside a product, so that the plan leaves the separate stage out.
+struct Fusions {
+  bool gemm1_quantizes = false;  // GEMM1 writes 8-bit rows and their scales itself
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual DeviceInfo info() const = 0;
+  // Everything the backend itself must refuse; the common checks have passed.
+  virtual Support supports(const LayerConfig& config, Format format) const = 0;
+
+  // Memory. `copy` takes host or device pointers on either side; ordered on `stream`, host-blocking
+  // when the host's side is pageable.
+  virtual void* allocate(std::size_t bytes) const = 0;
+  virtual void deallocate(void* data) const noexcept = 0;
+  virtual void copy(void* dst, const void* src, std::size_t bytes, Stream stream) const = 0;
+
+  virtual std::unique_ptr<PackedWeights> make_packed(const WeightSpec& spec) const = 0;
+
+  // Pure functions of their arguments: what the plan is made from.
+  virtual Fusions fusions(const WeightSpec& fc1, const WeightSpec& fc2, Format format) const = 0;
+  // 16-bit slot outputs, or f32: one choice per scheme, whatever T and format.
+  virtual DType slot_dtype(const WeightSpec& fc2) const = 0;
+  virtual std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const = 0;
+  virtual std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const = 0;
+  virtual std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const = 0;
+  virtual std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const = 0;
+  virtual std::vector<Tactic> tactics(const WeightSpec& spec) const = 0;
+
+  // The stages, in the order of the data.
+  virtual void route(const RouteStage& stage, Stream stream) const = 0;
+  virtual void align(const AlignStage& stage, Stream stream) const = 0;
+  virtual void tiles(const TileStage& stage, Stream stream) const = 0;
+  virtual void quantize(const QuantizeStage& stage, Stream stream) const = 0;
+  virtual void gemm(const GemmStage& stage, Stream stream) const = 0;
+  virtual void activate(const ActivateStage& stage, Stream stream) const = 0;
+  virtual void combine(const CombineStage& stage, Stream stream) const = 0;
+};
+
+// The backend of a device, made once. Throws kUnsupported when the library was built without it or
+// the machine has no such device.
+const Backend& backend(Device device);
+
+// Defined by each backend that is compiled in; null when this machine has no such device.
+const Backend* cpu_backend();
+const Backend* cuda_backend(int index);
+
+}  // namespace moesaic

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// "Format is data": both formats become one RowMap, and one kernel serves both.
+#pragma once
+
+#include <cstdint>
+
+namespace moesaic {
+
+// `rows` consecutive positions, from `first` on, that belong to one local expert. expert < 0: a
+// filtered block whose output rows are zero.
+struct Tile {
+  std::int32_t expert = 0;
+  std::int32_t rows = 0;
+  std::int64_t first = 0;
+};
+
+// Positions are rows of the compact, expert-grouped buffers between the stages. Pointers are device
+// memory; only the capacities are known to the host. Written by the backend's align.
+//   standard: positions = live slots grouped by expert, no padding; row_slot lists the slot of each
+//   sorted (caller's lists): positions = indices of `slots`; row_slot = `slots`, pad >= slot_count
+//   batched: position = expert * capacity + i; no row_slot
+struct RowMap {
+  Tile* tiles = nullptr;                 // [max_tiles], ascending expert
+  std::int32_t* num_tiles = nullptr;     // [1]
+  std::int32_t* row_slot = nullptr;      // [positions], or null
+  std::int64_t max_tiles = 0;
+  std::int64_t tile_rows = 0;            // no tile has more rows
+  std::int64_t positions = 0;            // capacity of the buffers
+  std::int64_t slot_count = 0;           // T * top_k; entries of row_slot at or above it are padding
+};
+
+// Which row of a tensor belongs to position p.
+enum class RowOf : std::uint8_t {
+  kPosition,  // p
+  kSlot,      // row_slot[p]
+  kToken,     // row_slot[p] / top_k
+};
+
+// Tiles that suffice for `slots` live rows over `experts` experts.
+constexpr std::int64_t max_tiles(std::int64_t slots, std::int64_t experts, std::int64_t tile_rows) {
+  const std::int64_t partial = slots < experts ? slots : experts;  // each expert's last tile
+  return slots / tile_rows + partial;
+}
+
+}  // namespace moesaic

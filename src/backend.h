@@ -199,8 +199,13 @@ class Backend {
 // the machine has no such device.
 const Backend& backend(Device device);
 
-// Defined by each backend that is compiled in; null when this machine has no such device.
+// Defined by each backend that is compiled in; null when this machine has no such device. The kernel
+// overrides are what runtime.h's set_kernels and available_kernels forward to.
 const Backend* cpu_backend();
+void set_cpu_kernels(std::string_view level);
+std::vector<std::string> available_cpu_kernels();
 const Backend* cuda_backend(int index);
+void set_cuda_kernels(std::string_view level);
+std::vector<std::string> available_cuda_kernels();
 
 }  // namespace moesaic

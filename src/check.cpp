@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "check.h"
+
+#include <fmt/format.h>
+
+#include <limits>
+
+namespace moesaic {
+namespace {
+
+std::string shape_text(std::initializer_list<std::int64_t> shape) {
+  std::string text = "[";
+  for (const std::int64_t extent : shape) {
+    if (text.size() > 1) text += ", ";
+    text += extent == kAny ? "*" : std::to_string(extent);
+  }
+  return text + "]";
+}
+
+}  // namespace
+
+void invalid(const std::string& message) { throw Error(ErrorCode::kInvalidArgument, message); }
+void unsupported(const std::string& message) { throw Error(ErrorCode::kUnsupported, message); }
+
+Check::Check(std::string_view argument, const Tensor& tensor) : argument_(argument), tensor_(tensor) {
+  if (!tensor.defined()) invalid(fmt::format("{}: is required and was not given", argument));
+  if (tensor.rank > Tensor::kMaxRank)
+    invalid(fmt::format("{}: rank {} is above the maximum {}", argument, tensor.rank,
+                        Tensor::kMaxRank));
+  for (int i = 0; i < tensor.rank; ++i) {
+    if (tensor.shape[i] < 0)
+      invalid(fmt::format("{}: extent {} of dimension {} is negative", argument, tensor.shape[i], i));
+  }
+  if (tensor.data == nullptr && tensor.numel() > 0)
+    invalid(fmt::format("{}: {} has no data pointer", argument, to_string(tensor)));
+}
+
+const Check& Check::rank(int rank) const {
+  if (tensor_.rank != rank)
+    invalid(fmt::format("{}: expected rank {}, got {}", argument_, rank, to_string(tensor_)));
+  return *this;
+}
+
+const Check& Check::shape(std::initializer_list<std::int64_t> expected) const {
+  bool matches = tensor_.rank == static_cast<int>(expected.size());
+  int i = 0;
+  for (const std::int64_t extent : expected) {
+    matches = matches && (extent == kAny || tensor_.shape[i] == extent);
+    ++i;
+  }
+  if (!matches)
+    invalid(fmt::format("{}: expected shape {}, got {}", argument_, shape_text(expected),
+                        to_string(tensor_)));
+  return *this;
+}
+
+const Check& Check::dtype(std::initializer_list<DType> allowed) const {
+  std::string names;
+  for (const DType d : allowed) {
+    if (tensor_.dtype == d) return *this;
+    names += (names.empty() ? "" : " or ") + std::string(name(d));
+  }
+  invalid(fmt::format("{}: expected dtype {}, got {}", argument_, names, to_string(tensor_)));
+}
+
+const Check& Check::inner_contiguous() const {
+  const int last = tensor_.rank - 1;
+  if (tensor_.numel() > 0 && tensor_.shape[last] > 1 && tensor_.strides[last] != 1)
+    invalid(fmt::format("{}: the last dimension must have stride 1, got stride {}; pass a contiguous copy",
+                        argument_, tensor_.strides[last]));
+  return *this;
+}
+
+const Check& Check::contiguous() const {
+  if (!tensor_.is_contiguous())
+    invalid(fmt::format("{}: must be contiguous, got {} with other strides; pass a contiguous copy",
+                        argument_, to_string(tensor_)));
+  return *this;
+}
+
+const Check& Check::on(Device device) const {
+  if (!(tensor_.device == device))
+    invalid(fmt::format("{}: expected on {}, got {}; move it there first", argument_,
+                        to_string(device), to_string(tensor_)));
+  return *this;
+}
+
+const Check& Check::aligned(std::size_t bytes) const {
+  if (reinterpret_cast<std::uintptr_t>(tensor_.data) % bytes != 0)
+    invalid(fmt::format("{}: data must be aligned to {} bytes", argument_, bytes));
+  return *this;
+}
+
+void check_range(std::string_view argument, std::int64_t value, std::int64_t low,
+                 std::int64_t high) {
+  if (value < low || value > high)
+    invalid(fmt::format("{}: expected {} to {}, got {}", argument, low, high, value));
+}
+
+std::int64_t checked_mul(std::int64_t a, std::int64_t b, std::string_view what) {
+  std::int64_t product = 0;
+  if (__builtin_mul_overflow(a, b, &product))
+    invalid(fmt::format("{}: {} x {} does not fit in 64 bits", what, a, b));
+  return product;
+}
+
+void check_workspace(const Workspace& workspace, std::size_t needed, std::string_view query) {
+  if (needed == 0) return;
+  if (workspace.data == nullptr || workspace.bytes < needed)
+    invalid(fmt::format("workspace: expected at least {} bytes ({}), got {}", needed, query,
+                        workspace.data == nullptr ? std::size_t{0} : workspace.bytes));
+  if (reinterpret_cast<std::uintptr_t>(workspace.data) % kWorkspaceAlignment != 0)
+    invalid(fmt::format("workspace: data must be aligned to {} bytes", kWorkspaceAlignment));
+}
+
+}  // namespace moesaic

@@ -1,6 +1,9 @@
 # tests/<stem>_test.cpp is one executable and one ctest of that name. tests/cuda/ needs a device and
 # carries the label `cuda`: without one each test skips and says so.
 find_package(GTest REQUIRED)
+# Tests that compare with PyTorch and transformers run this interpreter (the environment variable
+# MOESAIC_PYTHON); where it does not exist they skip and say so.
+set(MOESAIC_PYTHON ${PROJECT_SOURCE_DIR}/.venv/bin/python CACHE FILEPATH "Python with torch and transformers, for tests")
 function(moesaic_test source)
   get_filename_component(stem ${source} NAME_WE)
   add_executable(${stem} ${source})
@@ -12,6 +15,7 @@ function(moesaic_test source)
   target_link_libraries(${stem} PRIVATE moesaic_internal GTest::gtest GTest::gtest_main)
   target_link_options(${stem} PRIVATE ${MOESAIC_EXE_LINK})
   add_test(NAME ${stem} COMMAND ${stem})
+  set_tests_properties(${stem} PROPERTIES ENVIRONMENT "MOESAIC_PYTHON=${MOESAIC_PYTHON}")
 endfunction()
 file(GLOB MOESAIC_TEST_SOURCES CONFIGURE_DEPENDS tests/*_test.cpp)
 foreach(source IN LISTS MOESAIC_TEST_SOURCES)
@@ -25,3 +29,8 @@ if(MOESAIC_CUDA)
     set_tests_properties(${stem} PROPERTIES LABELS cuda)
   endforeach()
 endif()
+
+# The installed package, found by an external project.
+add_test(NAME install_test COMMAND ${CMAKE_COMMAND} -DBUILD=${PROJECT_BINARY_DIR} -DSOURCE=${PROJECT_SOURCE_DIR}
+  -DWORK=${PROJECT_BINARY_DIR}/install_test -DCXX=${CMAKE_CXX_COMPILER} "-DFLAGS=${MOESAIC_SANITIZE_FLAG}"
+  -P ${PROJECT_SOURCE_DIR}/tests/install_test.cmake)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# The front door. CMake (CMakePresets.json) does the work; these are the commands one types.
+#   make demo    install what is missing, build the CPU release, run a real checkpoint's MoE layer
+#   make test    build and run every test that a machine without a GPU can run
+#   make build   the library and the command only: build/cpu/moesaic
+#   make cuda    compile everything CUDA (needs nvcc 13, no GPU)
+#   make asan | tsan    the tests under AddressSanitizer + UBSan | ThreadSanitizer
+#   make fuzz    every libFuzzer target for FUZZ_SECONDS (30) each
+#   make install PREFIX=/usr/local
+JOBS ?= $(shell nproc)
+PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 30
+CHECKPOINT := examples/data/qwen3-moe-tiny
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+
+.PHONY: demo test build cuda asan tsan fuzz install clean deps
+.DEFAULT_GOAL := build
+
+deps:
+	@scripts/install_deps.sh build
+
+# Configured once; Ninja configures again by itself when a CMake file changes.
+build/%/build.ninja: | deps
+	@cmake --preset $* $(CMAKE_FLAGS)
+
+build: build/cpu/build.ninja
+	@cmake --build --preset cpu -j $(JOBS) --target moesaic moesaic_command
+
+demo: build
+	build/cpu/moesaic info
+	build/cpu/moesaic run --checkpoint $(CHECKPOINT) --layer 0 --tokens 64 --seed 1
+
+test: build/cpu/build.ninja
+	@cmake --build --preset cpu -j $(JOBS)
+	@ctest --preset cpu -j $(JOBS) --output-log build/cpu/Testing/Temporary/summary.log
+
+build/cuda/build.ninja: CMAKE_FLAGS += -DCMAKE_CUDA_COMPILER=$(NVCC)
+cuda: | deps
+	@test -n "$(NVCC)" || { echo "make cuda: no nvcc on the PATH or in /usr/local/cuda/bin; install the \
+	CUDA toolkit 13, or name its compiler: make cuda NVCC=/path/to/nvcc" >&2; exit 2; }
+	@$(MAKE) --no-print-directory build/cuda/build.ninja
+	@cmake --build --preset cuda -j $(JOBS)
+
+asan: build/asan/build.ninja
+	@cmake --build --preset asan -j $(JOBS)
+	@ctest --preset asan -j $(JOBS)
+
+tsan: build/tsan/build.ninja
+	@cmake --build --preset tsan -j $(JOBS)
+	@ctest --preset tsan -j $(JOBS)
+
+fuzz: | deps
+	@scripts/install_deps.sh fuzz
+	@$(MAKE) --no-print-directory build/fuzz/build.ninja
+	@cmake --build --preset fuzz -j $(JOBS)
+	@scripts/run_fuzzers.sh build/fuzz $(FUZZ_SECONDS)
+
+install: build
+	cmake --install build/cpu --prefix $(PREFIX)
+
+clean:
+	rm -rf build

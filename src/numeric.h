@@ -69,6 +69,38 @@ inline std::uint8_t float_to_e4m3(float f) {
   return static_cast<std::uint8_t>(sign | (rounded > 0x7eu ? 0x7eu : rounded));
 }
 
+// --- 8-bit activations: how a scale and its numbers are made (contracts, "Quantizers") ------------
+// One rule for every granularity: scale = max(absmax, 1e-10) / (448 or 127), q = round(x * (1/scale)).
+// e4m3 rounds to nearest even; int8 to nearest, halves away from zero. The floor under absmax keeps
+// 1/scale finite (a naive 448/absmax overflows for tiny rows); a NaN absmax gives a NaN scale.
+inline constexpr float kI8Max = 127.0f;
+inline constexpr float kMinAbsmax = 1e-10f;
+inline float activation_scale(float absmax, float largest) {
+  return (absmax < kMinAbsmax ? kMinAbsmax : absmax) / largest;
+}
+// Of a caller's static scale, too: 0 (an expert nobody calibrated) gives 0, so that it yields zeros
+// instead of 0 * inf; a subnormal scale saturates.
+inline float inverse_scale(float scale) {
+  if (scale == 0.0f) return 0.0f;
+  const float inverse = 1.0f / scale;
+  constexpr float kMax = std::numeric_limits<float>::max();
+  return inverse > kMax ? kMax : inverse < -kMax ? -kMax : inverse;
+}
+// `scaled` is x * inverse_scale(scale). Saturates to [-128, 127]; NaN becomes 0.
+inline std::int8_t float_to_i8(float scaled) {
+  if (!(scaled > -128.0f)) return scaled == scaled ? std::int8_t{-128} : std::int8_t{0};
+  if (scaled >= 127.0f) return 127;
+  const float whole = std::trunc(scaled);  // scaled - whole is exact; adding 0.5 first would not be
+  const float rest = scaled - whole;
+  return static_cast<std::int8_t>(whole + (rest >= 0.5f ? 1.0f : rest <= -0.5f ? -1.0f : 0.0f));
+}
+// Int8Rounding::kTruncate, the original's group quantizer: a true division, then toward zero.
+inline std::int8_t float_to_i8_truncate(float x, float scale) {
+  const float quotient = scale == 0.0f ? 0.0f : x / scale;
+  if (!(quotient > -128.0f)) return quotient == quotient ? std::int8_t{-128} : std::int8_t{0};
+  return quotient >= 127.0f ? std::int8_t{127} : static_cast<std::int8_t>(std::trunc(quotient));
+}
+
 // --- MX: e2m1 values, E8M0 scales ----------------------------------------------------------------
 inline constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                     -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};

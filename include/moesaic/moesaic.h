@@ -11,3 +11,4 @@
 #include "moesaic/layer.h"
 #include "moesaic/stages.h"
 #include "moesaic/runtime.h"
+#include "moesaic/checkpoint.h"

@@ -45,6 +45,9 @@ class PackedWeights {
 };
 
 // What a product reads: packed, or the caller's views. Only operand loaders look inside.
+// GemmWeights that reach a backend (here and in PackedWeights::load) are normalized by weights.h:
+// weight rank 3; scale rank 3 [E, grid_n, grid_k] and zero_point rank 3 [E, N or N/2, grid_k], with
+// stride 0 where one value serves a whole dimension.
 struct WeightOperand {
   WeightSpec spec;
   const PackedWeights* packed = nullptr;  // else `plain`
@@ -77,7 +80,8 @@ struct AlignStage {
   Tensor expert_map;            // optional i32 [experts]
   std::int64_t capacity = 0;    // batched: rows per expert; 0: compact
   std::int64_t block_rows = 0;  // padded sorted lists (level 3); 0: compact
-  RowMap rows;                  // out; row_slot is written in every case but may be null if batched
+  RowMap rows;                  // out; tiles null: no lists, only the counts below are wanted.
+                                // row_slot may be null when batched. T = 0 needs no scratch
   std::int32_t* block_experts = nullptr;  // out, block_rows only: [positions / block_rows]
   std::int32_t* num_padded = nullptr;     // out, block_rows only
   std::int32_t* slot_row = nullptr;           // out [T * k]: position or -1; may be null
@@ -110,7 +114,8 @@ struct QuantizeStage {
   std::int64_t group = 0;
   Int8Rounding int8_rounding = Int8Rounding::kNearest;
   Tensor static_scale;                   // [1] or [E] f32
-  bool per_expert_absmax = false;        // kTensorDynamic in the batched format
+  bool per_expert_absmax = false;        // batched format: per-tensor scales are per expert (dynamic:
+                                         // its absmax; static or moved scalar: repeated)
   Tensor output;                         // [positions or R, K]
   float* scale = nullptr;                // out: kTensor*: [1] (per_expert_absmax: [E]); kToken: [rows];
   std::int64_t scale_row_stride = 0;     // kGroup: [rows, groups], row stride in floats

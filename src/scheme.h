@@ -73,6 +73,11 @@ WeightSpec weight_spec(const LayerConfig& config, Product product);
 WeightSpec weight_spec(const QuantSpec& quant, std::int64_t experts, std::int64_t n, std::int64_t k,
                        DType act_input, DType fallback16);
 
+// Schemes whose activations may be multiplied by a factor per channel first (GemmWeights::prequant).
+constexpr bool may_have_prequant(Scheme scheme) {
+  return scheme == Scheme::kInt4W4A8Fp8 || scheme == Scheme::kInt4W4A8Int8;
+}
+
 DType weight_dtype(WeightFormat format);  // of the caller's tensor; 4-bit: kU8
 // The 16-bit (f32 for scheme f32) dtype of a layer's intermediates.
 DType intermediate_dtype(const LayerConfig& config);

@@ -47,7 +47,8 @@ struct AlignArgs {
 // Length of `slots` that suffices for any routing of `slot_count` slots.
 MOESAIC_API std::int64_t align_capacity(std::int64_t slot_count, std::int64_t experts,
                                         std::int64_t block_rows);
-MOESAIC_API std::size_t align_workspace_bytes(std::int64_t slot_count, std::int64_t experts);
+MOESAIC_API std::size_t align_workspace_bytes(std::int64_t slot_count, std::int64_t experts,
+                                              Device device = {});
 // Slots of one expert keep their order: the same ids give the same lists, always.
 MOESAIC_API void align(const AlignArgs& args);
 

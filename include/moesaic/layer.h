@@ -88,7 +88,9 @@ class MOESAIC_API Layer {
   void load(const LayerWeights& weights);  // every local expert, leading extent E_local
   // One expert (leading extent 1): nothing larger than one expert is ever held twice.
   void load_expert(std::int64_t local_expert, const LayerWeights& weights);
-  void load_shared(const LayerWeights& weights);  // leading extent 1, intermediate as configured
+  // Leading extent 1, intermediate = shared_intermediate. `gate` (optional, [H] or [1, H], float):
+  // the shared output is multiplied by sigmoid(x . gate), as in Qwen2-MoE.
+  void load_shared(const LayerWeights& weights, const Tensor& gate = {});
   void set_router(const RouterWeights& router);
   bool ready() const;
   std::size_t weight_bytes() const;  // packed, on the device

@@ -91,6 +91,7 @@ struct QuantizeArgs {
   Workspace workspace{};                      // quantize_workspace_bytes; CUDA per-tensor only
   Stream stream{};
 };
+MOESAIC_API std::size_t quantize_workspace_bytes(std::int64_t rows, Device device = {});
 // Scales: absmax / 448 (e4m3) or / 127 (int8), absmax clamped at 1e-10. The bits do not depend on
 // the other rows, kTensorDynamic excepted.
 MOESAIC_API void quantize(const QuantizeArgs& args);

@@ -69,7 +69,8 @@ MOESAIC_API void experts(const LayerConfig& config, const LayerWeights& weights,
 MOESAIC_API void prepare(const LayerConfig& config, const PrepareArgs& args);
 MOESAIC_API void finalize(const LayerConfig& config, const FinalizeArgs& args);
 
-// What any of the three needs for `tokens` tokens and, in the batched format, `capacity` rows per expert.
+// What any of the three needs for `tokens` tokens. `capacity`: batched, rows per expert; sorted, the
+// length of `slots`.
 MOESAIC_API std::size_t stage_workspace_bytes(const LayerConfig& config, Format format,
                                               std::int64_t tokens, std::int64_t capacity,
                                               Device device = {});

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The main path. forward.cpp reads in the order of the data, one call per stage.
+#pragma once
+
+#include "moesaic/layer.h"
+#include "plan.h"
+
+namespace moesaic {
+
+// x -> rows that GEMM1 reads: as given, quantized, or expanded by position.
+struct InputRun {
+  const LayerPlan* plan = nullptr;
+  const WeightOperand* fc1 = nullptr;
+  const RowMap* rows = nullptr;
+  Rows input;                          // as the caller holds it: kToken or kPosition
+  const float* row_weights = nullptr;  // by slot, on the input; null with WeightOn::kOutput
+  bool per_expert_absmax = false;
+};
+Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stream);
+
+// Both products and the activation, on rows that a RowMap describes. Shared by the layer and the
+// experts stage, whichever format the rows are in and whoever holds the weights.
+struct ExpertsRun {
+  const LayerPlan* plan = nullptr;
+  const WeightOperand* fc1 = nullptr;
+  const WeightOperand* fc2 = nullptr;
+  RowMap rows;
+  Rows input;
+  bool per_expert_absmax = false;     // batched: dynamic per-tensor scales are per expert
+  const float* row_weights = nullptr;  // by slot, multiplies the output
+  Tensor output;
+  RowOf output_row = RowOf::kPosition;
+  TacticPair tactics{};
+  Format format = Format::kStandard;
+};
+void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream);
+
+// Everything forward needs of a loaded layer.
+struct LoadedLayer {
+  const LayerPlan* plan = nullptr;
+  const WeightOperand* fc1 = nullptr;
+  const WeightOperand* fc2 = nullptr;
+  RouterWeights router;
+  TacticPair tactics{};
+  // Shared experts, when configured: one expert that every token visits through slot 0.
+  const LayerPlan* shared_plan = nullptr;
+  const WeightOperand* shared_fc1 = nullptr;
+  const WeightOperand* shared_fc2 = nullptr;
+  Tensor shared_gate;                         // [1, H] or undefined
+  const std::int32_t* shared_ids = nullptr;   // [max_tokens] zeros
+};
+
+std::size_t forward_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared_plan,
+                                    std::int64_t tokens);
+void forward(const LoadedLayer& layer, const ForwardArgs& args);
+
+}  // namespace moesaic

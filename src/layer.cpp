@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+// Level 1: what a layer owns, how weights get in, and the checks before the main path.
+#include "moesaic/layer.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <mutex>
+#include <optional>
+
+#include "check.h"
+#include "forward.h"
+#include "layer_impl.h"
+#include "moesaic/runtime.h"
+#include "weights.h"
+
+namespace moesaic {
+
+// --- one product of a layer -----------------------------------------------------------------------
+
+PackedProduct::PackedProduct(const LayerPlan& plan, const WeightSpec& spec)
+    : backend_(plan.backend), packed_(plan.backend->make_packed(spec)), side_(*plan.backend, spec) {
+  operand_.spec = spec;
+  operand_.packed = packed_.get();
+}
+
+void PackedProduct::load(std::int64_t expert, const GemmWeights& weights,
+                         const ActivationWeights& activation, std::string_view argument) {
+  const GemmWeights one = normalize(operand_.spec, 1, weights, argument);
+  const SideTensors side = side_views(operand_.spec, 1, one, activation, argument);
+  packed_->load(expert, one);
+  side_.load(expert, side, argument);
+}
+
+void PackedProduct::finish(std::string_view argument) {
+  side_.check_complete(argument);
+  operand_.side = side_.tensors();
+  // The same static scale for every expert (the usual file) is a scalar: x is then quantized once per
+  // token instead of once per slot.
+  Tensor& scale = operand_.side.input_scale;
+  if (scale.defined()) {
+    const std::vector<float> values = to_host_f32(*backend_, scale);
+    if (std::all_of(values.begin(), values.end(), [&](float v) { return v == values[0]; }))
+      scale = scale.slice(0, 1);
+  }
+}
+
+// --- attaching weights ----------------------------------------------------------------------------
+
+namespace {
+
+// The views of expert e out of [E, ...] views. A scalar or shared tensor serves every expert.
+GemmWeights expert_of(const GemmWeights& all, std::int64_t e) {
+  const auto pick = [e](const Tensor& t, bool shared = false) {
+    return t.defined() && !shared ? t.slice(e, 1) : t;
+  };
+  return {.weight = pick(all.weight),
+          .scale = pick(all.scale),
+          .zero_point = pick(all.zero_point),
+          .bias = pick(all.bias),
+          .input_scale = pick(all.input_scale, all.input_scale.numel() == 1),
+          .prequant = pick(all.prequant, all.prequant.rank == 1),
+          .alpha = pick(all.alpha)};
+}
+
+ActivationWeights expert_of(const ActivationWeights& all, std::int64_t e) {
+  const auto pick = [e](const Tensor& t) { return t.defined() ? t.slice(e, 1) : t; };
+  return {.alpha = pick(all.alpha), .beta = pick(all.beta), .limit = pick(all.limit)};
+}
+
+void check_leading(std::string_view argument, const Tensor& weight, std::int64_t experts) {
+  check(argument, weight);
+  if (weight.rank < 1 || weight.shape[0] != experts)
+    invalid(fmt::format("{}: expected {} local experts in the leading dimension, got {}", argument,
+                        experts, to_string(weight)));
+}
+
+}  // namespace
+
+Layer::Impl::Impl(const LayerConfig& config, Device device)
+    : plan(make_plan(config, device)), fc1(plan, plan.fc1), fc2(plan, plan.fc2) {
+  loaded.assign(static_cast<std::size_t>(plan.fc1.experts), false);
+  if (plan.config.shared_experts > 0) {
+    shared = std::make_unique<SharedExperts>(make_shared_plan(plan));
+    shared->ids = WorkspaceBuffer(
+        device, std::max<std::size_t>(1, static_cast<std::size_t>(plan.config.max_tokens)) * 4);
+    const std::vector<std::int32_t> zeros(static_cast<std::size_t>(plan.config.max_tokens), 0);
+    plan.backend->copy(shared->ids.view().data, zeros.data(), zeros.size() * 4, {});
+  }
+  if (config.workspace_cap > 0 && plan.config.max_tokens > 0) {
+    const std::size_t one = forward_workspace_bytes(plan, shared ? &shared->plan : nullptr, 1);
+    if (one > config.workspace_cap)
+      invalid(fmt::format("workspace_cap: {} bytes do not hold a single token, which needs {}",
+                          config.workspace_cap, one));
+  }
+}
+
+SharedExperts::SharedExperts(LayerPlan shared_plan)
+    : plan(std::move(shared_plan)), fc1(plan, plan.fc1), fc2(plan, plan.fc2) {}
+
+Layer::Layer(const LayerConfig& config, Device device) {
+  const Support support = supports(config, Format::kStandard, device);
+  if (!support.supported) {
+    make_plan(config, device);  // throws with the right code when the configuration itself is wrong
+    unsupported(support.reason);
+  }
+  impl_ = std::make_unique<Impl>(config, device);
+}
+Layer::~Layer() = default;
+Layer::Layer(Layer&&) noexcept = default;
+Layer& Layer::operator=(Layer&&) noexcept = default;
+
+const LayerConfig& Layer::config() const { return impl_->plan.config; }
+Device Layer::device() const { return impl_->plan.device; }
+bool Layer::ready() const { return impl_->is_ready; }
+
+void Layer::load(const LayerWeights& weights) {
+  const std::int64_t experts = impl_->plan.fc1.experts;
+  check_leading("fc1.weight", weights.fc1.weight, experts);
+  check_leading("fc2.weight", weights.fc2.weight, experts);
+  // Whole-tensor checks first: a complaint speaks of the tensor the caller passed, and nothing is half loaded.
+  side_views(impl_->plan.fc1, experts, normalize(impl_->plan.fc1, experts, weights.fc1, "fc1"),
+             weights.activation, "fc1");
+  normalize(impl_->plan.fc2, experts, weights.fc2, "fc2");
+  for (std::int64_t e = 0; e < experts; ++e)
+    load_expert(e, {.fc1 = expert_of(weights.fc1, e),
+                    .fc2 = expert_of(weights.fc2, e),
+                    .activation = expert_of(weights.activation, e)});
+}
+
+void Layer::load_expert(std::int64_t local_expert, const LayerWeights& weights) {
+  Impl& self = *impl_;
+  check_range("local_expert", local_expert, 0, self.plan.fc1.experts - 1);
+  self.fc1.load(local_expert, weights.fc1, weights.activation, "fc1");
+  self.fc2.load(local_expert, weights.fc2, {}, "fc2");
+  const std::lock_guard lock(self.mutex);
+  self.loaded[static_cast<std::size_t>(local_expert)] = true;
+  self.finish_if_complete();
+}
+
+void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
+  Impl& self = *impl_;
+  if (!self.shared)
+    invalid("load_shared: the configuration has shared_experts = 0; set it to the number of shared experts");
+  self.shared->fc1.load(0, weights.fc1, weights.activation, "shared.fc1");
+  self.shared->fc2.load(0, weights.fc2, {}, "shared.fc2");
+  if (gate.defined()) {
+    Tensor row = gate;
+    if (gate.rank == 1) row = Tensor{gate.data, gate.dtype, gate.device, 2, {1, gate.shape[0]}, {gate.shape[0], gate.strides[0]}};
+    check("shared.gate", row).shape({1, self.plan.config.hidden});
+    self.shared->gate = self.keep(row, {1, self.plan.config.hidden});
+  }
+  const std::lock_guard lock(self.mutex);
+  self.shared->loaded = true;
+  self.finish_if_complete();
+}
+
+void Layer::Impl::finish_if_complete() {
+  if (std::find(loaded.begin(), loaded.end(), false) != loaded.end()) return;
+  if (shared && !shared->loaded) return;
+  fc1.finish("fc1");
+  fc2.finish("fc2");
+  if (shared) {
+    shared->fc1.finish("shared.fc1");
+    shared->fc2.finish("shared.fc2");
+  }
+  is_ready = true;
+}
+
+Tensor Layer::Impl::keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape) {
+  std::vector<float> values;
+  const bool dense = tensor.is_contiguous();
+  if (!dense) values = to_host_f32(*plan.backend, tensor);
+  const DType dtype = dense ? tensor.dtype : DType::kF32;
+  const std::size_t bytes = static_cast<std::size_t>(tensor.numel()) * size_of(dtype);
+  kept.emplace_back(plan.device, bytes);
+  plan.backend->copy(kept.back().view().data, dense ? tensor.data : values.data(), bytes, {});
+  return Tensor::contiguous(kept.back().view().data, dtype, shape, plan.device);
+}
+
+void Layer::set_router(const RouterWeights& router) {
+  Impl& self = *impl_;
+  const std::int64_t experts = self.plan.config.experts, hidden = self.plan.config.hidden;
+  RouterWeights kept;
+  if (router.weight.defined()) {
+    check("router.weight", router.weight).shape({experts, hidden}).dtype({DType::kF32, DType::kF16, DType::kBF16});
+    kept.weight = self.keep(router.weight, {experts, hidden});
+  }
+  const auto keep_vector = [&](std::string_view argument, const Tensor& t) {
+    if (!t.defined()) return Tensor{};
+    check(argument, t).shape({experts}).dtype({DType::kF32, DType::kF16, DType::kBF16});
+    return self.keep(t, {experts});
+  };
+  kept.bias = keep_vector("router.bias", router.bias);
+  kept.selection_bias = keep_vector("router.selection_bias", router.selection_bias);
+  self.router = kept;
+}
+
+std::size_t Layer::weight_bytes() const {
+  const Impl& self = *impl_;
+  std::size_t bytes = self.fc1.bytes() + self.fc2.bytes();
+  if (self.shared) bytes += self.shared->fc1.bytes() + self.shared->fc2.bytes();
+  return bytes;
+}
+
+// --- running --------------------------------------------------------------------------------------
+
+LoadedLayer Layer::Impl::loaded_layer() const {
+  LoadedLayer view{.plan = &plan, .fc1 = &fc1.operand(), .fc2 = &fc2.operand(), .router = router,
+                   .tactics = tactics};
+  if (shared) {
+    view.shared_plan = &shared->plan;
+    view.shared_fc1 = &shared->fc1.operand();
+    view.shared_fc2 = &shared->fc2.operand();
+    view.shared_gate = shared->gate;
+    view.shared_ids = static_cast<const std::int32_t*>(shared->ids.view().data);
+  }
+  return view;
+}
+
+std::size_t Layer::workspace_bytes(std::int64_t tokens) const {
+  check_range("tokens", tokens, 0, config().max_tokens);
+  return forward_workspace_bytes(impl_->plan, impl_->shared ? &impl_->shared->plan : nullptr, tokens);
+}
+
+namespace {
+
+void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {
+  const LayerConfig& config = layer.plan.config;
+  const Device device = layer.plan.device;
+  check("hidden_states", args.hidden_states)
+      .shape({kAny, config.hidden})
+      .dtype({config.input_dtype})
+      .inner_contiguous()
+      .on(device);
+  const std::int64_t tokens = args.hidden_states.shape[0];
+  if (tokens > config.max_tokens)
+    invalid(fmt::format("hidden_states: {} tokens are more than max_tokens = {}; raise it in the "
+                        "configuration or split the batch",
+                        tokens, config.max_tokens));
+  check("output", args.output)
+      .shape({tokens, config.hidden})
+      .dtype({config.output_dtype})
+      .inner_contiguous()
+      .on(device);
+  check_activation_scale("hidden_scale", layer.plan.fc1, args.hidden_states, args.hidden_scale, device);
+
+  if (args.topk_ids.defined()) {
+    check("topk_ids", args.topk_ids)
+        .shape({tokens, config.top_k})
+        .dtype({DType::kI32, DType::kI64})
+        .contiguous()
+        .on(device);
+    check("topk_weights", args.topk_weights)
+        .shape({tokens, config.top_k})
+        .dtype({DType::kF32})
+        .contiguous()
+        .on(device);
+    if (args.router_logits.defined())
+      invalid("router_logits: topk_ids were given as well; give one of the two");
+  } else if (args.topk_weights.defined()) {
+    invalid("topk_weights: were given without topk_ids; give both, or router_logits");
+  } else if (args.router_logits.defined()) {
+    check("router_logits", args.router_logits)
+        .shape({tokens, config.experts})
+        .dtype({DType::kF32, DType::kF16, DType::kBF16})
+        .inner_contiguous()
+        .on(device);
+  } else {
+    if (!layer.router.weight.defined())
+      throw Error(ErrorCode::kNotReady,
+                  "forward: no topk_ids, no router_logits, and no router attached; pass one of the two or "
+                  "call set_router first");
+    if (!is_float(config.input_dtype))
+      unsupported("forward: the attached router reads f32, f16 or bf16 hidden_states, not 8-bit ones; pass "
+                  "router_logits or topk_ids");
+  }
+  if (args.tokens_per_expert.defined())
+    check("tokens_per_expert", args.tokens_per_expert)
+        .shape({config.local.count})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
+  check_workspace(args.workspace,
+                  forward_workspace_bytes(layer.plan, layer.shared ? &layer.shared->plan : nullptr, tokens),
+                  "workspace_bytes(tokens)");
+}
+
+}  // namespace
+
+void Layer::forward(const ForwardArgs& args) const {
+  if (!ready()) {
+    const auto& loaded = impl_->loaded;
+    const auto missing = std::find(loaded.begin(), loaded.end(), false);
+    throw Error(ErrorCode::kNotReady,
+                missing != loaded.end()
+                    ? fmt::format("forward: local expert {} has no weights yet; call load or load_expert",
+                                  missing - loaded.begin())
+                    : std::string("forward: the shared experts have no weights yet; call load_shared"));
+  }
+  check_forward(*impl_, args);
+  moesaic::forward(impl_->loaded_layer(), args);
+}
+
+std::vector<Tactic> Layer::tactics_gemm1() const { return impl_->plan.backend->tactics(impl_->plan.fc1); }
+std::vector<Tactic> Layer::tactics_gemm2() const { return impl_->plan.backend->tactics(impl_->plan.fc2); }
+void Layer::set_tactics(TacticPair pair) { impl_->tactics = pair; }
+
+}  // namespace moesaic

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a Layer holds. Shared with the stages, which use a layer's packed weights.
+#pragma once
+
+#include <list>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "forward.h"
+#include "moesaic/layer.h"
+#include "plan.h"
+#include "weights.h"
+
+namespace moesaic {
+
+// One product's packed weights and the small tensors beside them.
+class PackedProduct {
+ public:
+  PackedProduct(const LayerPlan& plan, const WeightSpec& spec);
+  void load(std::int64_t expert, const GemmWeights& weights, const ActivationWeights& activation,
+            std::string_view argument);
+  void finish(std::string_view argument);
+  const WeightOperand& operand() const { return operand_; }
+  std::size_t bytes() const { return packed_->bytes() + side_.bytes(); }
+
+ private:
+  const Backend* backend_;
+  std::unique_ptr<PackedWeights> packed_;
+  SideStore side_;
+  WeightOperand operand_;
+};
+
+struct SharedExperts {
+  explicit SharedExperts(LayerPlan shared_plan);
+  LayerPlan plan;
+  PackedProduct fc1, fc2;
+  Tensor gate;           // f32 [1, H] or undefined
+  WorkspaceBuffer ids;   // i32 [max_tokens] zeros: every token's only expert
+  bool loaded = false;
+};
+
+struct Layer::Impl {
+  Impl(const LayerConfig& config, Device device);
+
+  LayerPlan plan;
+  PackedProduct fc1, fc2;
+  std::unique_ptr<SharedExperts> shared;
+  RouterWeights router;
+  TacticPair tactics{};
+  std::vector<bool> loaded;
+  bool is_ready = false;
+  std::list<WorkspaceBuffer> kept;
+  std::mutex mutex;
+
+  // A dense copy on the layer's device that lives as long as the layer; f32 unless already dense.
+  Tensor keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape);
+  void finish_if_complete();
+  LoadedLayer loaded_layer() const;
+};
+
+}  // namespace moesaic

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "check.h"
+
+namespace moesaic {
+namespace {
+
+void check_dtypes(const LayerConfig& config) {
+  const SchemeTraits& scheme = traits(config.quant.scheme);
+  const auto refuse_input = [&](std::string_view expected) {
+    unsupported(fmt::format("input_dtype: scheme {} takes {}, not {}; convert the activations or choose "
+                            "another scheme",
+                            scheme.name, expected, name(config.input_dtype)));
+  };
+  const DType in = config.input_dtype;
+  switch (config.quant.scheme) {
+    case Scheme::kF32:
+      if (in != DType::kF32) refuse_input("f32");
+      break;
+    case Scheme::kF16:
+      if (in != DType::kF16) refuse_input("f16");
+      break;
+    case Scheme::kBF16:
+      if (in != DType::kBF16) refuse_input("bf16");
+      break;
+    default: {
+      const bool eight_bit = (scheme.act == ActFormat::kE4M3 && in == DType::kF8E4M3) ||
+                             (scheme.act == ActFormat::kI8 && in == DType::kI8);
+      if (!is_16bit(in) && !eight_bit)
+        refuse_input(scheme.act == ActFormat::kE4M3 ? "f16, bf16 or fp8_e4m3"
+                     : scheme.act == ActFormat::kI8 ? "f16, bf16 or i8"
+                                                    : "f16 or bf16");
+      if (eight_bit && config.weight_on == WeightOn::kInput)
+        unsupported("weight_on: routing weights cannot multiply an input that is already 8 bit; pass "
+                    "16-bit hidden_states");
+    }
+  }
+  if (!is_float(config.output_dtype))
+    unsupported(fmt::format("output_dtype: expected f32, f16 or bf16, got {}", name(config.output_dtype)));
+}
+
+void check_routing(const LayerConfig& config) {
+  const RoutingSpec& r = config.routing;
+  const bool grouped =
+      r.method == RoutingMethod::kDeepSeekV2 || r.method == RoutingMethod::kDeepSeekV3;
+  if (grouped) {
+    check_range("routing.groups", r.groups, 1, config.experts);
+    if (config.experts % r.groups != 0)
+      invalid(fmt::format("routing.groups: {} does not divide {} experts", r.groups, config.experts));
+    check_range("routing.topk_groups", r.topk_groups, 1, r.groups);
+    if (config.top_k > r.topk_groups * (config.experts / r.groups))
+      invalid(fmt::format("top_k: {} is more than the {} experts of {} chosen groups", config.top_k,
+                          r.topk_groups * (config.experts / r.groups), r.topk_groups));
+  }
+  if (r.method == RoutingMethod::kLlama4 && config.top_k != 1)
+    invalid(fmt::format("top_k: routing llama4 picks 1 expert, not {}", config.top_k));
+  if (r.method == RoutingMethod::kSparseMixer && config.top_k != 2)
+    invalid(fmt::format("top_k: routing sparsemixer picks 2 experts, not {}", config.top_k));
+}
+
+}  // namespace
+
+LayerPlan make_plan(const LayerConfig& given, Device device) {
+  LayerConfig config = given;
+  check_range("experts", config.experts, 1, kMaxExperts);
+  check_range("hidden", config.hidden, 1, INT64_C(1) << 24);
+  check_range("intermediate", config.intermediate, 1, INT64_C(1) << 24);
+  check_range("top_k", config.top_k, 1, std::min(config.experts, kMaxTopK));
+  check_range("max_tokens", config.max_tokens, 0,
+              std::numeric_limits<std::int32_t>::max() / config.top_k);
+  check_range("local.first", config.local.first, 0, config.experts - 1);
+  if (config.local.count == 0) config.local.count = config.experts - config.local.first;
+  check_range("local.count", config.local.count, 1, config.experts - config.local.first);
+  check_range("shared_experts", config.shared_experts, 0, kMaxExperts);
+  if (config.shared_experts > 0 && config.shared_intermediate == 0)
+    config.shared_intermediate = config.shared_experts * config.intermediate;
+  check_range("shared_intermediate", config.shared_intermediate, 0, INT64_C(1) << 24);
+  check_dtypes(config);
+  check_routing(config);
+
+  LayerPlan plan{.config = config, .backend = &backend(device), .device = device};
+  plan.fc1 = weight_spec(config, Product::kFc1);
+  plan.fc2 = weight_spec(config, Product::kFc2);
+  if (config.workspace_cap > 0 && plan.fc1.act_scale == ActScale::kTensorDynamic)
+    unsupported("workspace_cap: dynamic per-tensor scales span the whole batch, so it cannot run in "
+                "token chunks with the same bits; use a static act_scale or no cap");
+  plan.slot_dtype = plan.backend->slot_dtype(plan.fc2);
+  return plan;
+}
+
+LayerPlan make_shared_plan(const LayerPlan& plan) {
+  LayerConfig config = plan.config;
+  config.experts = config.top_k = 1;
+  config.local = {};
+  config.intermediate = config.shared_intermediate;
+  config.shared_experts = config.shared_intermediate = 0;
+  config.routing = {.method = RoutingMethod::kSigmoid};  // the optional gate: sigmoid(x . g)
+  config.weight_on = WeightOn::kOutput;
+  config.workspace_cap = 0;
+  return make_plan(config, plan.device);
+}
+
+std::int64_t scale_row_stride(const WeightSpec& spec) {
+  switch (spec.act_scale) {
+    case ActScale::kToken: return 1;
+    case ActScale::kGroup: return (spec.k + spec.act_group - 1) / spec.act_group;
+    default: return 0;
+  }
+}
+
+std::int64_t scale_count(const WeightSpec& spec, std::int64_t rows, std::int64_t experts) {
+  const std::int64_t stride = scale_row_stride(spec);
+  return stride > 0 ? rows * stride : experts;
+}
+
+ActScaleView scale_view(const WeightSpec& spec, const float* data, bool per_expert) {
+  return {.data = data,
+          .row_stride = scale_row_stride(spec),
+          .group_stride = spec.act_scale == ActScale::kGroup ? 1 : 0,
+          .expert_stride = per_expert ? 1 : 0};
+}
+
+ActScaleView caller_scale_view(const WeightSpec& spec, const Tensor& scale) {
+  if (!scale.defined()) return {};
+  ActScaleView view{.data = scale.as<float>()};
+  if (scale.rank == 1) return view;
+  const int row = scale.rank - 2;  // batched scales lead with the expert
+  if (scale.rank == 3 && scale.shape[1] == 1) {
+    view.expert_stride = scale.strides[0];
+  } else {
+    view.row_stride = scale.strides[row];
+  }
+  if (spec.act_scale == ActScale::kGroup) view.group_stride = scale.strides[row + 1];
+  return view;
+}
+
+void check_activation_scale(std::string_view argument, const WeightSpec& spec, const Tensor& values,
+                            const Tensor& scale, Device device) {
+  if (is_float(values.dtype)) {
+    if (scale.defined())
+      invalid(fmt::format("{}: the activations are {}, which carry no scales; leave it undefined", argument,
+                          name(values.dtype)));
+    return;
+  }
+  const Check c = check(argument, scale);
+  c.dtype({DType::kF32}).on(device);
+  const bool per_tensor =
+      spec.act_scale == ActScale::kTensorStatic || spec.act_scale == ActScale::kTensorDynamic;
+  const std::int64_t groups = spec.act_scale == ActScale::kGroup ? scale_row_stride(spec) : 1;
+  if (per_tensor && scale.rank == 1) {
+    c.shape({1});
+  } else if (values.rank == 2) {
+    c.shape({values.shape[0], groups});
+  } else {
+    c.shape({values.shape[0], per_tensor ? 1 : values.shape[1], groups}).contiguous();
+  }
+}
+
+bool must_expand(const LayerPlan& plan, const SideTensors* side) {
+  if (plan.config.weight_on == WeightOn::kInput) return true;
+  if (plan.quantizes_input() && plan.fc1.act_scale == ActScale::kTensorDynamic) return true;
+  if (side == nullptr)
+    return plan.fc1.act_scale == ActScale::kTensorStatic || may_have_prequant(plan.fc1.scheme);
+  const bool per_expert_scale = plan.fc1.act_scale == ActScale::kTensorStatic &&
+                                plan.quantizes_input() && side->input_scale.shape[0] > 1;
+  const bool per_expert_factor = side->prequant.defined() && side->prequant.rank == 2 &&
+                                 side->prequant.shape[0] > 1;
+  return per_expert_scale || per_expert_factor;
+}
+
+InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, std::int64_t tokens,
+                                std::int64_t positions) {
+  InputBuffers b;
+  const bool expand = must_expand(plan, nullptr);
+  if (!plan.quantizes_input() && !expand) return b;
+  const std::int64_t rows = expand ? positions : tokens;
+  b.values = arena.take(plan.fc1.act_dtype, rows, plan.fc1.k, plan.device);
+  b.scale = arena.take<float>(scale_count(plan.fc1, rows, plan.fc1.experts));
+  b.scratch = arena.take(plan.backend->quantize_scratch_bytes(rows, plan.fc1.experts));
+  return b;
+}
+
+ExpertsBuffers take_experts_buffers(Arena& arena, const LayerPlan& plan, std::int64_t positions) {
+  const WeightSpec& fc2 = plan.fc2;
+  ExpertsBuffers buffers;
+  buffers.hidden = arena.take(fc2.dtype16, positions, fc2.k, plan.device);
+  if (plan.quantizes_hidden()) {
+    buffers.hidden_quantized = arena.take(fc2.act_dtype, positions, fc2.k, plan.device);
+    buffers.hidden_scale = arena.take<float>(scale_count(fc2, positions, fc2.experts));
+    buffers.quantize_scratch =
+        arena.take(plan.backend->quantize_scratch_bytes(positions, fc2.experts));
+  }
+  buffers.gemm_scratch = arena.take(std::max(plan.backend->gemm_scratch_bytes(plan.fc1, positions),
+                                             plan.backend->gemm_scratch_bytes(fc2, positions)));
+  return buffers;
+}
+
+RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts,
+                    std::int64_t tile_rows, std::int64_t slots) {
+  RowMap rows{.tile_rows = tile_rows, .positions = positions, .slot_count = slots};
+  rows.max_tiles = max_tiles(positions, experts, tile_rows);
+  rows.tiles = arena.take<Tile>(rows.max_tiles);
+  rows.num_tiles = arena.take<std::int32_t>(1);
+  return rows;
+}
+
+}  // namespace moesaic

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// What happens between the stages: which buffers exist, how large they are, which stages a scheme
+// needs. Decided once from the configuration, so that no stage asks which backend it runs on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.h"
+
+namespace moesaic {
+
+inline constexpr std::int64_t kMaxExperts = 2048;
+inline constexpr std::int64_t kMaxTopK = 32;
+
+// Carves a workspace into aligned pieces. On a null base it only counts: the size a caller is told
+// and the layout forward uses come from the same lines.
+class Arena {
+ public:
+  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+  void* take(std::size_t bytes) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+    return at;
+  }
+  template <typename T>
+  T* take(std::int64_t count) {
+    return static_cast<T*>(take(static_cast<std::size_t>(count) * sizeof(T)));
+  }
+  Tensor take(DType dtype, std::int64_t rows, std::int64_t columns, Device device) {
+    void* data = take(static_cast<std::size_t>(rows * columns) * size_of(dtype));
+    return Tensor::contiguous(data, dtype, {rows, columns}, device);
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+// What a layer or a stage call is made of, apart from its tensors.
+struct LayerPlan {
+  LayerConfig config;       // local.count and shared_intermediate resolved
+  const Backend* backend = nullptr;
+  Device device{};
+  WeightSpec fc1, fc2;
+  DType slot_dtype = DType::kF32;
+
+  bool quantizes_input() const { return fc1.act_scale != ActScale::kDefault && is_float(config.input_dtype); }
+  bool quantizes_hidden() const { return fc2.act_scale != ActScale::kDefault; }
+};
+// Checks the configuration (throws), resolves defaults, asks the backend.
+LayerPlan make_plan(const LayerConfig& config, Device device);
+// The same layer's shared experts, as a layer of one expert that every token visits.
+LayerPlan make_shared_plan(const LayerPlan& plan);
+
+// Activations between two stages: values, their scales, and which row belongs to a position.
+struct Rows {
+  Tensor values;
+  ActScaleView scale;
+  RowOf row = RowOf::kPosition;
+};
+
+// Where x goes when GEMM1 cannot read it as given: quantized once per token, or expanded by position.
+struct InputBuffers {
+  Tensor values;
+  float* scale = nullptr;
+  void* scratch = nullptr;
+};
+InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, std::int64_t tokens,
+                                std::int64_t positions);
+// Whether rows must be laid out by position before GEMM1, because two slots of one token differ in
+// it. Without `side` (sizes are a function of the configuration) the larger case.
+bool must_expand(const LayerPlan& plan, const SideTensors* side);
+
+// The buffers of run_experts.
+struct ExpertsBuffers {
+  Tensor hidden;               // [positions, intermediate] in the 16-bit dtype (f32: f32)
+  Tensor hidden_quantized;     // the same in e4m3 / int8, schemes with such activations
+  float* hidden_scale = nullptr;
+  void* quantize_scratch = nullptr;
+  void* gemm_scratch = nullptr;
+};
+ExpertsBuffers take_experts_buffers(Arena& arena, const LayerPlan& plan, std::int64_t positions);
+
+// Floats of scale that `rows` quantized rows of width k carry, and how they are addressed.
+std::int64_t scale_count(const WeightSpec& spec, std::int64_t rows, std::int64_t experts);
+ActScaleView scale_view(const WeightSpec& spec, const float* data, bool per_expert);
+std::int64_t scale_row_stride(const WeightSpec& spec);
+// A caller's scales of 8-bit rows: [1] | [rows, 1] | [rows, groups]; batched: [1] | [E, 1 | capacity, 1 | groups].
+ActScaleView caller_scale_view(const WeightSpec& spec, const Tensor& scale);
+// Checks them against the rows they belong to; float rows have none.
+void check_activation_scale(std::string_view argument, const WeightSpec& spec, const Tensor& values,
+                            const Tensor& scale, Device device);
+
+// Takes the arrays of a RowMap with room for any routing of `slots` slots (or, batched, for
+// `positions` = experts * capacity rows).
+RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts,
+                    std::int64_t tile_rows, std::int64_t slots);
+
+}  // namespace moesaic

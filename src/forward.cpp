@@ -31,7 +31,7 @@ struct Buffers {
 RoutedBuffers take_routed(Arena& arena, const LayerPlan& plan, std::int64_t tokens) {
   const std::int64_t slots = tokens * plan.config.top_k, experts = plan.fc1.experts;
   RoutedBuffers b;
-  b.rows = take_row_map(arena, slots, experts, plan.backend->tile_rows(plan.fc1, slots), slots);
+  b.rows = take_row_map(arena, slots, experts, slots);
   b.rows.row_slot = arena.take<std::int32_t>(slots);
   b.slot_row = arena.take<std::int32_t>(slots);
   b.align_scratch = arena.take(plan.backend->align_scratch_bytes(slots, plan.config.experts));
@@ -89,8 +89,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
   const std::int64_t tokens = chunk.x.shape[0], slots = tokens * plan.config.top_k;
   RowMap& rows = b.routed.rows;
   rows.positions = rows.slot_count = slots;
-  rows.tile_rows = run.tile_rows(plan.fc1, slots);
-  rows.max_tiles = max_tiles(slots, plan.fc1.experts, rows.tile_rows);
+  set_tile_rows(rows, plan.fc1.experts, run.tile_rows(plan.fc1, slots));
   run.align({.topk_ids = chunk.ids,
              .experts = plan.config.experts,
              .local = plan.config.local,
@@ -128,8 +127,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
     const LayerPlan& shared = *layer.shared_plan;
     RoutedBuffers& s = b.shared;
     s.rows.positions = s.rows.slot_count = tokens;
-    s.rows.tile_rows = run.tile_rows(shared.fc1, tokens);
-    s.rows.max_tiles = max_tiles(tokens, 1, s.rows.tile_rows);
+    set_tile_rows(s.rows, 1, run.tile_rows(shared.fc1, tokens));
     const Tensor ids = Tensor::contiguous(layer.shared_ids, DType::kI32, {tokens, 1}, plan.device);
     run.align({.topk_ids = ids,
                .experts = 1,

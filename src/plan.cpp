@@ -45,33 +45,33 @@ void check_dtypes(const LayerConfig& config) {
     unsupported(fmt::format("output_dtype: expected f32, f16 or bf16, got {}", name(config.output_dtype)));
 }
 
-void check_routing(const LayerConfig& config) {
-  const RoutingSpec& r = config.routing;
+}  // namespace
+
+void check_routing(const RoutingSpec& r, std::int64_t experts, std::int64_t top_k) {
+  check_range("top_k", top_k, 1, std::min(experts, kMaxTopK));
   const bool grouped =
       r.method == RoutingMethod::kDeepSeekV2 || r.method == RoutingMethod::kDeepSeekV3;
   if (grouped) {
-    check_range("routing.groups", r.groups, 1, config.experts);
-    if (config.experts % r.groups != 0)
-      invalid(fmt::format("routing.groups: {} does not divide {} experts", r.groups, config.experts));
+    check_range("routing.groups", r.groups, 1, experts);
+    if (experts % r.groups != 0)
+      invalid(fmt::format("routing.groups: {} does not divide {} experts", r.groups, experts));
     check_range("routing.topk_groups", r.topk_groups, 1, r.groups);
-    if (config.top_k > r.topk_groups * (config.experts / r.groups))
-      invalid(fmt::format("top_k: {} is more than the {} experts of {} chosen groups", config.top_k,
-                          r.topk_groups * (config.experts / r.groups), r.topk_groups));
+    if (top_k > r.topk_groups * (experts / r.groups))
+      invalid(fmt::format("top_k: {} is more than the {} experts of {} chosen groups", top_k,
+                          r.topk_groups * (experts / r.groups), r.topk_groups));
   }
-  if (r.method == RoutingMethod::kLlama4 && config.top_k != 1)
-    invalid(fmt::format("top_k: routing llama4 picks 1 expert, not {}", config.top_k));
-  if (r.method == RoutingMethod::kSparseMixer && config.top_k != 2)
-    invalid(fmt::format("top_k: routing sparsemixer picks 2 experts, not {}", config.top_k));
+  if (r.method == RoutingMethod::kLlama4 && top_k != 1)
+    invalid(fmt::format("top_k: routing llama4 picks 1 expert, not {}", top_k));
+  if (r.method == RoutingMethod::kSparseMixer && top_k != 2)
+    invalid(fmt::format("top_k: routing sparsemixer picks 2 experts, not {}", top_k));
 }
-
-}  // namespace
 
 LayerPlan make_plan(const LayerConfig& given, Device device) {
   LayerConfig config = given;
   check_range("experts", config.experts, 1, kMaxExperts);
   check_range("hidden", config.hidden, 1, INT64_C(1) << 24);
   check_range("intermediate", config.intermediate, 1, INT64_C(1) << 24);
-  check_range("top_k", config.top_k, 1, std::min(config.experts, kMaxTopK));
+  check_routing(config.routing, config.experts, config.top_k);
   check_range("max_tokens", config.max_tokens, 0,
               std::numeric_limits<std::int32_t>::max() / config.top_k);
   check_range("local.first", config.local.first, 0, config.experts - 1);
@@ -82,7 +82,6 @@ LayerPlan make_plan(const LayerConfig& given, Device device) {
     config.shared_intermediate = config.shared_experts * config.intermediate;
   check_range("shared_intermediate", config.shared_intermediate, 0, INT64_C(1) << 24);
   check_dtypes(config);
-  check_routing(config);
 
   LayerPlan plan{.config = config, .backend = &backend(device), .device = device};
   plan.fc1 = weight_spec(config, Product::kFc1);
@@ -201,13 +200,39 @@ ExpertsBuffers take_experts_buffers(Arena& arena, const LayerPlan& plan, std::in
   return buffers;
 }
 
-RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts,
-                    std::int64_t tile_rows, std::int64_t slots) {
-  RowMap rows{.tile_rows = tile_rows, .positions = positions, .slot_count = slots};
-  rows.max_tiles = max_tiles(positions, experts, tile_rows);
-  rows.tiles = arena.take<Tile>(rows.max_tiles);
+std::int64_t check_sorted_rows(const SortedRows& sorted, Device device) {
+  check_range("sorted.block_rows", sorted.block_rows, 1, INT64_C(1) << 20);
+  check("sorted.slots", sorted.slots).rank(1).dtype({DType::kI32}).contiguous().on(device);
+  const std::int64_t capacity = sorted.slots.shape[0];
+  check_range("sorted.slots: length", capacity, 0, INT64_C(0x7fffffff));
+  const std::int64_t blocks = (capacity + sorted.block_rows - 1) / sorted.block_rows;
+  const Check experts = check("sorted.block_experts", sorted.block_experts);
+  experts.rank(1).dtype({DType::kI32}).contiguous().on(device);
+  if (sorted.block_experts.shape[0] < blocks)
+    invalid(fmt::format("sorted.block_experts: {} slots in blocks of {} need {} entries, got {}", capacity,
+                        sorted.block_rows, blocks, to_string(sorted.block_experts)));
+  check("sorted.num_padded", sorted.num_padded).dtype({DType::kI32}).on(device);
+  if (sorted.num_padded.numel() != 1)
+    invalid("sorted.num_padded: expected one element, got " + to_string(sorted.num_padded));
+  return capacity;
+}
+
+RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts, std::int64_t slots) {
+  RowMap rows{.positions = positions, .slot_count = slots};
+  rows.tiles = arena.take<Tile>(max_tiles(positions, experts, kMinTileRows));
   rows.num_tiles = arena.take<std::int32_t>(1);
   return rows;
+}
+
+void set_tile_rows(RowMap& rows, std::int64_t experts, std::int64_t tile_rows) {
+  rows.tile_rows = tile_rows;
+  rows.max_tiles = max_tiles(rows.positions, experts, tile_rows);
+}
+
+void set_tile_rows_of_blocks(RowMap& rows, const SortedRows& sorted, std::int64_t tile_rows) {
+  rows.tile_rows = tile_rows;
+  const std::int64_t blocks = (rows.positions + sorted.block_rows - 1) / sorted.block_rows;
+  rows.max_tiles = blocks * ((sorted.block_rows + tile_rows - 1) / tile_rows);
 }
 
 }  // namespace moesaic

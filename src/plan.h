@@ -51,6 +51,8 @@ struct LayerPlan {
 };
 // Checks the configuration (throws), resolves defaults, asks the backend.
 LayerPlan make_plan(const LayerConfig& config, Device device);
+// Options that contradict each other or the number of experts (throws).
+void check_routing(const RoutingSpec& spec, std::int64_t experts, std::int64_t top_k);
 // The same layer's shared experts, as a layer of one expert that every token visits.
 LayerPlan make_shared_plan(const LayerPlan& plan);
 
@@ -93,9 +95,15 @@ ActScaleView caller_scale_view(const WeightSpec& spec, const Tensor& scale);
 void check_activation_scale(std::string_view argument, const WeightSpec& spec, const Tensor& values,
                             const Tensor& scale, Device device);
 
-// Takes the arrays of a RowMap with room for any routing of `slots` slots (or, batched, for
-// `positions` = experts * capacity rows).
-RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts,
-                    std::int64_t tile_rows, std::int64_t slots);
+// Checks a caller's sorted lists; returns the length of `slots`.
+std::int64_t check_sorted_rows(const SortedRows& sorted, Device device);
+
+// Takes the arrays of a RowMap with room for `positions` rows in tiles of any size from kMinTileRows
+// on: the size of a workspace must not depend on which tile a policy picks.
+inline constexpr std::int64_t kMinTileRows = 8;
+RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts, std::int64_t slots);
+void set_tile_rows(RowMap& rows, std::int64_t experts, std::int64_t tile_rows);
+// The same for a caller's blocks, which may each be a tile of their own (or several).
+void set_tile_rows_of_blocks(RowMap& rows, const SortedRows& sorted, std::int64_t tile_rows);
 
 }  // namespace moesaic

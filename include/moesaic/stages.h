@@ -41,6 +41,8 @@ struct ExpertsArgs {
   Tensor row_weights; // optional f32 [T * k] by slot (sorted only): multiplies the output
   Tensor output;      // batched [E_local, capacity, H]; sorted [T * k, H] by slot. f32, f16 or bf16.
                       // Rows behind an expert's last token are not written.
+  std::int64_t expected_tokens = 0;  // batched: a hint, tokens (not rows) that are live over all
+                                     // experts. It picks tiles and never changes bits. 0: unknown
   Workspace workspace{};
   Stream stream{};
 };

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// Level 2: prepare, experts, finalize on either format, with a layer's packed weights or the
+// caller's own. The same run_experts as the layer; only where rows come from differs.
+#include "moesaic/stages.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "check.h"
+#include "forward.h"
+#include "layer_impl.h"
+#include "weights.h"
+
+namespace moesaic {
+namespace {
+
+// A [E, capacity, K] view as [E * capacity, K] rows, which is how positions address it.
+Tensor flatten_batched(std::string_view argument, const Tensor& t) {
+  check(argument, t).rank(3).inner_contiguous();
+  if (t.shape[0] > 1 && t.numel() > 0 && t.strides[0] != t.shape[1] * t.strides[1])
+    unsupported(fmt::format("{}: the stride between experts must be capacity x the stride between rows; pass "
+                            "a view without gaps between experts",
+                            argument));
+  Tensor rows = t;
+  rows.rank = 2;
+  rows.shape = {t.shape[0] * t.shape[1], t.shape[2]};
+  rows.strides = {t.strides[1], t.strides[2]};
+  return rows;
+}
+
+void check_ids(const LayerConfig& config, const Tensor& ids, std::int64_t tokens, Device device) {
+  check("topk_ids", ids).shape({tokens, config.top_k}).dtype({DType::kI32, DType::kI64}).contiguous().on(device);
+}
+void check_expert_map(const LayerConfig& config, const Tensor& map, Device device) {
+  if (map.defined())
+    check("expert_map", map).shape({config.experts}).dtype({DType::kI32}).contiguous().on(device);
+}
+void check_positions(std::int64_t experts, std::int64_t capacity) {
+  check_range("rows: experts x capacity", checked_mul(experts, capacity, "rows"), 0, INT64_C(0x7fffffff));
+}
+
+// --- workspaces: each stage's buffers, and (on an empty arena) their size ---------------------------
+
+struct PrepareBuffers {
+  RowMap rows;
+  std::int32_t* slot_row = nullptr;
+  void* align_scratch = nullptr;
+  void* quantize_scratch = nullptr;
+};
+PrepareBuffers take_prepare(Arena& arena, const LayerPlan& plan, std::int64_t tokens, std::int64_t capacity) {
+  const std::int64_t experts = plan.fc1.experts, positions = experts * capacity;
+  const std::int64_t slots = tokens * plan.config.top_k;
+  PrepareBuffers b;
+  b.rows = take_row_map(arena, positions, experts, slots);
+  set_tile_rows(b.rows, experts, plan.backend->tile_rows(plan.fc1, slots));
+  b.rows.row_slot = arena.take<std::int32_t>(positions);
+  b.slot_row = arena.take<std::int32_t>(slots);
+  b.align_scratch = arena.take(plan.backend->align_scratch_bytes(slots, plan.config.experts));
+  b.quantize_scratch = arena.take(plan.backend->quantize_scratch_bytes(positions, experts));
+  return b;
+}
+
+struct ExpertsStageBuffers {
+  RowMap rows;
+  InputBuffers input;
+  ExpertsBuffers experts;
+};
+ExpertsStageBuffers take_experts(Arena& arena, const LayerPlan& plan, Format format, std::int64_t tokens,
+                                 std::int64_t capacity) {
+  const std::int64_t experts = plan.fc1.experts;
+  const std::int64_t positions = format == Format::kBatched ? experts * capacity : capacity;
+  const std::int64_t slots = format == Format::kBatched ? positions : tokens * plan.config.top_k;
+  ExpertsStageBuffers b;
+  b.rows = take_row_map(arena, positions, format == Format::kBatched ? experts : positions, slots);
+  LayerPlan any_input = plan;  // rows may come as floats even where the layer's input is 8 bit
+  if (plan.fc1.act_scale != ActScale::kDefault) any_input.config.input_dtype = plan.fc1.dtype16;
+  b.input = take_input_buffers(arena, any_input, format == Format::kBatched ? positions : tokens, positions);
+  b.experts = take_experts_buffers(arena, plan, positions);
+  return b;
+}
+
+struct FinalizeBuffers {
+  std::int32_t* slot_row = nullptr;
+  void* align_scratch = nullptr;
+};
+FinalizeBuffers take_finalize(Arena& arena, const LayerPlan& plan, std::int64_t tokens) {
+  const std::int64_t slots = tokens * plan.config.top_k;
+  return {.slot_row = arena.take<std::int32_t>(slots),
+          .align_scratch = arena.take(plan.backend->align_scratch_bytes(slots, plan.config.experts))};
+}
+
+template <typename Take>
+std::size_t counted(Take&& take) {
+  Arena arena;
+  take(arena);
+  return arena.used();
+}
+
+// --- the stages -------------------------------------------------------------------------------------
+
+void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
+  const LayerConfig& config = plan.config;
+  const Device device = plan.device;
+  check("hidden_states", args.hidden_states).shape({kAny, config.hidden}).dtype({config.input_dtype}).inner_contiguous().on(device);
+  const std::int64_t tokens = args.hidden_states.shape[0];
+  check_activation_scale("hidden_scale", plan.fc1, args.hidden_states, args.hidden_scale, device);
+  check_ids(config, args.topk_ids, tokens, device);
+  check_expert_map(config, args.expert_map, device);
+  const bool on_input = config.weight_on == WeightOn::kInput;
+  if (on_input)
+    check("topk_weights", args.topk_weights).shape({tokens, config.top_k}).dtype({DType::kF32}).contiguous().on(device);
+  const std::int64_t experts = plan.fc1.experts;
+  check("rows", args.rows).shape({experts, kAny, config.hidden}).dtype({plan.fc1.act_dtype}).on(device);
+  const std::int64_t capacity = args.rows.shape[1];
+  check_positions(experts, capacity);
+  const Tensor rows = flatten_batched("rows", args.rows);
+  const bool scaled = plan.fc1.act_scale != ActScale::kDefault;
+  if (scaled) {
+    const bool per_tensor = plan.fc1.act_scale == ActScale::kTensorStatic || plan.fc1.act_scale == ActScale::kTensorDynamic;
+    const std::int64_t groups = std::max<std::int64_t>(1, scale_row_stride(plan.fc1));
+    check("row_scale", args.row_scale).shape({experts, per_tensor ? 1 : capacity, groups}).dtype({DType::kF32}).contiguous().on(device);
+    if (plan.fc1.act_scale == ActScale::kTensorStatic && plan.quantizes_input())
+      unsupported("prepare: a static activation scale belongs to the weights, which prepare does not see; hand "
+                  "16-bit rows to experts, or quantize before prepare");
+  }
+  check("num_tokens", args.num_tokens).shape({experts}).dtype({DType::kI32}).contiguous().on(device);
+  if (args.slot_row.defined())
+    check("slot_row", args.slot_row).shape({tokens, config.top_k}).dtype({DType::kI32}).contiguous().on(device);
+  if (args.status.defined()) check("status", args.status).shape({1}).dtype({DType::kI32}).on(device);
+  check_workspace(args.workspace,
+                  counted([&](Arena& a) { take_prepare(a, plan, tokens, capacity); }), "stage_workspace_bytes");
+
+  Arena arena(args.workspace.data);
+  const PrepareBuffers b = take_prepare(arena, plan, tokens, capacity);
+  plan.backend->align({.topk_ids = args.topk_ids,
+                       .experts = config.experts,
+                       .local = config.local,
+                       .expert_map = args.expert_map,
+                       .capacity = capacity,
+                       .rows = b.rows,
+                       .slot_row = args.slot_row.defined() ? args.slot_row.as<std::int32_t>() : b.slot_row,
+                       .tokens_per_expert = args.num_tokens.as<std::int32_t>(),
+                       .dropped = args.status.as<std::int32_t>(),
+                       .scratch = b.align_scratch},
+                      args.stream);
+  if (tokens == 0) return;
+  plan.backend->quantize({.input = args.hidden_states,
+                          .input_scale = caller_scale_view(plan.fc1, args.hidden_scale),
+                          .rows = &b.rows,
+                          .source = RowOf::kToken,
+                          .top_k = config.top_k,
+                          .row_weights = on_input ? args.topk_weights.as<float>() : nullptr,
+                          .round_to = plan.fc1.dtype16,
+                          .granularity = plan.fc1.act_scale,
+                          .group = plan.fc1.act_group,
+                          .int8_rounding = plan.fc1.int8_rounding,
+                          .per_expert_absmax = true,
+                          .output = rows,
+                          .scale = args.row_scale.as<float>(),
+                          .scale_row_stride = scale_row_stride(plan.fc1),
+                          .scratch = b.quantize_scratch},
+                         args.stream);
+}
+
+void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const WeightOperand& fc2,
+                       TacticPair tactics, const ExpertsArgs& args) {
+  const LayerConfig& config = plan.config;
+  const Device device = plan.device;
+  const bool batched = args.format == Format::kBatched;
+  if (args.format == Format::kStandard)
+    invalid("format: experts takes sorted or batched rows; standard is what Layer::forward does");
+  const std::int64_t experts = plan.fc1.experts;
+  const Check given = check("rows", args.rows);
+  given.inner_contiguous().on(device);
+  // 8-bit rows with scales, or floats that are quantized here.
+  const DType eight_bit = plan.fc1.act_scale == ActScale::kDefault ? plan.fc1.dtype16 : plan.fc1.act_dtype;
+  given.dtype({plan.fc1.dtype16, eight_bit});
+  check("output", args.output).dtype({DType::kF32, DType::kF16, DType::kBF16}).on(device);
+
+  std::int64_t tokens = 0, capacity = 0;
+  Tensor values = args.rows, output = args.output;
+  if (batched) {
+    given.shape({experts, kAny, config.hidden});
+    capacity = args.rows.shape[1];
+    check_positions(experts, capacity);
+    check("output", args.output).shape({experts, capacity, config.hidden});
+    check("batched.num_tokens", args.batched.num_tokens).shape({experts}).dtype({DType::kI32}).contiguous().on(device);
+    if (args.row_weights.defined())
+      unsupported("row_weights: routing weights are applied by finalize in the batched format; pass them there");
+    values = flatten_batched("rows", args.rows);
+    output = flatten_batched("output", args.output);
+  } else {
+    given.shape({kAny, config.hidden});
+    tokens = args.rows.shape[0];
+    capacity = check_sorted_rows(args.sorted, device);
+    check("output", args.output).shape({tokens * config.top_k, config.hidden}).inner_contiguous();
+    if (args.row_weights.defined())
+      check("row_weights", args.row_weights).dtype({DType::kF32}).contiguous().on(device);
+  }
+  check_activation_scale("row_scale", plan.fc1, args.rows, args.row_scale, device);
+  check_workspace(args.workspace,
+                  counted([&](Arena& a) { take_experts(a, plan, args.format, tokens, capacity); }),
+                  "stage_workspace_bytes");
+
+  Arena arena(args.workspace.data);
+  ExpertsStageBuffers b = take_experts(arena, plan, args.format, tokens, capacity);
+  TileStage tiles{.sorted = args.sorted, .batched = args.batched, .capacity = capacity, .experts = experts};
+  if (batched) {
+    tiles.sorted = {};
+  } else {
+    tiles.batched = {};
+    b.rows.row_slot = args.sorted.slots.as<std::int32_t>();
+  }
+  if (b.rows.positions == 0) return;
+  if (batched) {
+    // The host does not know how many rows are live: the caller may say what it expects.
+    const std::int64_t expected = args.expected_tokens > 0 ? args.expected_tokens * config.top_k : b.rows.positions;
+    set_tile_rows(b.rows, experts, plan.backend->tile_rows(plan.fc1, std::min(expected, b.rows.positions)));
+  } else {
+    set_tile_rows_of_blocks(b.rows, args.sorted, plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
+  }
+  tiles.rows = b.rows;
+  plan.backend->tiles(tiles, args.stream);
+
+  const bool on_input = config.weight_on == WeightOn::kInput && !batched;
+  const auto* weights = args.row_weights.as<float>();
+  const bool per_expert = batched;
+  const Rows input = prepare_input({.plan = &plan,
+                                    .fc1 = &fc1,
+                                    .rows = &b.rows,
+                                    .input = {.values = values,
+                                              .scale = caller_scale_view(plan.fc1, args.row_scale),
+                                              .row = batched ? RowOf::kPosition : RowOf::kToken},
+                                    .row_weights = on_input ? weights : nullptr,
+                                    .per_expert_absmax = per_expert},
+                                   b.input, args.stream);
+  run_experts({.plan = &plan,
+               .fc1 = &fc1,
+               .fc2 = &fc2,
+               .rows = b.rows,
+               .input = input,
+               .per_expert_absmax = per_expert,
+               .row_weights = on_input ? nullptr : weights,
+               .output = output,
+               .output_row = batched ? RowOf::kPosition : RowOf::kSlot,
+               .tactics = tactics,
+               .format = args.format},
+              b.experts, args.stream);
+}
+
+void run_finalize(const LayerPlan& plan, const FinalizeArgs& args) {
+  const LayerConfig& config = plan.config;
+  const Device device = plan.device;
+  check("output", args.output).shape({kAny, config.hidden}).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous().on(device);
+  const std::int64_t tokens = args.output.shape[0], experts = plan.fc1.experts;
+  check("expert_output", args.expert_output)
+      .shape({experts, kAny, config.hidden})
+      .dtype({DType::kF32, DType::kF16, DType::kBF16})
+      .on(device);
+  const std::int64_t capacity = args.expert_output.shape[1];
+  check_positions(experts, capacity);
+  const Tensor rows = flatten_batched("expert_output", args.expert_output);
+  const bool on_output = config.weight_on == WeightOn::kOutput;
+  if (on_output)
+    check("topk_weights", args.topk_weights).shape({tokens, config.top_k}).dtype({DType::kF32}).contiguous().on(device);
+  const std::int32_t* slot_row = args.slot_row.as<std::int32_t>();
+  if (args.slot_row.defined()) {
+    check("slot_row", args.slot_row).shape({tokens, config.top_k}).dtype({DType::kI32}).contiguous().on(device);
+  } else {
+    check_ids(config, args.topk_ids, tokens, device);
+    check_expert_map(config, args.expert_map, device);
+    check_workspace(args.workspace, counted([&](Arena& a) { take_finalize(a, plan, tokens); }),
+                    "stage_workspace_bytes");
+    if (tokens == 0) return;
+    Arena arena(args.workspace.data);
+    const FinalizeBuffers b = take_finalize(arena, plan, tokens);
+    const std::int64_t slots = tokens * config.top_k;
+    plan.backend->align({.topk_ids = args.topk_ids,
+                         .experts = config.experts,
+                         .local = config.local,
+                         .expert_map = args.expert_map,
+                         .capacity = capacity,
+                         .rows = {.positions = experts * capacity, .slot_count = slots},
+                         .slot_row = b.slot_row,
+                         .scratch = b.align_scratch},
+                        args.stream);
+    slot_row = b.slot_row;
+  }
+  if (tokens == 0) return;
+  plan.backend->combine({.rows = rows,
+                         .slot_row = slot_row,
+                         .weights = on_output ? args.topk_weights.as<float>() : nullptr,
+                         .top_k = config.top_k,
+                         .accumulate = args.accumulate,
+                         .output = args.output},
+                        args.stream);
+}
+
+}  // namespace
+
+void prepare(const Layer& layer, const PrepareArgs& args) { run_prepare(layer.impl().plan, args); }
+
+void experts(const Layer& layer, const ExpertsArgs& args) {
+  const Layer::Impl& self = layer.impl();
+  if (!layer.ready())
+    throw Error(ErrorCode::kNotReady, "experts: the layer's weights are not complete; call load first");
+  run_experts_stage(self.plan, self.fc1.operand(), self.fc2.operand(), self.tactics, args);
+}
+
+void finalize(const Layer& layer, const FinalizeArgs& args) { run_finalize(layer.impl().plan, args); }
+
+void prepare(const LayerConfig& config, const PrepareArgs& args) {
+  run_prepare(make_plan(config, args.hidden_states.device), args);
+}
+
+void experts(const LayerConfig& config, const LayerWeights& weights, const ExpertsArgs& args) {
+  const LayerPlan plan = make_plan(config, args.rows.device);
+  const auto operand = [&](const WeightSpec& spec, const GemmWeights& given,
+                           const ActivationWeights& activation, std::string_view argument) {
+    WeightOperand b{.spec = spec, .plain = normalize(spec, spec.experts, given, argument)};
+    check(std::string(argument) + ".weight", given.weight).on(plan.device);
+    b.side = side_views(spec, spec.experts, b.plain, activation, argument);
+    return b;
+  };
+  const WeightOperand fc1 = operand(plan.fc1, weights.fc1, weights.activation, "fc1");
+  const WeightOperand fc2 = operand(plan.fc2, weights.fc2, {}, "fc2");
+  run_experts_stage(plan, fc1, fc2, {}, args);
+}
+
+void finalize(const LayerConfig& config, const FinalizeArgs& args) {
+  run_finalize(make_plan(config, args.output.device), args);
+}
+
+std::size_t stage_workspace_bytes(const LayerConfig& config, Format format, std::int64_t tokens,
+                                  std::int64_t capacity, Device device) {
+  check_range("tokens", tokens, 0, INT64_C(0x7fffffff) / std::max<std::int64_t>(1, config.top_k));
+  check_range("capacity", capacity, 0, INT64_C(0x7fffffff));
+  const LayerPlan plan = make_plan(config, device);
+  if (format == Format::kSorted)
+    return counted([&](Arena& a) { take_experts(a, plan, format, tokens, capacity); });
+  check_positions(plan.fc1.experts, capacity);
+  return std::max({counted([&](Arena& a) { take_prepare(a, plan, tokens, capacity); }),
+                   counted([&](Arena& a) { take_experts(a, plan, Format::kBatched, 0, capacity); }),
+                   counted([&](Arena& a) { take_finalize(a, plan, tokens); })});
+}
+
+}  // namespace moesaic

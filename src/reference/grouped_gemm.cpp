@@ -72,9 +72,12 @@ GroupedOutput grouped_gemm(const GroupedGemmArgs& args, const Choices& choices) 
   GroupedOutput out{.n = n,
                     .rows = std::vector<RowState>(static_cast<std::size_t>(rows), RowState::kUntouched),
                     .values = std::vector<Bounded>(static_cast<std::size_t>(rows * n))};
-  const std::int64_t slot_count = batched ? 0
-                                  : args.a_order == RowOrder::kSorted ? INT64_C(1) << 31
-                                                                      : args.a.shape[0] * args.top_k;
+  // Padding entries are T * k or more. With A in sorted order its height does not tell T.
+  std::int64_t slot_count = batched ? 0 : args.a.shape[0] * args.top_k;
+  if (args.a_order == RowOrder::kSorted) {
+    if (args.c_order == RowOrder::kSlot) slot_count = rows;
+    if (args.row_weights.defined()) slot_count = args.row_weights.numel();
+  }
   const std::vector<Work> work = batched ? batched_work(args) : sorted_work(args, slot_count, &out);
 
   const auto read_row = [&](const Work& w) {

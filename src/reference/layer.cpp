@@ -168,24 +168,40 @@ Slots live_slots(const LayerConfig& config, const LayerInput& input, std::int64_
 }
 
 // A slot's finished number, kept in `dtype`, times its weight (or the other way round).
-Bounded weighted(const Bounded& b, double weight, DType dtype) {
-  const double value = b.value * weight;
-  const double error = b.error * std::abs(weight);
-  return {value, error + kUnit * std::abs(value) +
-                     rounding_error(dtype, std::abs(b.value) + b.error) *
-                         (is_16bit(dtype) ? std::max(std::abs(weight), 0x1p-10) : std::abs(weight))};
+Bounded weighted(const Bounded& b, Bounded weight, DType dtype) {
+  const double w = std::abs(weight.value), size = std::abs(b.value) + b.error;
+  return {b.value * weight.value, b.error * w + size * weight.error + kUnit * size * w +
+                                      rounding_error(dtype, size) * std::max(w, 0x1p-10)};
+}
+
+// sigmoid(x . gate), or 1. The product of H terms in fp32 moves the sigmoid by a quarter of its error.
+Bounded shared_factor(const LayerConfig& config, const SharedWeights& shared, const LayerInput& input,
+                      std::int64_t token) {
+  const Tensor& gate = shared.gate;
+  if (!gate.defined()) return {1, 0};
+  const Numbers x = input_row(config, input, token);
+  double sum = 0, magnitude = 0;
+  for (std::int64_t h = 0; h < config.hidden; ++h) {
+    const double term = x[static_cast<std::size_t>(h)].value *
+                        load(gate.data, gate.dtype, h * gate.strides[static_cast<std::size_t>(gate.rank - 1)]);
+    sum += term;
+    magnitude += std::abs(term);
+  }
+  const double value = 1 / (1 + std::exp(-sum));
+  const double error = 0.25 * (walk(static_cast<double>(config.hidden)) + 2) * kUnit * magnitude;
+  return {value, error + (8 + 2 * std::min(std::abs(sum), 100.0)) * kUnit * value};
 }
 
 }  // namespace
 
-LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const LayerWeights* shared,
+LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const SharedWeights* shared,
                   const LayerInput& input, const Choices& choices) {
   LayerOutput out;
   out.tokens = input.hidden_states.shape[0];
   out.hidden = config.hidden;
   out.output.resize(static_cast<std::size_t>(out.tokens * out.hidden));
   std::vector<double> magnitude(out.output.size());
-  const auto add = [&](const Slot& slot, double weight) {
+  const auto add = [&](const Slot& slot, Bounded weight) {
     for (std::int64_t h = 0; h < config.hidden; ++h) {
       const auto at = static_cast<std::size_t>(slot.token * config.hidden + h);
       const Bounded term = weighted(slot.numbers[static_cast<std::size_t>(h)], weight, choices.slots);
@@ -199,7 +215,7 @@ LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const 
   run_experts(config, weights, input, choices, &slots);
   for (const Slot& slot : slots) {  // ascending slots: j ascends within a token
     const bool on_output = config.weight_on == WeightOn::kOutput;
-    add(slot, on_output ? load(input.topk_weights, slot.token, slot.id % config.top_k) : 1);
+    add(slot, {on_output ? load(input.topk_weights, slot.token, slot.id % config.top_k) : 1, 0});
   }
   if (shared != nullptr) {
     LayerConfig one = config;
@@ -211,8 +227,8 @@ LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const 
     Slots all;
     for (std::int64_t t = 0; t < out.tokens; ++t)
       all.push_back({.id = t, .token = t, .expert = 0, .numbers = input_row(config, input, t), .row = {}});
-    run_experts(one, *shared, input, choices, &all);
-    for (const Slot& slot : all) add(slot, 1);
+    run_experts(one, shared->weights, input, choices, &all);
+    for (const Slot& slot : all) add(slot, shared_factor(config, *shared, input, slot.token));
   }
   const double additions = walk(static_cast<double>(config.top_k + 1)) * kUnit;
   for (std::size_t i = 0; i < out.output.size(); ++i)

@@ -42,8 +42,13 @@ struct LayerOutput {
   }
 };
 
-// `shared`: weights of the shared experts (leading extent 1), or null.
-LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const LayerWeights* shared,
+// The shared experts, as one expert that every token visits: leading extent 1.
+struct SharedWeights {
+  LayerWeights weights;
+  Tensor gate;  // optional [H] or [1, H]: the output is multiplied by sigmoid(x . gate)
+};
+// `shared`: null when the configuration has none.
+LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const SharedWeights* shared,
                   const LayerInput& input, const Choices& choices);
 
 // How far the number that lies in memory may be from b.value: b.error and one last rounding.

@@ -19,6 +19,7 @@ double zero_point(const WeightSpec& spec, const Tensor& zero, std::int64_t exper
                   std::int64_t group) {
   if (!spec.zero_points || !zero.defined()) return spec.implicit_zero();
   const bool grouped = zero.rank == 3;  // otherwise [E, N or N / 2]: one group
+  if (grouped && zero.shape[2] == 1) group = 0;
   if (spec.format != WeightFormat::kU4)
     return grouped ? load(zero, expert, n, group) : load(zero, expert, n);
   const double pair = grouped ? load(zero, expert, n / 2, group) : load(zero, expert, n / 2);
@@ -35,7 +36,8 @@ double scale_of(const WeightSpec& spec, const Tensor& scale, std::int64_t expert
     return load(scale, expert, 2 * n / spec.n);  // one for each half of N
   if (scale.rank == 2 && scale.shape[1] == 1 && spec.n != 1) return load(scale, expert, 0);
   if (scale.rank == 2) return load(scale, expert, n);  // per channel
-  const double s = load(scale, expert, n / spec.scale.group_n, k / spec.scale.group_k);
+  const std::int64_t row = std::min(n / spec.scale.group_n, scale.shape[1] - 1);  // [E, 1, 1]: all
+  const double s = load(scale, expert, row, k / spec.scale.group_k);
   if (!spec.e8m0_scales || scale.dtype == DType::kE8M0) return s;
   return e8m0_to_float(static_cast<std::uint8_t>(s));
 }

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moesaic: the Mixture-of-Experts feed-forward layer at inference, for arrays of any DLPack framework.
+
+Levels: Layer; prepare / experts / finalize; grouped_gemm with align, route, quantize, activate, sum_slots.
+Errors are ValueError (wrong or unsupported arguments, with what to use instead), OSError, RuntimeError.
+"""
+
+from ._ffi import lib as _lib
+from .gemm import activate, align, grouped_gemm, quantize, route, sum_slots
+from .layer import Layer
+from .stages import experts, finalize, prepare
+
+__version__ = str(_lib.version())
+
+
+def devices() -> list:
+    """What this process can run on: dicts of device, name, kernels, note."""
+    return [{str(k): str(v) for k, v in d.items()} for d in _lib.devices()]
+
+
+def schemes() -> list:
+    """The names of the quantization schemes."""
+    return [str(name) for name in _lib.schemes()]
+
+
+def supports(config: dict, format: str = "standard", device: str = "cpu") -> str:
+    """"" when `device` runs `config` (see Layer.config) in `format`, else the reason with a way out."""
+    return str(_lib.support_reason(config, format, device))
+
+
+def set_num_threads(threads: int) -> None:
+    """Threads of the CPU backend (default: MOESAIC_THREADS, else the cores of this process)."""
+    _lib.set_num_threads(threads)
+
+
+def set_kernels(device_type: str, level: str) -> None:
+    """Overrides the kernels for tests and timings: ("cpu", "avx2"), ("cuda", "sm80"); "" undoes it."""
+    _lib.set_kernels(device_type, level)
+
+
+__all__ = ["Layer", "activate", "align", "devices", "experts", "finalize", "grouped_gemm", "prepare",
+           "quantize", "route", "schemes", "set_kernels", "set_num_threads", "sum_slots", "supports"]

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Level 1: the layer. y[t] = sum_j w[t,j] * FC2_e(act(FC1_e(x[t]))), e = id[t,j]."""
+
+from __future__ import annotations
+
+from . import _ffi
+from ._ffi import lib
+
+
+def _workspace(like, needed: int):
+    """Scratch on CUDA from the framework's stream-ordered allocator; on the CPU the library has its own."""
+    if needed == 0 or _ffi.device_name(like) == "cpu":
+        return None
+    return _ffi.empty(like, (needed,), "u8")
+
+
+class Layer:
+    """One Mixture-of-Experts feed-forward layer with its weights packed for one device.
+
+    Parameters name what moesaic::LayerConfig holds:
+
+    experts, hidden, intermediate, top_k, max_tokens : int
+    scheme : str, e.g. "bf16", "fp8_block", "int4_w4a16" (see moesaic.schemes())
+    quant : dict, further quantization options: weight_scale, act_scale, block_n, block_k, group_size,
+        zero_points, int8_rounding
+    activation : str or dict(kind, order, layout, alpha, beta, limit)
+    routing : str or dict(method, renormalize, scale, groups, topk_groups, ...)
+    input_dtype, output_dtype : str, "bf16", "f16", "f32", "fp8_e4m3", "i8"
+    local_first, local_count : the experts held here (default: all)
+    weight_on : "output" or "input" (Llama-4)
+    shared_experts, shared_intermediate, workspace_cap : int
+    device : "cpu" or "cuda:N"
+
+    Raises ValueError when the configuration is wrong or outside the support matrix; the message names
+    the argument and what to use instead.
+    """
+
+    def __init__(self, *, experts, hidden, intermediate, top_k, max_tokens, scheme="bf16", quant=None,
+                 activation="swiglu", routing="renormalize", input_dtype=None, output_dtype=None,
+                 local_first=0, local_count=0, weight_on="output", shared_experts=0,
+                 shared_intermediate=0, workspace_cap=0, device="cpu"):
+        if input_dtype is None:
+            input_dtype = scheme if scheme in ("f32", "f16") else "bf16"
+        if output_dtype is None:
+            output_dtype = input_dtype if input_dtype in ("f32", "f16", "bf16") else "bf16"
+        self.config = dict(
+            experts=experts, hidden=hidden, intermediate=intermediate, top_k=top_k,
+            max_tokens=max_tokens, local_first=local_first, local_count=local_count,
+            quant=dict(quant or {}, scheme=scheme),
+            activation={"kind": activation} if isinstance(activation, str) else dict(activation),
+            routing={"method": routing} if isinstance(routing, str) else dict(routing),
+            weight_on=weight_on, input_dtype=input_dtype, output_dtype=output_dtype,
+            shared_experts=shared_experts, shared_intermediate=shared_intermediate,
+            workspace_cap=workspace_cap)
+        self.device = device
+        self._handle = lib.layer_new(self.config, device)
+
+    def load(self, fc1: dict, fc2: dict, *, alpha=None, beta=None, limit=None) -> "Layer":
+        """Packs the weights of every local expert; the arrays may go away afterwards.
+
+        fc1, fc2 : dict(weight=[E, N, K], scale=, zero_point=, bias=[E, N], input_scale=, prequant=, alpha=)
+        alpha, beta, limit : f32 [E], per-expert parameters of the activation
+        """
+        lib.layer_load(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
+        return self
+
+    def load_expert(self, expert: int, fc1: dict, fc2: dict, *, alpha=None, beta=None, limit=None) -> None:
+        """The same for one local expert; every array has a leading extent of 1."""
+        lib.layer_load_expert(self._handle, expert,
+                              _ffi.options(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
+
+    def load_shared(self, fc1: dict, fc2: dict, gate=None) -> None:
+        """Shared experts (leading extent 1); `gate` [H]: multiplied by sigmoid(x . gate)."""
+        lib.layer_load_shared(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2)), _ffi.arg(gate))
+
+    def set_router(self, weight=None, bias=None, selection_bias=None) -> None:
+        """Router weights [E, H] and biases [E]; forward may then be called without logits."""
+        lib.layer_set_router(self._handle, _ffi.arg(weight), _ffi.arg(bias), _ffi.arg(selection_bias))
+
+    @property
+    def ready(self) -> bool:
+        return lib.layer_ready(self._handle)
+
+    @property
+    def weight_bytes(self) -> int:
+        return lib.layer_weight_bytes(self._handle)
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """Scratch that forward needs for `tokens` tokens: a pure function of the configuration."""
+        return lib.layer_workspace_bytes(self._handle, tokens)
+
+    def forward(self, hidden_states, topk_ids=None, topk_weights=None, *, router_logits=None,
+                hidden_scale=None, output=None, add=False, tokens_per_expert=None, workspace=None):
+        """hidden_states [T, H] -> output [T, H] in the caller's framework.
+
+        Routing: topk_ids [T, k] (i32 or i64) and topk_weights [T, k] (f32); or router_logits [T, E]; or
+        neither, with set_router. `add=True` adds to `output` instead of overwriting it.
+        """
+        if output is None:
+            if add:
+                raise ValueError("output: is required with add=True")
+            output = _ffi.empty(hidden_states, tuple(hidden_states.shape), self.config["output_dtype"])
+        if workspace is None and self.device != "cpu":
+            workspace = _workspace(hidden_states, self.workspace_bytes(hidden_states.shape[0]))
+        arg = _ffi.arg
+        lib.layer_forward(self._handle, arg(hidden_states), arg(hidden_scale), arg(topk_ids),
+                          arg(topk_weights), arg(router_logits), arg(output), add,
+                          arg(tokens_per_expert), workspace)
+        return _ffi.give_back(hidden_states, output)
+
+    __call__ = forward

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bodies behind StageKernels, included once by each src/cpu/isa/stages_<level>.cpp and compiled
+// with that level's flags.
+#pragma once
+
+#include "cpu/lanes.h"
+#include "cpu/stage_kernels.h"
+
+namespace moesaic {
+namespace {
+
+// Closed switch over the float storages; calls f.template operator()<Storage>().
+template <typename Call>
+MOESAIC_LANE void with_storage(DType dtype, Call&& call) {
+  switch (dtype) {
+    case DType::kF16:
+      return call.template operator()<F16Storage>();
+    case DType::kBF16:
+      return call.template operator()<BF16Storage>();
+    default:
+      return call.template operator()<F32Storage>();
+  }
+}
+
+void widen_row(DType from, const void* src, std::int64_t n, float* dst) {
+  if (from == DType::kF8E4M3) {
+    const auto* p = static_cast<const std::uint8_t*>(src);
+    std::int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(dst + i, widen_e4m3(load<U8>(p + i)));
+    if (i < n) {
+      std::uint8_t tail[kWidth] = {};
+      std::memcpy(tail, p + i, static_cast<std::size_t>(n - i));
+      put_tail<F32Storage>(dst + i, widen_e4m3(load<U8>(tail)), n - i);
+    }
+    return;
+  }
+  with_storage(from, [&]<typename S>() {
+    const auto* p = static_cast<const typename S::Element*>(src);
+    std::int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(dst + i, S::get(p + i));
+    if (i < n) put_tail<F32Storage>(dst + i, get_tail<S>(p + i, n - i), n - i);
+  });
+}
+
+void narrow_row(DType to, const float* src, std::int64_t n, void* dst) {
+  with_storage(to, [&]<typename S>() {
+    auto* p = static_cast<typename S::Element*>(dst);
+    std::int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) S::put(p + i, load<F>(src + i));
+    if (i < n) put_tail<S>(p + i, get_tail<F32Storage>(src + i, n - i), n - i);
+  });
+}
+
+MOESAIC_LANE F rounded(const F& x, DType to) {
+  if (to == DType::kBF16) return widen_bf16(narrow_bf16(x));
+  if (to == DType::kF16) return widen_f16(narrow_f16(x));
+  return x;
+}
+
+void premultiply_row(DType round_to, float weight, const float* factor, std::int64_t n, float* x) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    F v = load<F>(x + i) * weight;
+    if (factor) v = v * load<F>(factor + i);
+    store(x + i, rounded(v, round_to));
+  }
+  if (i < n) {
+    F v = get_tail<F32Storage>(x + i, n - i) * weight;
+    if (factor) v = v * get_tail<F32Storage>(factor + i, n - i);
+    put_tail<F32Storage>(x + i, rounded(v, round_to), n - i);
+  }
+}
+
+float absmax_row(const float* x, std::int64_t n) {
+  // Magnitudes compare as integers; every NaN is above infinity and so survives.
+  U top{};
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const U a = bits(absolute(load<F>(x + i)));
+    top = a > top ? a : top;
+  }
+  if (i < n) {
+    const U a = bits(absolute(get_tail<F32Storage>(x + i, n - i)));
+    top = a > top ? a : top;
+  }
+  std::uint32_t lane[kWidth];
+  store(lane, top);
+  for (int l = 1; l < kWidth; ++l) lane[0] = lane[l] > lane[0] ? lane[l] : lane[0];
+  float result;
+  std::memcpy(&result, lane, sizeof result);
+  return result;
+}
+
+float finite_absmax_row(const float* x, std::int64_t n) {
+  F top{};
+  std::int64_t i = 0;
+  for (; i < n; i += kWidth) {
+    const F v = i + kWidth <= n ? load<F>(x + i) : get_tail<F32Storage>(x + i, n - i);
+    const F a = absolute(v);
+    top = maximum(bits(a) < 0x7f800000u ? a : F{}, top);
+  }
+  return largest(top);
+}
+
+void to_e4m3_row(const float* x, float inverse, std::int64_t n, std::uint8_t* out) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, narrow_e4m3(load<F>(x + i) * inverse));
+  if (i < n) {
+    std::uint8_t tail[kWidth];
+    store(tail, narrow_e4m3(get_tail<F32Storage>(x + i, n - i) * inverse));
+    std::memcpy(out + i, tail, static_cast<std::size_t>(n - i));
+  }
+}
+
+// Saturated to [-128, 127], NaN to 0, before the conversion: no lane overflows.
+MOESAIC_LANE F saturated(const F& v) {
+  const F clamped = minimum(maximum(v, splat(-128.0f)), splat(127.0f));
+  return v == v ? clamped : F{};
+}
+MOESAIC_LANE I8 nearest_i8(const F& scaled) {
+  const F v = saturated(scaled);
+  const I whole = __builtin_convertvector(v, I);         // toward zero
+  const F rest = v - __builtin_convertvector(whole, F);  // exact
+  const I up = rest >= 0.5f, down = rest <= -0.5f;       // -1 where true
+  return __builtin_convertvector(whole - up + down, I8);
+}
+MOESAIC_LANE I8 truncated_i8(const F& quotient) {
+  return __builtin_convertvector(__builtin_convertvector(saturated(quotient), I), I8);
+}
+
+void to_i8_row(const float* x, float inverse, std::int64_t n, std::int8_t* out) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, nearest_i8(load<F>(x + i) * inverse));
+  if (i < n) {
+    std::int8_t tail[kWidth];
+    store(tail, nearest_i8(get_tail<F32Storage>(x + i, n - i) * inverse));
+    std::memcpy(out + i, tail, static_cast<std::size_t>(n - i));
+  }
+}
+
+void to_i8_truncate_row(const float* x, float scale, std::int64_t n, std::int8_t* out) {
+  if (scale == 0.0f) {
+    std::memset(out, 0, static_cast<std::size_t>(n));
+    return;
+  }
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, truncated_i8(load<F>(x + i) / scale));
+  if (i < n) {
+    std::int8_t tail[kWidth];
+    store(tail, truncated_i8(get_tail<F32Storage>(x + i, n - i) / scale));
+    std::memcpy(out + i, tail, static_cast<std::size_t>(n - i));
+  }
+}
+
+void accumulate_row(DType from, const void* row, float weight, std::int64_t n, float* sum) {
+  with_storage(from, [&]<typename S>() {
+    const auto* p = static_cast<const typename S::Element*>(row);
+    std::int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(sum + i, load<F>(sum + i) + S::get(p + i) * weight);
+    if (i < n) {
+      const F v = get_tail<F32Storage>(sum + i, n - i) + get_tail<S>(p + i, n - i) * weight;
+      put_tail<F32Storage>(sum + i, v, n - i);
+    }
+  });
+}
+
+void multiply_row(float factor, std::int64_t n, float* x) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(x + i, load<F>(x + i) * factor);
+  if (i < n) put_tail<F32Storage>(x + i, get_tail<F32Storage>(x + i, n - i) * factor, n - i);
+}
+
+// kTokens x kExperts products at once: each keeps its own sixteen sums over the width in ascending
+// order, so a product's bits do not depend on which others run beside it.
+template <typename X, typename W, int kTokens, int kExperts>
+MOESAIC_LANE void dot_tile(const DotBlock& b, std::int64_t token, std::int64_t expert) {
+  const auto* x = static_cast<const typename X::Element*>(b.x) + token * b.x_stride;
+  const auto* w = static_cast<const typename W::Element*>(b.w) + expert * b.w_stride;
+  Sum sums[kTokens][kExperts];
+  std::int64_t h = 0;
+  for (; h + kLanes <= b.width; h += kLanes) {
+    for (std::int64_t p = 0; p < kParts; ++p) {
+      F column[kExperts];
+      for (int e = 0; e < kExperts; ++e) column[e] = W::get(w + e * b.w_stride + h + p * kWidth);
+      for (int t = 0; t < kTokens; ++t) {
+        const F row = X::get(x + t * b.x_stride + h + p * kWidth);
+        for (int e = 0; e < kExperts; ++e) sums[t][e].part[p] += row * column[e];
+      }
+    }
+  }
+  for (std::int64_t p = 0; h < b.width; ++p, h += kWidth) {
+    const std::int64_t n = b.width - h < kWidth ? b.width - h : kWidth;
+    for (int t = 0; t < kTokens; ++t) {
+      const F row = get_tail<X>(x + t * b.x_stride + h, n);
+      for (int e = 0; e < kExperts; ++e)
+        sums[t][e].part[p] += row * get_tail<W>(w + e * b.w_stride + h, n);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int e = 0; e < kExperts; ++e)
+      b.z[(token + t) * b.z_stride + expert + e] = total(sums[t][e]);
+}
+
+template <typename X, typename W, int kExperts>
+void dot_strip(const DotBlock& b, std::int64_t expert) {
+  std::int64_t t = 0;
+  for (; t + 4 <= b.tokens; t += 4) dot_tile<X, W, 4, kExperts>(b, t, expert);
+  for (; t < b.tokens; ++t) dot_tile<X, W, 1, kExperts>(b, t, expert);
+}
+
+void dots_block(const DotBlock& b) {
+  with_storage(b.x_dtype, [&]<typename X>() {
+    with_storage(b.w_dtype, [&]<typename W>() {
+      std::int64_t e = 0;
+      for (; e + 4 <= b.experts; e += 4) dot_strip<X, W, 4>(b, e);
+      for (; e < b.experts; ++e) dot_strip<X, W, 1>(b, e);
+    });
+  });
+}
+
+// p[i] = function(z[i]).
+template <typename Function>
+MOESAIC_LANE void map_row(const float* z, std::int64_t n, float* p, Function&& function) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(p + i, function(load<F>(z + i)));
+  if (i < n) put_tail<F32Storage>(p + i, function(get_tail<F32Storage>(z + i, n - i)), n - i);
+}
+
+float exponentials_row(const float* z, float subtract, std::int64_t n, float* p) {
+  map_row(
+      z, n,
+      p, [&](const F& v) __attribute__((always_inline)) { return exponential(v - subtract); });
+  Sum sum;
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) sum.part[i / kWidth % kParts] += load<F>(p + i);
+  if (i < n) sum.part[i / kWidth % kParts] += get_tail<F32Storage>(p + i, n - i);
+  return total(sum);
+}
+
+void sigmoids_row(const float* z, std::int64_t n, float* p) {
+  map_row(
+      z, n, p, [](const F& v) __attribute__((always_inline)) { return sigmoid(v); });
+}
+
+void sqrt_softplus_row(const float* z, std::int64_t n, float* p) {
+  map_row(
+      z, n, p, [](const F& v) __attribute__((always_inline)) { return softplus(v); });
+  for (std::int64_t i = 0; i < n; ++i) p[i] = __builtin_sqrtf(p[i]);
+}
+
+constexpr StageKernels kStages{
+    .widen = widen_row,
+    .narrow = narrow_row,
+    .premultiply = premultiply_row,
+    .absmax = absmax_row,
+    .finite_absmax = finite_absmax_row,
+    .to_e4m3 = to_e4m3_row,
+    .to_i8 = to_i8_row,
+    .to_i8_truncate = to_i8_truncate_row,
+    .accumulate = accumulate_row,
+    .multiply = multiply_row,
+    .dots = dots_block,
+    .exponentials = exponentials_row,
+    .sigmoids = sigmoids_row,
+    .sqrt_softplus = sqrt_softplus_row,
+};
+
+}  // namespace
+}  // namespace moesaic

@@ -66,7 +66,11 @@ double a_scale(const GroupedGemmArgs& args, const Work& w, std::int64_t group) {
 GroupedOutput grouped_gemm(const GroupedGemmArgs& args, const Choices& choices) {
   const bool batched = args.batched.num_tokens.defined();
   const std::int64_t k = args.a.shape[args.a.rank - 1], n = args.b.weight.shape[1];
-  const WeightSpec spec = weight_spec(args.quant, args.b.weight.shape[0], n, k, args.a.dtype, args.c.dtype);
+  // Float activations that come with a scale: it is the static one of a per-tensor scheme.
+  QuantSpec quant = args.quant;
+  if (is_float(args.a.dtype) && args.a_scale.defined() && quant.act_scale == ActScale::kDefault)
+    quant.act_scale = ActScale::kTensorStatic;
+  const WeightSpec spec = weight_spec(quant, args.b.weight.shape[0], n, k, args.a.dtype, args.c.dtype);
   std::int64_t rows = 1;
   for (int d = 0; d + 1 < args.c.rank; ++d) rows *= args.c.shape[static_cast<std::size_t>(d)];
   GroupedOutput out{.n = n,

@@ -3,7 +3,7 @@
 find_package(GTest REQUIRED)
 # Tests that compare with PyTorch and transformers run this interpreter (the environment variable
 # MOESAIC_PYTHON); where it does not exist they skip and say so.
-set(MOESAIC_PYTHON ${PROJECT_SOURCE_DIR}/.venv/bin/python CACHE FILEPATH "Python with torch and transformers, for tests")
+set(MOESAIC_TEST_PYTHON ${PROJECT_SOURCE_DIR}/.venv/bin/python CACHE FILEPATH "Python with torch and transformers, for tests")
 function(moesaic_test source)
   get_filename_component(stem ${source} NAME_WE)
   add_executable(${stem} ${source})
@@ -15,7 +15,7 @@ function(moesaic_test source)
   target_link_libraries(${stem} PRIVATE moesaic_internal GTest::gtest GTest::gtest_main)
   target_link_options(${stem} PRIVATE ${MOESAIC_EXE_LINK})
   add_test(NAME ${stem} COMMAND ${stem})
-  set_tests_properties(${stem} PROPERTIES ENVIRONMENT "MOESAIC_PYTHON=${MOESAIC_PYTHON}")
+  set_tests_properties(${stem} PROPERTIES ENVIRONMENT "MOESAIC_PYTHON=${MOESAIC_TEST_PYTHON}")
 endfunction()
 file(GLOB MOESAIC_TEST_SOURCES CONFIGURE_DEPENDS tests/*_test.cpp)
 foreach(source IN LISTS MOESAIC_TEST_SOURCES)

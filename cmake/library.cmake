@@ -5,8 +5,10 @@ file(GLOB MOESAIC_SOURCES CONFIGURE_DEPENDS
 # One translation unit per ISA level: src/cpu/isa/<stem>_<level>.cpp is compiled with that level's
 # flags and entered only after cpuid said so. GCC 12: name the features, not -march=znver4.
 file(GLOB MOESAIC_ISA_SOURCES CONFIGURE_DEPENDS src/cpu/isa/*.cpp)
-set(MOESAIC_ISA_scalar "")
-set(MOESAIC_ISA_avx2 -mavx2 -mfma -mf16c)
+# -Wno-...: vectors passed between inlined functions have no ABI; GCC 12's own AVX-512 header trips
+# -Wuninitialized.
+set(MOESAIC_ISA_scalar -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
+set(MOESAIC_ISA_avx2 ${MOESAIC_ISA_scalar} -mavx2 -mfma -mf16c)
 set(MOESAIC_ISA_avxvnni ${MOESAIC_ISA_avx2} -mavxvnni)
 set(MOESAIC_ISA_avx512 ${MOESAIC_ISA_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
 set(MOESAIC_ISA_avx512_vnni ${MOESAIC_ISA_avx512} -mavx512vnni -mavx512vbmi)

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped product: cuts tiles x columns into strips and hands them to the ISA level's kernel.
+#include "cpu/gemm.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/thread_pool.h"
+#include "moesaic/runtime.h"
+
+namespace moesaic {
+namespace {
+
+bool is_live(const RowMap& rows, std::int64_t position) {
+  if (position < 0 || position >= rows.positions) return false;
+  if (rows.row_slot == nullptr) return true;
+  const std::int64_t slot = rows.row_slot[position];
+  return slot >= 0 && slot < rows.slot_count;
+}
+
+// A filtered tile: its live rows become zero, in the columns of this strip.
+void zero_rows(const GemmStage& stage, const Tile& tile, std::int64_t first, std::int64_t count) {
+  const Tensor& c = stage.c;
+  const auto element = static_cast<std::int64_t>(size_of(c.dtype));
+  const std::int64_t stride = c.strides[c.rank - 1] * element;
+  const std::int64_t columns = c.shape[c.rank - 1];
+  for (std::int64_t i = 0; i < tile.rows; ++i) {
+    const std::int64_t position = tile.first + i;
+    if (!is_live(stage.rows, position)) continue;
+    std::byte* row = row_of(c, row_index(stage.rows, stage.c_row, stage.top_k, position), element);
+    for (std::int64_t n = first; n < std::min(first + count, columns); ++n)
+      std::memset(row + n * stride, 0, static_cast<std::size_t>(element));
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<PackedWeights> make_packed_cpu(const WeightSpec& spec) {
+  return std::make_unique<PackedCpu>(spec);
+}
+
+std::size_t gemm_scratch_bytes_cpu(const WeightSpec&, std::int64_t) { return 0; }
+
+void gemm_cpu(const GemmStage& stage) {
+  const WeightSpec& spec = stage.b->spec;
+  const auto* packed = static_cast<const PackedCpu*>(stage.b->packed);
+  // A plain operand's layout is only a plan here: nothing is packed but parts on the stack.
+  const PackLayout layout = packed != nullptr ? packed->layout() : pack_layout(spec);
+  const CpuKernels& kernels = packed != nullptr ? packed->kernels() : cpu_kernels();
+  const GemmCall call{.stage = &stage, .spec = &spec, .layout = &layout, .packed = packed};
+  const std::int64_t tiles = std::clamp<std::int64_t>(*stage.rows.num_tiles, 0, stage.rows.max_tiles);
+  if (tiles == 0 || layout.tiles == 0) return;
+
+  // Wide strips convert a row of A less often; narrow ones feed more threads. The bits do not depend
+  // on it.
+  const std::int64_t enough = std::int64_t{num_threads()} * 8;
+  const std::int64_t width =
+      std::clamp<std::int64_t>(tiles * layout.tiles / enough, 1, kStripTiles);
+  const std::int64_t strips = (layout.tiles + width - 1) / width;
+  const std::int64_t columns = spec.gated ? kTileCols / 2 : kTileCols;
+  parallel_for(tiles * strips, [&](std::int64_t task) {
+    const Tile& tile = stage.rows.tiles[task / strips];
+    Strip strip{.expert = tile.expert, .first_tile = task % strips * width};
+    strip.tiles = std::min(width, layout.tiles - strip.first_tile);
+    if (tile.expert < 0 || tile.expert >= spec.experts) {
+      zero_rows(stage, tile, strip.first_tile * columns, strip.tiles * columns);
+      return;
+    }
+    std::int64_t positions[kStripRows];
+    strip.positions = positions;
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
+      if (is_live(stage.rows, tile.first + i)) positions[strip.rows++] = tile.first + i;
+      if (strip.rows == kStripRows || (i + 1 == tile.rows && strip.rows > 0)) {
+        kernels.strip(call, strip);
+        strip.rows = 0;
+      }
+    }
+  });
+}
+
+}  // namespace moesaic

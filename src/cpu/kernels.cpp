@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which ISA level runs: asked of the processor once, overridden by name.
+#include "cpu/kernels.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/gemm.h"
+
+namespace moesaic {
+namespace {
+
+// Ascending. A level needs everything its translation unit is compiled with.
+std::vector<const CpuKernels*> detect() {
+  std::vector<const CpuKernels*> levels{&kCpuScalar};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const auto add = [&](bool has, const CpuKernels& kernels) {
+    if (has) levels.push_back(&kernels);
+    return has;
+  };
+  // F16C has no name in GCC 12's __builtin_cpu_supports; every AVX2 processor has it.
+  bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  has = add(has, kCpuAvx2) && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq");
+  has = add(has, kCpuAvx512) && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vbmi");
+  has = add(has, kCpuAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
+  add(has, kCpuAvx512Bf16);
+#endif
+  return levels;
+}
+const std::vector<const CpuKernels*>& levels() {
+  static const std::vector<const CpuKernels*> instance = detect();
+  return instance;
+}
+
+const CpuKernels* find(std::string_view source, std::string_view level) {
+  if (level.empty()) return levels().back();
+  std::string known;
+  for (const CpuKernels* kernels : levels()) {
+    if (kernels->name == level) return kernels;
+    known += (known.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  unsupported(std::string(source) + ": this machine has no kernels named '" + std::string(level) +
+              "'; it has: " + known);
+}
+
+std::atomic<const CpuKernels*> chosen{nullptr};
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  if (const CpuKernels* kernels = chosen.load(std::memory_order_acquire)) return *kernels;
+  static const CpuKernels* const by_default = [] {
+    const char* level = std::getenv("MOESAIC_CPU_ISA");
+    return find("MOESAIC_CPU_ISA", level == nullptr ? "" : level);
+  }();
+  return *by_default;
+}
+
+void set_cpu_kernels(std::string_view level) {
+  chosen.store(find("set_kernels", level), std::memory_order_release);
+}
+
+std::vector<std::string> available_cpu_kernels() {
+  std::vector<std::string> names;
+  for (const CpuKernels* kernels : levels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+std::string_view cpu_kernels_name() { return cpu_kernels().name; }
+
+}  // namespace moesaic

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the pieces of an ISA level's kernel hand to each other. The strip_*.h headers are the generic
+// code of the levels: each src/cpu/isa/gemm_<level>.cpp includes them once, and everything in them has
+// internal linkage, so that code compiled for one level can never be linked into another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "numeric.h"
+
+namespace moesaic {
+namespace {
+
+// What a level multiplies. A row of A is a run of 32-bit units in either case.
+enum class Compute : std::uint8_t {
+  kF32,   // fused multiply-add of fp32; unit: one f32
+  kB16,   // vdpbf16ps; unit: two bf16
+  kByte,  // u8 weights x s8 activations, summed as int32; unit: four bytes
+};
+
+// What a packed number means.
+enum class Code : std::uint8_t {
+  kF32,
+  kF16,
+  kB16,
+  kE4M3,
+  kByte,        // b - 128
+  kByteZero,    // b - zero point
+  kNibble,      // through a table of 16 values: int4 - 8, or e2m1
+  kNibbleZero,  // q - zero point
+  kByteQuad,    // integers as they are
+  kNibbleQuad,
+};
+
+// One segment (or part of one) of one tile.
+struct Segment {
+  Code code = Code::kF32;
+  const std::uint8_t* data = nullptr;
+  std::int64_t steps = 0;
+  const std::uint8_t* zero = nullptr;  // [64], kByteZero and kNibbleZero
+  bool e2m1 = false;                   // kNibble's table
+};
+
+enum class Begin : std::uint8_t { kZero, kRaw };        // sums start at 0, or go on
+enum class End : std::uint8_t { kRaw, kFirst, kAdd };   // sums are kept, or scaled into the total
+
+// Some rows of A against one segment.
+struct Panel {
+  const std::uint32_t* a = nullptr;
+  std::int64_t a_stride = 0;   // units between rows
+  std::int64_t rows = 0;
+  float* total = nullptr;      // [rows][64] at c_stride
+  float* raw = nullptr;        // same shape; int32 for Compute::kByte
+  std::int64_t c_stride = 0;
+  Begin begin = Begin::kZero;
+  End end = End::kRaw;
+  const float* scale = nullptr;            // [64], or none
+  const float* const* row_scale = nullptr; // of each row, or none; element row_scale_at
+  std::int64_t row_scale_at = 0;
+  const std::int32_t* zero = nullptr;      // Compute::kByte: [64] zero points,
+  const std::int32_t* row_sum = nullptr;   // and the sum of each row's activations
+  std::int64_t row_sum_stride = 0;
+};
+
+inline constexpr std::int64_t kPanelRows = 6;  // 6 rows x 4 registers of sums
+inline constexpr std::int64_t kFusedRows = 4;  // up to here weights are unpacked in registers
+
+constexpr float kNibbleInt4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+}  // namespace
+}  // namespace moesaic

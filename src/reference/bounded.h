@@ -64,7 +64,7 @@ inline double round_to(DType dtype, double v) {
 // smallest subnormal.
 inline double rounding_error(DType dtype, double v) {
   switch (dtype) {
-    case DType::kBF16: return std::abs(v) * 0x1p-9 + 0x1p-134;
+    case DType::kBF16: return std::abs(v) * 0x1p-8 + 0x1p-134;
     case DType::kF16: return std::abs(v) * 0x1p-11 + 0x1p-25;
     default: return std::abs(v) * kUnit + 0x1p-126;  // an FPU may flush subnormals
   }

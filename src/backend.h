@@ -122,9 +122,15 @@ struct QuantizeStage {
   void* scratch = nullptr;               // quantize_scratch_bytes
 };
 
+// Whether the tile list was complete before the stage in front of this one began. A backend whose kernels
+// overlap may then read it, and fetch weights, while that stage still runs. (GEMM2 of a layer: the stage in
+// front is GEMM1 or the activation, and align came before that.)
+enum class TileAge : std::uint8_t { kNew, kSettled };
+
 // The grouped product, with gather before and everything element-wise behind.
 struct GemmStage {
   RowMap rows;
+  TileAge tile_age = TileAge::kNew;
   Tensor a;                      // [*, K] of spec.act_dtype; unit inner stride
   ActScaleView a_scale;
   RowOf a_row = RowOf::kPosition;

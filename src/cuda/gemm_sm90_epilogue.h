@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+// From fp32 accumulators to rows of C: scale, bias, activation, row weight, cast, in this order, and the
+// transposition (an accumulator has weight rows across lanes, C has them along a row).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/gemm_sm90_schedule.h"
+#include "cuda/ptx_sm90.h"
+
+namespace moesaic::cuda::sm90 {
+
+__device__ __forceinline__ float load_small(const void* data, OutType type, std::int64_t index) {
+  if (type == OutType::kBF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+  if (type == OutType::kF16) return __half2float(static_cast<const __half*>(data)[index]);
+  return static_cast<const float*>(data)[index];
+}
+
+__device__ __forceinline__ std::uint32_t pack16(OutType type, float low, float high) {
+  if (type == OutType::kBF16) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&v);
+  }
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&v);
+}
+
+__device__ __forceinline__ void store_element(const Params& p, std::int64_t at, float v) {
+  if (p.c_type == OutType::kF32) static_cast<float*>(p.c)[at] = v;
+  else if (p.c_type == OutType::kBF16) static_cast<__nv_bfloat16*>(p.c)[at] = __float2bfloat16_rn(v);
+  else static_cast<__half*>(p.c)[at] = __float2half_rn(v);
+}
+
+// Slot of a position that holds a live row, else -1: padding of a sorted list, or a hostile value.
+__device__ __forceinline__ std::int64_t slot_of(const Params& p, std::int64_t position) {
+  if (p.rows.row_slot == nullptr) return position;
+  const std::int64_t slot = __ldcg(p.rows.row_slot + position);
+  return slot >= 0 && slot < p.rows.slot_count ? slot : -1;
+}
+__device__ __forceinline__ std::int64_t row_of(const Params& p, RowOf rule, std::int64_t position,
+                                               std::int64_t slot) {
+  if (rule == RowOf::kPosition) return position;
+  return rule == RowOf::kSlot ? slot : slot / p.top_k;
+}
+
+// The weight row behind row i of task row_task's matrix, as the tensor map arranges them.
+__device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task, int i) {
+  const std::int64_t first = static_cast<std::int64_t>(row_task) * p.task_rows;
+  if (!p.gated) return first + i;
+  const std::int64_t output = (first + i) / 16 * 8 + i % 8;
+  const int half = i / 8 % 2;
+  return p.interleaved ? 2 * output + half : output + half * p.columns;
+}
+
+template <typename S>
+class Epilogue {
+ public:
+  static constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks;
+
+  __device__ Epilogue(const Params& p, unsigned char* shared, int warpgroup)
+      : p_(p), shared_(shared), warpgroup_(warpgroup), thread_(threadIdx.x % 128),
+        lane_(threadIdx.x % 32), warp_(thread_ / 32) {}
+
+  // Before the main loop: starts the loads whose latency it hides.
+  __device__ void begin(const Task& task) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int token = thread_ + i * 128;
+      slot_[i] = token < task.rows ? slot_of(p_, task.first + token) : -1;
+    }
+  }
+
+  __device__ void finish(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
+    prepare(task);
+    const bool fused = p_.activates;
+    if (p_.store == StorePath::kMatrix && !fused) {
+      store_matrix<Activation::kIdentity>(task, sum, {});
+    } else if (p_.store == StorePath::kMatrix && p_.activation.kind == Activation::kSwiglu) {
+      store_matrix<Activation::kSwiglu>(task, sum, {});
+    } else if (p_.store == StorePath::kMatrix && p_.activation.kind == Activation::kSwigluOai) {
+      store_matrix<Activation::kSwigluOai>(task, sum, p_.activation.terms(task.expert));
+    } else {
+      store_staged(task, sum);
+    }
+  }
+
+  // A filtered tile: rows of zeros.
+  __device__ void zeros(const Task& task) {
+    const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
+    const std::int64_t first = (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
+    for (int token = warp_; token < task.rows; token += 4) {
+      const std::int64_t position = task.first + token, slot = slot_of(p_, position);
+      if (slot < 0) continue;
+      const std::int64_t row = p_.c_rows(row_of(p_, p_.c_row, position, slot));
+      for (int i = lane_; i < width && first + i < p_.columns; i += 32) {
+        store_element(p_, row + (first + i) * p_.c_column, 0.0f);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSlots = (kTokens + 127) / 128;
+
+  // --- shared memory of this warpgroup ---
+  __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
+  __device__ std::int64_t* offsets() const {
+    return reinterpret_cast<std::int64_t*>(shared_ + 2 * S::kBufferBytes);
+  }
+  __device__ float2* factors() const {  // before the bias, behind everything
+    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes + kTokens * 8);
+  }
+  __device__ float2* row_terms() const {  // factor, bias
+    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes + kTokens * 16);
+  }
+  __device__ void sync() const {
+    if (S::kWarpgroups == 1 || warpgroup_ == 0) ptx::warpgroup_sync<1>();
+    else ptx::warpgroup_sync<2>();
+  }
+
+  __device__ void prepare(const Task& task) {
+    const bool row_scaled = p_.weight_scale != nullptr && !p_.block_scaled;
+    const bool token_scaled = p_.a_scale != nullptr && !p_.block_scaled;
+    const float alpha = p_.alpha ? p_.alpha[task.expert] : 1.0f;
+    float2 row{alpha, 0.0f};
+    if (thread_ < kBlocks * 64) {
+      const std::int64_t n = weight_row(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
+      const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
+      if (n < rows) {
+        if (row_scaled) {
+          row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
+        }
+        if (p_.bias.data) {
+          row.y = load_small(p_.bias.data, p_.bias.type,
+                             task.expert * p_.bias.expert_stride + n * p_.bias.stride);
+        }
+      }
+    }
+    sync();  // nobody reads the previous task's tables any more
+    if (thread_ < kBlocks * 64) row_terms()[thread_] = row;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int token = thread_ + i * 128;
+      if (kTokens % 128 != 0 && token >= kTokens) break;
+      std::int64_t offset = -1;
+      float2 factor{1.0f, 1.0f};
+      if (slot_[i] >= 0) {
+        const std::int64_t position = task.first + token;
+        offset = p_.c_rows(row_of(p_, p_.c_row, position, slot_[i]));
+        if (token_scaled) {
+          factor.x = p_.a_scale[row_of(p_, p_.a_row, position, slot_[i]) * p_.a_scale_row +
+                                task.expert * p_.a_scale_expert];
+        }
+        if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
+      }
+      offsets()[token] = offset;
+      factors()[token] = factor;
+    }
+    sync();
+  }
+
+  // First column of C that block b of this warpgroup makes, and the first that is not this task's.
+  __device__ std::int64_t column(const Task& task, int b) const {
+    const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p_.task_rows +
+                             (warpgroup_ * kBlocks + b) * 64;
+    return p_.gated ? row / 2 : row;
+  }
+  __device__ std::int64_t limit(const Task& task) const {
+    const std::int64_t rows = static_cast<std::int64_t>(task.row_task + 1) * p_.task_rows;
+    const std::int64_t end = p_.gated ? rows / 2 : rows;
+    return end < p_.columns ? end : p_.columns;
+  }
+
+  // Four sums of block b: rows g, g + 8 and tokens 2q, 2q + 1 of group j.
+  struct Quad {
+    float v[4];
+    float post[2];
+  };
+  __device__ Quad scaled(const float (&sum)[kTokens / 2], int j, float2 low, float2 high) const {
+    const int token = 8 * j + 2 * (lane_ % 4);
+    const float4 f = *reinterpret_cast<const float4*>(factors() + token);  // of two tokens
+    return {{fmaf(sum[4 * j], low.x * f.x, low.y), fmaf(sum[4 * j + 1], low.x * f.z, low.y),
+             fmaf(sum[4 * j + 2], high.x * f.x, high.y), fmaf(sum[4 * j + 3], high.x * f.z, high.y)},
+            {f.y, f.w}};
+  }
+
+  // 16-bit C whose rows are contiguous and aligned. Everything happens in registers, two tokens are
+  // packed and transposed by stmatrix; then 64 or 128 bytes of each token leave in 16-byte stores.
+  template <Activation kKind>
+  __device__ void store_matrix(const Task& task, float (&sum)[kBlocks][kTokens / 2],
+                               const ActivationTerms& terms) {
+    constexpr bool kGated = is_gated(kKind);
+    constexpr int kChunk = kTokens < 32 ? kTokens : 32;
+    constexpr int kUnits = kGated ? 4 : 8;  // of 16 bytes, per token
+    const std::int64_t end = limit(task);
+    const int g = lane_ / 4;
+    const bool swap = p_.up_first;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const std::int64_t first = column(task, b);
+      const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
+      const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
+#pragma unroll
+      for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
+        if (chunk * kChunk < task.rows) {
+          unsigned char* const out = buffer((b * (kTokens / kChunk) + chunk) & 1);
+          // Lane l stores row l % 8 of matrix l / 8; matrices: token octets (and, ungated, rows + 8).
+          const int octet = kGated ? lane_ / 8 % 2 : lane_ / 16;
+          const int unit = kGated ? warp_ : warp_ * 2 + lane_ / 8 % 2;
+          const std::uint32_t at = ptx::shared_address(out) + (octet * 8 + lane_ % 8) * S::kPitch + unit * 16;
+#pragma unroll
+          for (int pair = 0; pair < kChunk / 16; ++pair) {
+            std::uint32_t packed[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const Quad x = scaled(sum[b], chunk * (kChunk / 8) + pair * 2 + half, low, high);
+              if constexpr (kGated) {
+                const float even = activate<kKind>(swap ? x.v[2] : x.v[0], swap ? x.v[0] : x.v[2], terms);
+                const float odd = activate<kKind>(swap ? x.v[3] : x.v[1], swap ? x.v[1] : x.v[3], terms);
+                packed[half] = pack16(p_.c_type, even * x.post[0], odd * x.post[1]);
+              } else {
+                packed[2 * half] = pack16(p_.c_type, x.v[0] * x.post[0], x.v[1] * x.post[1]);
+                packed[2 * half + 1] = pack16(p_.c_type, x.v[2] * x.post[0], x.v[3] * x.post[1]);
+              }
+            }
+            const std::uint32_t dst = at + pair * 16 * S::kPitch;
+            if constexpr (kGated) {
+              ptx::store_matrix_x2_transposed(dst, packed[0], packed[1]);
+            } else {
+              ptx::store_matrix_x4_transposed(dst, packed[0], packed[1], packed[2], packed[3]);
+            }
+          }
+          sync();
+#pragma unroll
+          for (int i = thread_; i < kChunk * kUnits; i += 128) {
+            const int token = i / kUnits, part = i % kUnits;
+            const std::int64_t offset = offsets()[chunk * kChunk + token];
+            if (offset >= 0 && first + part * 8 < end) {
+              const uint4 v = *reinterpret_cast<const uint4*>(out + token * S::kPitch + part * 16);
+              *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) + 2 * (offset + first + part * 8)) = v;
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Everything else: fp32 through shared memory, 16 tokens at a time, so that the code behind it is a
+  // short loop that takes any activation, output type and stride.
+  __device__ void store_staged(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
+    constexpr int kPitch = 68;  // floats per token: lanes of a warp write to 32 different banks
+    static_assert(16 * kPitch * 4 <= S::kBufferBytes);
+    const int g = lane_ / 4, q = lane_ % 4;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
+      const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
+      for (int chunk = 0; chunk * 16 < task.rows; ++chunk) {
+        float* const out = reinterpret_cast<float*>(buffer((b * (kTokens / 16) + chunk) & 1));
+        // Registers have no index: only their store is unrolled, not what comes behind it.
+#pragma unroll
+        for (int c = 0; c < kTokens / 16; ++c) {
+          if (c == chunk) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const Quad x = scaled(sum[b], c * 2 + half, low, high);
+              float* const at = out + (half * 8 + 2 * q) * kPitch + warp_ * 16 + g;
+              at[0] = x.v[0];
+              at[kPitch] = x.v[1];
+              at[8] = x.v[2];
+              at[kPitch + 8] = x.v[3];
+            }
+          }
+        }
+        sync();
+        write_out(task, out, kPitch, chunk * 16, column(task, b));
+        sync();
+      }
+    }
+  }
+
+  // 16 tokens x 64 rows (32 columns when gated) of finished sums, four columns at a time.
+  __device__ void write_out(const Task& task, const float* in, int pitch, int first_token,
+                            std::int64_t first) {
+    const int quads = p_.gated ? 8 : 16;  // per token
+    const std::int64_t end = limit(task);
+    const ActivationTerms terms = p_.activates ? p_.activation.terms(task.expert) : ActivationTerms{};
+    for (int i = thread_; i < 16 * quads; i += 128) {
+      const int token = i / quads, quad = i % quads;
+      const std::int64_t offset = offsets()[first_token + token];
+      const std::int64_t n = first + quad * 4;
+      if (offset < 0 || n >= end) continue;
+      // Gated: 8 rows of gate, 8 of up, and so on (up_first: the other way round).
+      const float* const x = in + token * pitch + (p_.gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4);
+      const float4 one = *reinterpret_cast<const float4*>(x);
+      const float4 two = p_.gated ? *reinterpret_cast<const float4*>(x + 8) : one;
+      const float4 gate = p_.up_first ? two : one, up = p_.up_first ? one : two;
+      float v[4] = {gate.x, gate.y, gate.z, gate.w};
+      if (p_.activates) {
+        with_activation(p_.activation.kind, [&](auto kind) {
+          v[0] = activate<decltype(kind)::value>(gate.x, up.x, terms);
+          v[1] = activate<decltype(kind)::value>(gate.y, up.y, terms);
+          v[2] = activate<decltype(kind)::value>(gate.z, up.z, terms);
+          v[3] = activate<decltype(kind)::value>(gate.w, up.w, terms);
+        });
+      }
+      const float post = factors()[first_token + token].y;
+#pragma unroll
+      for (float& e : v) e *= post;
+      if (p_.store == StorePath::kScalar) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (n + e < end) store_element(p_, offset + (n + e) * p_.c_column, v[e]);
+        }
+      } else if (p_.c_type == OutType::kF32) {
+        *reinterpret_cast<float4*>(static_cast<float*>(p_.c) + offset + n) = {v[0], v[1], v[2], v[3]};
+      } else {
+        *reinterpret_cast<uint2*>(static_cast<char*>(p_.c) + 2 * (offset + n)) = {
+            pack16(p_.c_type, v[0], v[1]), pack16(p_.c_type, v[2], v[3])};
+      }
+    }
+  }
+
+  const Params& p_;
+  unsigned char* shared_;
+  int warpgroup_, thread_, lane_, warp_;
+  std::int64_t slot_[kSlots];
+};
+
+}  // namespace moesaic::cuda::sm90

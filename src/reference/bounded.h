@@ -60,13 +60,15 @@ inline double round_to(DType dtype, double v) {
   if (dtype == DType::kF16) return f16_to_float(float_to_f16(f));
   return f;
 }
-// How far rounding to `dtype` moves a number of magnitude up to `v`: half an ulp, or half the
-// smallest subnormal.
+// How far rounding to `dtype` moves a number of magnitude up to `v`: half of its last place. bf16 has
+// 8 significant bits, f16 has 11, and f16's subnormals end at 2^-24.
 inline double rounding_error(DType dtype, double v) {
+  const double magnitude = std::abs(v);
+  const int exponent = magnitude > 0x1p-126 ? std::ilogb(magnitude) : -126;
   switch (dtype) {
-    case DType::kBF16: return std::abs(v) * 0x1p-8 + 0x1p-134;
-    case DType::kF16: return std::abs(v) * 0x1p-11 + 0x1p-25;
-    default: return std::abs(v) * kUnit + 0x1p-126;  // an FPU may flush subnormals
+    case DType::kBF16: return std::ldexp(1.0, exponent - 8);
+    case DType::kF16: return std::ldexp(1.0, std::max(exponent, -14) - 11);
+    default: return std::ldexp(1.0, exponent - 24) + 0x1p-126;  // an FPU may flush subnormals
   }
 }
 // Rounding a bounded value. When the whole interval rounds to one number the result is exact;

@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: Apache-2.0
+// Routing on the CPU: against the routers of the transformers library, against the float64 model,
+// and on logits that somebody chose to hurt.
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "reference/routing.h"
+#include "stage_testing.h"
+
+namespace moesaic {
+namespace {
+
+using harness::HostTensor;
+using testing::for_each_level;
+using testing::for_each_thread_count;
+using testing::random_tensor;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Result {
+  std::vector<std::int32_t> ids;
+  std::vector<float> weights;
+  std::int64_t top_k = 0;
+  friend bool operator==(const Result& a, const Result& b) {
+    return a.ids == b.ids &&
+           std::memcmp(a.weights.data(), b.weights.data(), a.weights.size() * sizeof(float)) == 0;
+  }
+};
+
+Result run(RouteArgs args, std::int64_t tokens, std::int64_t top_k) {
+  Result r{.ids = testing::poisoned<std::int32_t>(tokens * top_k),
+           .weights = testing::poisoned<float>(tokens * top_k),
+           .top_k = top_k};
+  args.topk_ids = Tensor::contiguous(r.ids.data(), DType::kI32, {tokens, top_k});
+  args.topk_weights = Tensor::contiguous(r.weights.data(), DType::kF32, {tokens, top_k});
+  const std::int64_t experts =
+      args.logits.defined() ? args.logits.shape[1] : args.router.weight.shape[0];
+  const WorkspaceBuffer workspace({}, route_workspace_bytes(tokens, experts));
+  args.workspace = workspace.view();
+  route(args);
+  return r;
+}
+Result run_logits(const RoutingSpec& spec, const std::vector<std::vector<float>>& z,
+                  std::int64_t top_k, const RouterWeights& router = {}) {
+  std::vector<float> flat;
+  for (const auto& row : z) flat.insert(flat.end(), row.begin(), row.end());
+  const auto tokens = static_cast<std::int64_t>(z.size());
+  const auto experts = static_cast<std::int64_t>(z[0].size());
+  return run({.spec = spec,
+              .logits = Tensor::contiguous(flat.data(), DType::kF32, {tokens, experts}),
+              .router = router},
+             tokens, top_k);
+}
+
+std::vector<std::int32_t> ids_of(const Result& r, std::int64_t token) {
+  return {r.ids.begin() + token * r.top_k, r.ids.begin() + (token + 1) * r.top_k};
+}
+
+// --- the transformers library
+// -----------------------------------------------------------------------
+
+RoutingSpec spec_of(const nlohmann::json& j) {
+  RoutingSpec s{.method = parse_routing(j.at("method").get<std::string>())};
+  s.scale = j.value("scale", s.scale);
+  s.groups = j.value("groups", s.groups);
+  s.topk_groups = j.value("topk_groups", s.topk_groups);
+  s.jitter = j.value("jitter", s.jitter);
+  s.sum_floor = j.value("sum_floor", s.sum_floor);
+  const std::string renormalize = j.value("renormalize", "default");
+  if (renormalize != "default")
+    s.renormalize = renormalize == "always" ? Renormalize::kAlways : Renormalize::kNever;
+  return s;
+}
+HostTensor tensor_of(const nlohmann::json& rows) {
+  std::vector<std::int64_t> shape{static_cast<std::int64_t>(rows.size())};
+  std::vector<float> flat;
+  if (rows[0].is_array()) {
+    shape.push_back(static_cast<std::int64_t>(rows[0].size()));
+    for (const auto& row : rows)
+      for (const auto& v : row) flat.push_back(v.get<float>());
+  } else {
+    for (const auto& v : rows) flat.push_back(v.get<float>());
+  }
+  HostTensor t(DType::kF32, shape);
+  std::copy(flat.begin(), flat.end(), t.as<float>());
+  return t;
+}
+
+TEST(RouteGolden, ChoosesWhatTheModelsThemselvesChoose) {
+  std::ifstream file(MOESAIC_SOURCE_DIR "/tests/golden/routing.json");
+  const nlohmann::json golden = nlohmann::json::parse(file);
+  ASSERT_GE(golden.at("cases").size(), 15u);
+  for_each_level([&] {
+    for (const auto& c : golden.at("cases")) {
+      SCOPED_TRACE(c.at("name").get<std::string>());
+      const HostTensor x = tensor_of(c.at("hidden_states")), w = tensor_of(c.at("weight"));
+      HostTensor bias, selection_bias;
+      if (c.contains("bias")) bias = tensor_of(c.at("bias"));
+      if (c.contains("selection_bias")) selection_bias = tensor_of(c.at("selection_bias"));
+      const auto& ids = c.at("ids");
+      const auto tokens = static_cast<std::int64_t>(ids.size());
+      const auto top_k = static_cast<std::int64_t>(ids[0].size());
+      const Result r = run({.spec = spec_of(c.at("spec")),
+                            .hidden_states = x.view(),
+                            .router = {.weight = w.view(),
+                                       .bias = bias.view(),
+                                       .selection_bias = selection_bias.view()}},
+                           tokens, top_k);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t j = 0; j < top_k; ++j) {
+          const auto expected = ids[t][j].get<std::int32_t>();
+          const auto chosen = ids_of(r, t);
+          const auto at = std::find(chosen.begin(), chosen.end(), expected);
+          ASSERT_NE(at, chosen.end()) << "token " << t << " misses expert " << expected;
+          const float weight =
+              r.weights[static_cast<std::size_t>(t * top_k + (at - chosen.begin()))];
+          const auto theirs = c.at("weights")[t][j].get<float>();
+          EXPECT_NEAR(weight, theirs, 1e-6f + 2e-5f * std::abs(theirs)) << "token " << t;
+        }
+      }
+    }
+  });
+}
+
+// --- the float64 model
+// --------------------------------------------------------------------------------
+
+struct Shape {
+  std::int64_t experts, top_k;
+  int groups = 1, topk_groups = 1;
+};
+
+std::vector<RoutingSpec> all_specs(const Shape& shape) {
+  std::vector<RoutingSpec> specs;
+  for (int m = 0; m < kNumRoutingMethods; ++m) {
+    const auto method = static_cast<RoutingMethod>(m);
+    if (method == RoutingMethod::kLlama4 && shape.top_k != 1) continue;
+    if (method == RoutingMethod::kSparseMixer && shape.top_k != 2) continue;
+    for (const auto renormalize :
+         {Renormalize::kDefault, Renormalize::kNever, Renormalize::kAlways}) {
+      // What dividing raw logits or a sparse mixture means, no model says.
+      if (renormalize != Renormalize::kDefault &&
+          (method == RoutingMethod::kTopK || method == RoutingMethod::kSparseMixer))
+        continue;
+      RoutingSpec s{.method = method, .renormalize = renormalize, .scale = 1.75f};
+      if (method == RoutingMethod::kDeepSeekV2 || method == RoutingMethod::kDeepSeekV3) {
+        s.groups = shape.groups;
+        s.topk_groups = shape.topk_groups;
+      }
+      specs.push_back(s);
+    }
+  }
+  return specs;
+}
+bool has_selection_bias(RoutingMethod m) {
+  return m == RoutingMethod::kDeepSeekV3 || m == RoutingMethod::kMiniMax2 ||
+         m == RoutingMethod::kSqrtSoftplus || m == RoutingMethod::kSoftmaxBias;
+}
+
+// In fp32 another expert may win where the scores are closer than fp32 tells apart.
+void expect_like_model(const RoutingSpec& spec, const Result& r, std::int64_t token,
+                       const reference::Routed& model, const std::vector<double>& z) {
+  if (model.group_margin < 1e-5) return;
+  const auto ids = ids_of(r, token);
+  bool same_set = true;
+  for (std::size_t j = 0; j < ids.size(); ++j) {
+    ASSERT_GE(ids[j], 0);
+    ASSERT_LT(ids[j], static_cast<std::int32_t>(z.size()));
+    const double best = model.scores[j][static_cast<std::size_t>(model.ids[j])];
+    if (ids[j] == model.ids[j]) continue;
+    same_set = false;
+    const double mine = model.scores[j][static_cast<std::size_t>(ids[j])];
+    EXPECT_LT(best - mine, 1e-5 * (1 + std::abs(best))) << name(spec.method) << " pick " << j;
+  }
+  if (!same_set) return;
+  for (std::size_t j = 0; j < ids.size(); ++j) {
+    const double w = r.weights[static_cast<std::size_t>(token) * ids.size() + j];
+    EXPECT_NEAR(w, model.weights[j], 1e-7 + 1e-5 * std::abs(model.weights[j]))
+        << name(spec.method) << " pick " << j;
+  }
+}
+
+TEST(Route, EveryMethodLikeTheModel) {
+  FRESH_RNG(rng);
+  const Shape shapes[] = {{1, 1},          {2, 1},           {5, 2, 5, 3},   {8, 2, 4, 2},
+                          {60, 4, 1, 1},   {64, 6, 8, 3},    {128, 8, 8, 4}, {256, 8, 8, 4},
+                          {512, 22, 4, 2}, {2048, 32, 16, 5}};
+  for (const Shape& shape : shapes) {
+    SCOPED_TRACE("experts " + std::to_string(shape.experts));
+    const std::int64_t tokens = shape.experts > 1000 ? 3 : 9;
+    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      const HostTensor logits = random_tensor(rng, dtype, {tokens, shape.experts}, 2);
+      const HostTensor bias = random_tensor(rng, dtype, {shape.experts}, 0.5);
+      const HostTensor selection_bias = random_tensor(rng, dtype, {shape.experts}, 0.1);
+      for (const RoutingSpec& spec : all_specs(shape)) {
+        RouterWeights router{.bias = bias.view()};
+        if (has_selection_bias(spec.method)) router.selection_bias = selection_bias.view();
+        const Result r =
+            run({.spec = spec, .logits = logits.view(), .router = router}, tokens, shape.top_k);
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          std::vector<double> z, b;
+          for (std::int64_t e = 0; e < shape.experts; ++e) {
+            z.push_back(static_cast<float>(harness::element(logits.view(), {t, e})) +
+                        static_cast<float>(harness::element(bias.view(), {e})));
+            if (router.selection_bias.defined())
+              b.push_back(harness::element(selection_bias.view(), {e}));
+          }
+          expect_like_model(spec, r, t, reference::route(spec, shape.top_k, z, b), z);
+        }
+      }
+    }
+  }
+}
+
+TEST(Route, LogitsAreTheProductInFp32) {
+  FRESH_RNG(rng);
+  for (const std::int64_t hidden : {1, 15, 16, 17, 100, 7168}) {
+    for (const DType x_dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      for (const DType w_dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+        const std::int64_t tokens = 5, experts = 7;
+        const HostTensor x = random_tensor(rng, x_dtype, {tokens, hidden});
+        const HostTensor w = random_tensor(rng, w_dtype, {experts, hidden});
+        const RoutingSpec raw{.method = RoutingMethod::kTopK};  // the weights are the logits
+        for_each_level([&] {
+          const Result r =
+              run({.spec = raw, .hidden_states = x.view(), .router = {.weight = w.view()}}, tokens,
+                  experts);
+          for (std::int64_t t = 0; t < tokens; ++t) {
+            for (std::int64_t j = 0; j < experts; ++j) {
+              const std::int64_t e = r.ids[static_cast<std::size_t>(t * experts + j)];
+              double exact = 0, magnitude = 0;
+              for (std::int64_t h = 0; h < hidden; ++h) {
+                const double p =
+                    harness::element(x.view(), {t, h}) * harness::element(w.view(), {e, h});
+                exact += p;
+                magnitude += std::abs(p);
+              }
+              // A product and at most hidden / 16 + 4 additions, each rounded by half an ulp.
+              const double bound = magnitude * (static_cast<double>(hidden) / 16 + 6) * 0x1p-24;
+              EXPECT_NEAR(r.weights[static_cast<std::size_t>(t * experts + j)], exact,
+                          bound + 1e-30);
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+TEST(Route, SameBitsInAnyBatchOnAnyThreadsAtAnyLevel) {
+  FRESH_RNG(rng);
+  const std::int64_t tokens = 37, experts = 96, hidden = 333, top_k = 2;
+  const HostTensor x = random_tensor(rng, DType::kBF16, {tokens, hidden});
+  const HostTensor w = random_tensor(rng, DType::kBF16, {experts, hidden}, 0.1);
+  const HostTensor bias = random_tensor(rng, DType::kF32, {experts}, 0.1);
+  for (const RoutingSpec& spec : all_specs({experts, top_k, 8, 3})) {
+    RouteArgs args{.spec = spec, .hidden_states = x.view(), .router = {.weight = w.view()}};
+    if (has_selection_bias(spec.method)) args.router.selection_bias = bias.view();
+    const Result whole = run(args, tokens, top_k);
+    for_each_level([&] {
+      for_each_thread_count(
+          [&] { EXPECT_TRUE(run(args, tokens, top_k) == whole) << name(spec.method); });
+    });
+    for (const std::int64_t t : {std::int64_t{0}, std::int64_t{17}, tokens - 1}) {
+      RouteArgs one = args;
+      one.hidden_states = x.view().slice(t, 1);
+      const Result alone = run(one, 1, top_k);
+      for (std::int64_t j = 0; j < top_k; ++j) {
+        const auto at = static_cast<std::size_t>(t * top_k + j);
+        EXPECT_EQ(alone.ids[static_cast<std::size_t>(j)], whole.ids[at]);
+        EXPECT_EQ(std::bit_cast<std::uint32_t>(alone.weights[static_cast<std::size_t>(j)]),
+                  std::bit_cast<std::uint32_t>(whole.weights[at]));
+      }
+    }
+  }
+}
+
+// --- values chosen to hurt
+// -----------------------------------------------------------------------------
+
+TEST(Route, TiesGoToTheLowestId) {
+  for (int m = 0; m < kNumRoutingMethods; ++m) {
+    const auto method = static_cast<RoutingMethod>(m);
+    const std::int64_t top_k = method == RoutingMethod::kLlama4 ? 1 : 2;
+    const Result r =
+        run_logits({.method = method}, {{0, 1, 1, -0.0f, 1}, {-0.0f, 0, 0, 0, -0.0f}}, top_k);
+    EXPECT_EQ(r.ids[0], 1) << name(method);
+    EXPECT_EQ(r.ids[static_cast<std::size_t>(top_k)], 0) << name(method) << ": -0 equals 0";
+    if (top_k == 2) {
+      EXPECT_EQ(r.ids[1], 2);
+      EXPECT_EQ(r.ids[3], 1);
+    }
+  }
+}
+
+TEST(Route, SaturatedSigmoidsStillFollowTheLogits) {
+  // sigmoid(20) and sigmoid(30) are both 1 in fp32.
+  const Result r = run_logits({.method = RoutingMethod::kSigmoidRenorm}, {{20, 30, 25, 0}}, 3);
+  EXPECT_EQ(ids_of(r, 0), (std::vector<std::int32_t>{1, 2, 0}));
+}
+
+TEST(Route, NaNRanksLastAndNothingIsChosenTwice) {
+  FRESH_RNG(rng);
+  const std::vector<float> poison{kNaN, -kNaN, kInf, -kInf, 1e38f, -1e38f, 0.0f};
+  for (int round = 0; round < 200; ++round) {
+    const std::int64_t experts = 4 * (1 + rng.below(9));
+    std::vector<std::vector<float>> z(3, std::vector<float>(static_cast<std::size_t>(experts)));
+    for (auto& row : z)
+      for (float& v : row)
+        v = rng.below(2) ? poison[static_cast<std::size_t>(rng.below(7))] : rng.normal();
+    z[1].assign(z[1].size(), kNaN);
+    z[2].assign(z[2].size(), -kInf);
+    for (int m = 0; m < kNumRoutingMethods; ++m) {
+      const auto method = static_cast<RoutingMethod>(m);
+      const std::int64_t top_k = method == RoutingMethod::kLlama4 ? 1
+                                 : method == RoutingMethod::kSparseMixer
+                                     ? 2
+                                     : 1 + rng.below(experts / 2);
+      RoutingSpec spec{.method = method};
+      if (method == RoutingMethod::kDeepSeekV2 || method == RoutingMethod::kDeepSeekV3)
+        spec.groups = 4, spec.topk_groups = 2;
+      const Result r = run_logits(spec, z, top_k);
+      for (std::int64_t t = 0; t < 3; ++t) {
+        const auto ids = ids_of(r, t);
+        const std::set<std::int32_t> distinct(ids.begin(), ids.end());
+        EXPECT_EQ(distinct.size(), ids.size()) << name(method);
+        EXPECT_GE(*distinct.begin(), 0);
+        EXPECT_LT(*distinct.rbegin(), experts);
+      }
+      if (spec.groups > 1) continue;
+      // In every ungrouped method without a bias the order is that of z.
+      const auto ids = ids_of(r, 0);
+      for (std::size_t j = 0; j + 1 < ids.size(); ++j) {
+        const float a = z[0][static_cast<std::size_t>(ids[j])],
+                    b = z[0][static_cast<std::size_t>(ids[j + 1])];
+        EXPECT_TRUE(std::isnan(b) || a >= b) << name(method) << " " << a << " before " << b;
+      }
+    }
+  }
+}
+
+TEST(Route, ATokenWithNaNLeavesTheOthersAlone) {
+  FRESH_RNG(rng);
+  const std::int64_t tokens = 8, experts = 16;
+  HostTensor z = random_tensor(rng, DType::kF32, {tokens, experts});
+  for (int m = 0; m < kNumRoutingMethods; ++m) {
+    const RoutingSpec spec{.method = static_cast<RoutingMethod>(m)};
+    const std::int64_t top_k = spec.method == RoutingMethod::kLlama4 ? 1 : 2;
+    HostTensor bad = z;
+    bad.as<float>()[3 * experts + 5] = kNaN;
+    const Result clean = run({.spec = spec, .logits = z.view()}, tokens, top_k);
+    const Result dirty = run({.spec = spec, .logits = bad.view()}, tokens, top_k);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      if (t == 3) continue;
+      for (std::int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
+        EXPECT_EQ(clean.ids[static_cast<std::size_t>(i)], dirty.ids[static_cast<std::size_t>(i)]);
+        EXPECT_EQ(clean.weights[static_cast<std::size_t>(i)],
+                  dirty.weights[static_cast<std::size_t>(i)]);
+      }
+    }
+  }
+}
+
+// Models mask the other groups with 0, which wins over a negative biased score. Ours leaves them
+// out.
+TEST(Route, OriginalGroupMaskOfZeroLosesToNegativeScores) {
+  const HostTensor bias = [] {
+    HostTensor b(DType::kF32, {8});
+    std::fill_n(b.as<float>(), 8, -2.0f);
+    return b;
+  }();
+  const Result r = run_logits({.method = RoutingMethod::kDeepSeekV3, .groups = 4, .topk_groups = 1},
+                              {{0, 0, 3, 3, 1, 1, 0, 0}}, 2, {.selection_bias = bias.view()});
+  EXPECT_EQ(ids_of(r, 0), (std::vector<std::int32_t>{2, 3}));
+}
+
+TEST(Route, ScaleIsAppliedExactlyOnce) {
+  FRESH_RNG(rng);
+  const HostTensor z = random_tensor(rng, DType::kF32, {4, 16});
+  for (int m = 0; m < kNumRoutingMethods; ++m) {
+    const auto method = static_cast<RoutingMethod>(m);
+    const std::int64_t top_k = method == RoutingMethod::kLlama4 ? 1 : 2;
+    const Result one = run({.spec = {.method = method}, .logits = z.view()}, 4, top_k);
+    const Result four =
+        run({.spec = {.method = method, .scale = 4.0f}, .logits = z.view()}, 4, top_k);
+    for (std::size_t i = 0; i < one.weights.size(); ++i)
+      EXPECT_EQ(one.weights[i] * 4, four.weights[i]);
+  }
+}
+
+TEST(Route, StridedLogitsAndHiddenStates) {
+  FRESH_RNG(rng);
+  const HostTensor wide = random_tensor(rng, DType::kBF16, {6, 100});
+  const HostTensor w = random_tensor(rng, DType::kF32, {24, 40});
+  Tensor x = wide.view();
+  x.shape[1] = 40;
+  HostTensor dense(DType::kBF16, {6, 40});
+  for (std::int64_t t = 0; t < 6; ++t)
+    std::copy_n(wide.as<std::uint16_t>() + t * 100, 40, dense.as<std::uint16_t>() + t * 40);
+  const RouteArgs product{.hidden_states = x, .router = {.weight = w.view()}};
+  RouteArgs same = product;
+  same.hidden_states = dense.view();
+  EXPECT_TRUE(run(product, 6, 4) == run(same, 6, 4));
+  EXPECT_TRUE(run({.logits = x}, 6, 4) == run({.logits = dense.view()}, 6, 4));
+}
+
+TEST(Route, NoTokens) {
+  const HostTensor z(DType::kF32, {0, 16});
+  EXPECT_NO_THROW(run({.logits = z.view()}, 0, 4));
+}
+
+}  // namespace
+}  // namespace moesaic

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "harness/formats.h"
+
+#include <algorithm>
+
+#include "scheme.h"
+
+namespace moesaic::harness {
+
+FormatRunner::FormatRunner(const Layer& layer, Format format, std::int64_t tokens,
+                           std::int64_t capacity)
+    : layer_(&layer), format_(format), tokens_(tokens) {
+  const LayerConfig& c = layer.config();
+  const Device device = layer.device();
+  const std::int64_t local = c.local.count > 0 ? c.local.count : c.experts;
+  const std::int64_t slots = tokens * c.top_k;
+  capacity_ = std::max<std::int64_t>(capacity > 0 ? capacity : slots, 1);
+  // Few rows per expert: small blocks, or most of a block is padding.
+  block_rows_ = slots <= 16 * c.experts ? 16 : 64;
+  if (format == Format::kStandard) {
+    workspace_ = WorkspaceBuffer(device, layer.workspace_bytes(tokens));
+    return;
+  }
+  workspace_ = WorkspaceBuffer(device, stage_workspace_bytes(c, format, tokens, capacity_, device));
+  if (format == Format::kSorted) {
+    std::int64_t positions = align_capacity(slots, c.experts, block_rows_);
+    positions = (positions + block_rows_ - 1) / block_rows_ * block_rows_;
+    slots_ = DeviceTensor(device, DType::kI32, {positions});
+    block_experts_ = DeviceTensor(device, DType::kI32, {positions / block_rows_});
+    num_padded_ = DeviceTensor(device, DType::kI32, {1});
+    slot_outputs_ = DeviceTensor(device, intermediate_dtype(c), {tokens, c.top_k, c.hidden});
+    align_workspace_ = WorkspaceBuffer(device, align_workspace_bytes(slots, c.experts));
+    return;
+  }
+  const WeightSpec fc1 = weight_spec(c, Product::kFc1);
+  rows_ = DeviceTensor(device, fc1.act_dtype, {local, capacity_, c.hidden});
+  if (fc1.act_scale != ActScale::kDefault) {
+    const bool tensor =
+        fc1.act_scale == ActScale::kTensorStatic || fc1.act_scale == ActScale::kTensorDynamic;
+    const std::int64_t groups =
+        fc1.act_scale == ActScale::kGroup ? (c.hidden + fc1.act_group - 1) / fc1.act_group : 1;
+    row_scale_ = DeviceTensor(device, DType::kF32, {local, tensor ? 1 : capacity_, groups});
+  }
+  num_tokens_ = DeviceTensor(device, DType::kI32, {local});
+  slot_row_ = DeviceTensor(device, DType::kI32, {tokens, c.top_k});
+  expert_outputs_ = DeviceTensor(device, intermediate_dtype(c), {local, capacity_, c.hidden});
+}
+
+void FormatRunner::run(const FormatInputs& in, Stream stream) const {
+  switch (format_) {
+    case Format::kStandard:
+      layer_->forward({.hidden_states = in.hidden_states,
+                       .topk_ids = in.topk_ids,
+                       .topk_weights = in.topk_weights,
+                       .output = in.output,
+                       .workspace = workspace_.view(),
+                       .stream = stream});
+      return;
+    case Format::kSorted:
+      return run_sorted(in, stream);
+    case Format::kBatched:
+      return run_batched(in, stream);
+  }
+}
+
+void FormatRunner::run_sorted(const FormatInputs& in, Stream stream) const {
+  const LayerConfig& c = layer_->config();
+  const SortedRows sorted{.slots = slots_.view(),
+                          .block_experts = block_experts_.view(),
+                          .num_padded = num_padded_.view(),
+                          .block_rows = block_rows_};
+  align({.topk_ids = in.topk_ids,
+         .experts = c.experts,
+         .local = c.local,
+         .rows = sorted,
+         .workspace = align_workspace_.view(),
+         .stream = stream});
+  Tensor by_slot = slot_outputs_.view();  // [T, k, H] -> [T * k, H]
+  by_slot.rank = 2;
+  by_slot.shape = {tokens_ * c.top_k, c.hidden};
+  by_slot.strides = {c.hidden, 1};
+  Tensor weights = in.topk_weights;
+  weights.rank = 1;
+  weights.shape = {tokens_ * c.top_k};
+  weights.strides = {1};
+  experts(*layer_, {.format = Format::kSorted,
+                    .rows = in.hidden_states,
+                    .sorted = sorted,
+                    .row_weights = weights,
+                    .output = by_slot,
+                    .workspace = workspace_.view(),
+                    .stream = stream});
+  sum_slots({.input = slot_outputs_.view(),
+             .topk_ids = in.topk_ids,
+             .output = in.output,
+             .stream = stream});
+}
+
+void FormatRunner::run_batched(const FormatInputs& in, Stream stream) const {
+  prepare(*layer_, {.hidden_states = in.hidden_states,
+                    .topk_ids = in.topk_ids,
+                    .topk_weights = in.topk_weights,
+                    .rows = rows_.view(),
+                    .row_scale = row_scale_.view(),
+                    .num_tokens = num_tokens_.view(),
+                    .slot_row = slot_row_.view(),
+                    .workspace = workspace_.view(),
+                    .stream = stream});
+  experts(*layer_, {.format = Format::kBatched,
+                    .rows = rows_.view(),
+                    .row_scale = row_scale_.view(),
+                    .batched = {.num_tokens = num_tokens_.view()},
+                    .output = expert_outputs_.view(),
+                    .workspace = workspace_.view(),
+                    .stream = stream});
+  finalize(*layer_, {.expert_output = expert_outputs_.view(),
+                     .topk_ids = in.topk_ids,
+                     .topk_weights = in.topk_weights,
+                     .slot_row = slot_row_.view(),
+                     .output = in.output,
+                     .workspace = workspace_.view(),
+                     .stream = stream});
+}
+
+}  // namespace moesaic::harness

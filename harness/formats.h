@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// One layer, one batch, run through any of the three formats with buffers made beforehand, so that
+// the run itself is what a caller of that format would pay.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "harness/data.h"
+#include "moesaic/moesaic.h"
+
+namespace moesaic::harness {
+
+struct FormatInputs {
+  Tensor hidden_states;  // [T, H] on the layer's device
+  Tensor topk_ids;       // [T, k] i32
+  Tensor topk_weights;   // [T, k] f32
+  Tensor output;         // [T, H]
+};
+
+class FormatRunner {
+ public:
+  // `capacity`: rows per expert of the batched format; 0: whatever any routing can need, T * k.
+  FormatRunner(const Layer& layer, Format format, std::int64_t tokens, std::int64_t capacity = 0);
+  void run(const FormatInputs& in, Stream stream) const;
+
+ private:
+  void run_sorted(const FormatInputs& in, Stream stream) const;
+  void run_batched(const FormatInputs& in, Stream stream) const;
+
+  const Layer* layer_;
+  Format format_;
+  std::int64_t tokens_, capacity_, block_rows_;
+  WorkspaceBuffer workspace_, align_workspace_;
+  DeviceTensor slots_, block_experts_, num_padded_, slot_outputs_;          // sorted
+  DeviceTensor rows_, row_scale_, num_tokens_, slot_row_, expert_outputs_;  // batched
+};
+
+}  // namespace moesaic::harness

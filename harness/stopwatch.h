@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// How time is taken on a device, and the ceilings it is held against. One implementation per kind
+// of device; the bench itself does not know which it has.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "harness/roof.h"
+#include "moesaic/types.h"
+
+namespace moesaic::harness {
+
+struct Budget {
+  double seconds = 0.5;  // stop when the samples have taken this long ...
+  int min_runs = 7;      // ... but not before these many
+  int max_runs = 400;
+};
+
+class Stopwatch {
+ public:
+  virtual ~Stopwatch() = default;
+  virtual Roof products() = 0;            // rates of the product instructions
+  virtual double read_gbytes_s() = 0;     // streaming reads, now
+  virtual std::size_t cache_bytes() = 0;  // of the last-level cache: what weights must exceed
+  // Milliseconds per call. `calls` do the same work on different data, so that no call finds its
+  // weights in a cache. CPU: each is timed alone, in turn. CUDA: all are captured in one graph, and
+  // a sample is a replay's time divided by the number of calls.
+  virtual std::vector<double> sample_ms(std::span<const std::function<void(Stream)>> calls,
+                                        const Budget& budget) = 0;
+  // How many different calls a sample needs.
+  virtual int calls_wanted() const = 0;
+};
+
+std::unique_ptr<Stopwatch> make_cpu_stopwatch(int threads);
+// Defined only when built with CUDA.
+std::unique_ptr<Stopwatch> make_cuda_stopwatch(int index);
+std::unique_ptr<Stopwatch> make_stopwatch(Device device);
+
+}  // namespace moesaic::harness

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// moesaic bench: how fast a layer is, and how far from what the machine can do.
+#include "harness/bench.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <iterator>
+
+#include "tools/command.h"
+
+namespace moesaic::tool {
+namespace {
+
+struct BenchFlags {
+  std::string shape = "qwen3-30b-a3b", tokens = "1,16,128", scheme = "bf16", format = "standard";
+  std::string load = "uniform", activation = "swiglu";
+  bool bias = false;
+  std::uint64_t seed = 1;
+  double seconds = 0.5;
+  int tactic1 = -1, tactic2 = -1;
+};
+
+harness::Variant parse_variant(const std::string& text) {
+  for (const harness::Variant& variant : harness::variants())
+    if (variant.name == text) return variant;
+  return harness::default_variant(parse_scheme(text));
+}
+
+void print_machine(const Output& out, const harness::BenchMachine& m) {
+  out.line(fmt::format("{}: {} [{}]{}", m.backend, m.device, m.kernels,
+                       m.threads > 0 ? fmt::format(", {} threads", m.threads) : ""));
+  const auto probe = [&](std::string_view what, double before, double after,
+                         std::string_view unit) {
+    if (before > 0)
+      out.line(fmt::format("  {:<14} {:.0f} before, {:.0f} after  {}", what, before, after, unit));
+  };
+  const bool cpu = m.backend == "cpu";
+  probe("memory read", m.before.read_gbytes_s, m.after.read_gbytes_s, "GB/s");
+  if (cpu) probe("fp32 FMA", m.before.fma_gflops, m.after.fma_gflops, "GFLOP/s");
+  probe(cpu ? "vdpbf16ps" : "bf16 product", m.before.bf16_gflops, m.after.bf16_gflops, "GFLOP/s");
+  probe(cpu ? "vpdpbusd" : "fp8 product", m.before.int8_gops, m.after.int8_gops, "GOP/s");
+  if (!m.before.note.empty()) out.line("  " + m.before.note);
+  if (!m.reference) out.line("  (no ceilings on record for this kind of machine)");
+}
+
+harness::BenchResult measure(const BenchFlags& flags, Device device) {
+  harness::BenchResult all;
+  Progress progress;
+  const harness::Shape shape = harness::parse_shape(flags.shape);
+  const std::vector<std::int64_t> tokens = parse_counts("--tokens", flags.tokens);
+  if (*std::min_element(tokens.begin(), tokens.end()) < 1)
+    throw UsageError("--tokens: 0 tokens take no time; give counts from 1 on");
+  for (const std::string& scheme : split(flags.scheme))
+    for (const std::string& format : split(flags.format))
+      for (const std::string& load : split(flags.load)) {
+        const std::string label = fmt::format("{} {} {} {}: ", shape.name, scheme, format, load);
+        harness::BenchResult part = harness::bench(
+            {.shape = shape,
+             .tokens = tokens,
+             .variant = parse_variant(scheme),
+             .format = parse_format(format),
+             .activation = {.kind = parse_activation(flags.activation)},
+             .bias = flags.bias ? harness::Biases::kAll : harness::Biases::kNone,
+             .load = harness::parse_load(load),
+             .device = device,
+             .seed = flags.seed,
+             .seconds = flags.seconds,
+             .tactics = {.gemm1 = flags.tactic1, .gemm2 = flags.tactic2}},
+            [&](std::string_view what) { progress.show(label + std::string(what)); });
+        if (all.rows.empty()) {
+          all = std::move(part);
+          continue;
+        }
+        all.machine.after = part.machine.after;
+        if (all.machine.invalid.empty()) all.machine.invalid = part.machine.invalid;
+        std::move(part.rows.begin(), part.rows.end(), std::back_inserter(all.rows));
+      }
+  return all;
+}
+
+int run_bench(const BenchFlags& flags, const Common& common) {
+  const Device device = apply(common);
+  const Output out(common);
+  const harness::BenchResult all = measure(flags, device);
+  print_machine(out, all.machine);
+  out.line(fmt::format("{}: {} experts, hidden {}, intermediate {}, top {}", all.rows[0].shape,
+                       all.rows[0].experts, all.rows[0].hidden, all.rows[0].intermediate,
+                       all.rows[0].top_k));
+  out.line("");
+  Table table({"scheme", "format", "load", "tokens", "active", "weights", "median", "min", "max",
+               "floor", "by", "x floor", "of roof", "GFLOP/s", "GB/s", ""});
+  std::string invalid = all.machine.invalid;
+  for (const harness::BenchRow& r : all.rows) {
+    table.row({r.variant, r.format, r.load, fmt::format("{}", r.tokens),
+               fmt::format("{:.1f}", r.active_experts), bytes_text(r.weight_bytes),
+               time_text(r.ms_median), time_text(r.ms_min), time_text(r.ms_max),
+               time_text(r.floor_ms), r.floor_bound, fmt::format("{:.2f}", r.ratio_to_floor),
+               fmt::format("{:.2f}", r.fraction_of_roof), fmt::format("{:.0f}", r.gflops),
+               fmt::format("{:.1f}", r.gbytes_s), r.invalid.empty() ? "" : "INVALID"});
+    if (invalid.empty()) invalid = r.invalid;
+  }
+  table.print(out);
+  out.line(
+      fmt::format("first forward of the process: {}", time_text(all.machine.first_forward_ms)));
+  if (!invalid.empty()) out.line("INVALID: " + invalid + "; the machine was busy, measure again");
+  out.write_json(harness::to_json(all));
+  return 0;
+}
+
+}  // namespace
+
+Command add_bench(CLI::App& parent) {
+  CLI::App* app = parent.add_subcommand("bench", "Time a layer against the machine's roof");
+  auto common = std::make_shared<Common>();
+  auto flags = std::make_shared<BenchFlags>();
+  app->add_option("--shape", flags->shape, "a name or E,H,I,k")->capture_default_str();
+  app->add_option("--tokens", flags->tokens, "token counts")->capture_default_str();
+  app->add_option("--scheme", flags->scheme, "schemes, or variants such as int4_w4a16+g64")
+      ->capture_default_str();
+  app->add_option("--format", flags->format, "standard, sorted, batched")->capture_default_str();
+  app->add_option("--load", flags->load, "uniform, zipf, one")->capture_default_str();
+  app->add_option("--activation", flags->activation, "an activation's name")->capture_default_str();
+  app->add_flag("--bias", flags->bias, "with biases");
+  app->add_option("--seed", flags->seed, "of weights, tokens and routing")->capture_default_str();
+  app->add_option("--seconds", flags->seconds, "time to measure per row")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 600.0));
+  app->add_option("--tactic1", flags->tactic1, "force a tactic of the first product");
+  app->add_option("--tactic2", flags->tactic2, "force a tactic of the second product");
+  add_common(*app, *common);
+  return {app, [common, flags] { return run_bench(*flags, *common); }};
+}
+
+}  // namespace moesaic::tool

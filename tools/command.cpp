@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tools/command.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <fstream>
+
+namespace moesaic::tool {
+
+void Output::line(std::string_view text) const {
+  if (this->text()) fmt::print("{}\n", text);
+}
+
+void Output::write_json(const nlohmann::json& value) const {
+  if (json_.empty()) return;
+  if (json_ == "-") {
+    fmt::print("{}\n", value.dump(2));
+    return;
+  }
+  std::ofstream file(json_);
+  file << value.dump(2) << '\n';
+  file.close();
+  if (!file) throw UsageError(fmt::format("--json: '{}' cannot be written", json_));
+}
+
+Progress::Progress() : terminal_(isatty(STDERR_FILENO) != 0) {}
+Progress::~Progress() { clear(); }
+void Progress::clear() {
+  if (shown_) fmt::print(stderr, "\r\x1b[K");
+  std::fflush(stderr);
+  shown_ = false;
+}
+void Progress::show(std::string_view what) {
+  if (!terminal_) return;
+  fmt::print(stderr, "\r\x1b[K{}", what.substr(0, 100));
+  std::fflush(stderr);
+  shown_ = true;
+}
+
+void Table::print(const Output& out) const {
+  std::vector<std::size_t> widths;
+  for (const auto& row : rows_)
+    for (std::size_t c = 0; c < row.size(); ++c) {
+      if (widths.size() <= c) widths.push_back(0);
+      widths[c] = std::max(widths[c], row[c].size());
+    }
+  for (const auto& row : rows_) {
+    std::string line;
+    for (std::size_t c = 0; c < row.size(); ++c)
+      line += c == 0 ? fmt::format("{:<{}}", row[c], widths[c])
+                     : fmt::format("  {:>{}}", row[c], widths[c]);
+    line.erase(line.find_last_not_of(' ') + 1);
+    out.line(line);
+  }
+}
+
+void add_common(CLI::App& app, Common& common) {
+  app.add_option("--backend", common.backend, "cpu, cuda or cuda:N")->capture_default_str();
+  app.add_option("--threads", common.threads, "CPU threads; default: MOESAIC_THREADS or every core")
+      ->check(CLI::Range(1, 4096));
+  app.add_option("--kernels", common.kernels,
+                 "force an instruction set or architecture, e.g. avx2, sm80 (see info)");
+  app.add_option("--json", common.json, "write the result as JSON to a file; - is stdout");
+}
+
+Device apply(const Common& common) {
+  if (common.threads > 0) set_num_threads(common.threads);
+  const Device device = parse_device(common.backend);
+  if (!common.kernels.empty()) set_kernels(device.type, common.kernels);
+  return device;
+}
+
+std::string bytes_text(double bytes) {
+  for (const auto& [unit, name] : {std::pair{1e9, "GB"}, {1e6, "MB"}, {1e3, "kB"}})
+    if (bytes >= unit)
+      return fmt::format("{:.{}f} {}", bytes / unit, bytes < 10 * unit ? 2 : 1, name);
+  return fmt::format("{:.0f} B", bytes);
+}
+
+std::string time_text(double ms) {
+  if (ms < 1) return fmt::format("{:.1f} us", ms * 1e3);
+  return fmt::format("{:.{}f} ms", ms, ms < 10 ? 2 : 1);
+}
+
+std::vector<std::string> split(std::string_view list) {
+  std::vector<std::string> out;
+  while (true) {
+    const std::size_t comma = list.find(',');
+    out.emplace_back(list.substr(0, comma));
+    if (comma == std::string_view::npos) return out;
+    list.remove_prefix(comma + 1);
+  }
+}
+
+std::vector<std::int64_t> parse_counts(std::string_view flag, std::string_view list) {
+  std::vector<std::int64_t> out;
+  for (const std::string& word : split(list)) {
+    std::int64_t value = -1;
+    const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+    if (error != std::errc{} || end != word.data() + word.size() || value < 0)
+      throw UsageError(
+          fmt::format("{}: '{}' is not a count; give numbers such as 1,16,128", flag, word));
+    out.push_back(value);
+  }
+  return out;
+}
+
+}  // namespace moesaic::tool

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the six commands share: common flags, where text and JSON go, and how progress shows.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moesaic/moesaic.h"
+
+namespace moesaic::tool {
+
+// A mistake of whoever typed the command: exit code 2 and this one sentence.
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct Common {
+  std::string backend = "cpu";
+  int threads = 0;
+  std::string kernels;
+  std::string json;
+};
+
+// Text goes to stdout, unless the JSON does.
+class Output {
+ public:
+  explicit Output(const Common& common) : json_(common.json) {}
+  bool text() const { return json_ != "-"; }
+  void line(std::string_view text) const;
+  void write_json(const nlohmann::json& value) const;  // nothing without --json
+
+ private:
+  std::string json_;
+};
+
+// One line on stderr that overwrites itself; nothing unless stderr is a terminal. Gone when done.
+class Progress {
+ public:
+  Progress();
+  ~Progress();
+  void show(std::string_view what);
+  void clear();
+
+ private:
+  bool terminal_;
+  bool shown_ = false;
+};
+
+// Rows of words in aligned columns: the first column left, the others right.
+class Table {
+ public:
+  explicit Table(std::vector<std::string> header) : rows_{std::move(header)} {}
+  void row(std::vector<std::string> cells) { rows_.push_back(std::move(cells)); }
+  void print(const Output& out) const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+};
+
+// A subcommand: its flags are added at once, `run` is called when it was the one typed. Its result
+// is the exit code.
+struct Command {
+  CLI::App* app;
+  std::function<int()> run;
+};
+void add_common(CLI::App& app, Common& common);
+Device apply(const Common& common);  // sets threads and kernels; the device to use
+
+Command add_info(CLI::App& app);
+Command add_inspect(CLI::App& app);
+Command add_run(CLI::App& app);
+Command add_verify(CLI::App& app);
+Command add_bench(CLI::App& app);
+Command add_quantize(CLI::App& app);
+
+std::string bytes_text(double bytes);                   // "1.21 GB"
+std::string time_text(double ms);                       // "2.31 ms"
+std::vector<std::string> split(std::string_view list);  // at commas
+std::vector<std::int64_t> parse_counts(std::string_view flag, std::string_view list);
+
+}  // namespace moesaic::tool

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// The moesaic command. Exit codes: 0 done; 1 a verification failed or the machine did; 2 the
+// command line, a file or the combination asked for is wrong, said in one sentence on stderr.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <new>
+
+#include "tools/command.h"
+
+namespace moesaic::tool {
+namespace {
+
+int exit_code(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::kInvalidArgument:
+    case ErrorCode::kUnsupported:
+    case ErrorCode::kNotReady:
+    case ErrorCode::kIo:
+    case ErrorCode::kCorruptFile:
+      return 2;
+    case ErrorCode::kOutOfMemory:
+    case ErrorCode::kDevice:
+    case ErrorCode::kInternal:
+      return 1;
+  }
+  return 1;
+}
+
+int complain(std::string_view message, int code) {
+  fmt::print(stderr, "moesaic: {}\n", message);
+  return code;
+}
+
+// CLI11 ends some of its sentences with a line break and lists; one line is what we promise.
+std::string first_line(std::string text) {
+  text.erase(std::min(text.find('\n'), text.size()));
+  return text;
+}
+
+int run(int argc, char** argv) {
+  CLI::App app("Moesaic: the Mixture-of-Experts feed-forward layer at inference.", "moesaic");
+  app.set_version_flag("--version", "moesaic " + version());
+  app.require_subcommand(1);
+  const Command commands[] = {add_info(app), add_verify(app), add_bench(app)};
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    const CLI::App* at = &app;
+    for (const Command& command : commands)
+      if (command.app->parsed()) at = command.app;
+    const std::string where = at == &app ? "moesaic" : "moesaic " + at->get_name();
+    return complain(fmt::format("{}; see `{} --help`", first_line(error.what()), where), 2);
+  }
+  for (const Command& command : commands)
+    if (command.app->parsed()) return command.run();
+  return 2;
+}
+
+}  // namespace
+}  // namespace moesaic::tool
+
+int main(int argc, char** argv) {
+  using namespace moesaic;
+  try {
+    return tool::run(argc, argv);
+  } catch (const tool::UsageError& error) {
+    return tool::complain(error.what(), 2);
+  } catch (const Error& error) {
+    return tool::complain(error.what(), tool::exit_code(error.code()));
+  } catch (const std::bad_alloc&) {
+    return tool::complain("out of memory; fewer tokens or a smaller layer would fit", 1);
+  } catch (const std::exception& error) {
+    return tool::complain(error.what(), 1);
+  }
+}

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashInfer's cutlass_fused_moe (0.7.2, and the SM80 form of seed 003) on this library.
+
+fc1 rows are [up; gate]. Weights are read where they lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+
+import torch
+
+from .. import gemm as _gemm
+from .. import stages as _stages
+
+
+class ActivationType(enum.IntEnum):
+    Gelu = 0
+    Relu = 1
+    Silu = 2
+    Swiglu = 3
+    Geglu = 4
+    SwigluBias = 5
+    Relu2 = 6
+    SwigluStep = 7
+    GegluTanh = 8
+    Identity = 9
+
+
+_KINDS = {ActivationType.Gelu: "gelu", ActivationType.Relu: "relu", ActivationType.Silu: "silu",
+          ActivationType.Swiglu: "swiglu", ActivationType.Geglu: "geglu",
+          ActivationType.SwigluBias: "swiglu_oai", ActivationType.Relu2: "relu2",
+          ActivationType.SwigluStep: "swiglu_step", ActivationType.GegluTanh: "geglu_tanh",
+          ActivationType.Identity: "identity"}
+_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8_e4m3"}
+
+
+def _refuse(name, value, why):
+    if value:
+        raise ValueError(f"{name}={value}: {why}")
+
+
+def _mode(x, fc1, fc2, quant_scales, intermediate, use_deepseek_fp8_block_scale, use_w4_group_scaling):
+    """(quant, fc1 tensors, fc2 tensors, hidden_scale) of the modes that quant_scales stands for."""
+    scales = list(quant_scales or [])
+    if use_deepseek_fp8_block_scale:
+        if len(scales) != 2:
+            raise ValueError(f"quant_scales: fp8 block scaling takes [fc1_scales, fc2_scales], got {len(scales)}")
+        return dict(scheme="fp8_block"), dict(scale=scales[0]), dict(scale=scales[1]), None
+    if use_w4_group_scaling:
+        if len(scales) != 8:
+            raise ValueError("quant_scales: W4A8 takes 8 tensors (weight scales, activation prequant scales, zero "
+                             f"points, alphas; fc1 and fc2 each), got {len(scales)}")
+        groups = scales[0].shape[-1]
+        group = fc1.shape[2] * 2 // groups
+        zeros = [None if z is None or z.numel() == 0 else z for z in (scales[4], scales[5])]
+        one = torch.ones(1, dtype=torch.float32, device=x.device)
+        make = lambda s, p, z, a: dict(scale=s, prequant=p.reshape(p.shape[0], -1) if p.dim() == 3 else p,  # noqa: E731
+                                       zero_point=z, alpha=a.reshape(-1), input_scale=one)
+        return (dict(scheme="int4_w4a8_fp8", group_size=group, act_scale="tensor_static",
+                     zero_points=zeros[0] is not None),
+                make(scales[0], scales[2], zeros[0], scales[6]), make(scales[1], scales[3], zeros[1], scales[7]), None)
+    if fc1.dtype == torch.uint8 and len(scales) == 2:
+        if scales[0].dtype == torch.uint8 and fc1.shape[2] * 2 == scales[0].shape[-1] * 32:
+            return dict(scheme="mxfp4_w4a16"), dict(scale=scales[0]), dict(scale=scales[1]), None
+        group = fc1.shape[2] * 2 // scales[0].shape[-1]
+        return (dict(scheme="int4_w4a16", group_size=group), dict(scale=scales[0]), dict(scale=scales[1]), None)
+    if fc1.dtype == torch.float8_e4m3fn:
+        if len(scales) != 4:
+            raise ValueError("quant_scales: fp8 per tensor takes [fc1_dequant, fc2_quant, fc2_dequant, "
+                             f"input_dequant], got {len(scales)}")
+        # fc1_dequant and fc2_dequant hold weight scale x activation scale; fc2_quant is the reciprocal of
+        # the activation scale of the second product.
+        fc1_dequant, fc2_quant, fc2_dequant, input_dequant = (s.float().reshape(-1) for s in scales)
+        experts = fc1.shape[0]
+        act2 = 1.0 / fc2_quant
+        weight1 = (fc1_dequant / input_dequant).expand(experts).contiguous()
+        weight2 = (fc2_dequant / act2).expand(experts).contiguous()
+        return (dict(scheme="fp8_tensor", act_scale="tensor_static"),
+                dict(scale=weight1, input_scale=input_dequant[:1].contiguous()),
+                dict(scale=weight2, input_scale=act2.contiguous()),
+                input_dequant[:1].contiguous() if x.dtype == torch.float8_e4m3fn else None)
+    if scales:
+        raise ValueError(f"quant_scales: {len(scales)} tensors do not fit {fc1.dtype} weights")
+    return dict(scheme=_NAMES[fc1.dtype]), {}, {}, None
+
+
+def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_expert_weights,
+                      fc2_expert_weights, output_dtype, quant_scales, fc1_expert_biases=None,
+                      fc2_expert_biases=None, input_sf=None, swiglu_alpha=None, swiglu_beta=None,
+                      swiglu_limit=None, tp_size=1, tp_rank=0, ep_size=1, ep_rank=0, cluster_size=1,
+                      cluster_rank=0, output=None, enable_alltoall=False,
+                      use_deepseek_fp8_block_scale=False, use_w4_group_scaling=False,
+                      use_mxfp8_act_scaling=False, min_latency_mode=False, use_packed_weights=False,
+                      tune_max_num_tokens=8192, enable_pdl=None,
+                      activation_type=ActivationType.Swiglu, **hints):
+    """y [T, H] = sum_j scale_j * (FC2(act(FC1 x)) + b2), local experts only; fc1 order is [up; gate].
+
+    input [T, H]; token_selected_experts i32 [T, k] (global ids; others than this rank's contribute
+    nothing); fc1_expert_weights [E_l, 2I or I, H]; fc2_expert_weights [E_l, H, I]. quant_scales as in the
+    modes of FlashInfer. tune_max_num_tokens, enable_pdl, swizzled_input_sf, use_fused_finalize,
+    profile_ids and workspace_buffer are hints: accepted, and never change bits.
+    """
+    unknown = set(hints) - {"swizzled_input_sf", "use_fused_finalize", "profile_ids", "workspace_buffer",
+                            "use_wfp4afp8_humming", "situ_beta", "situ_linear_beta"}
+    if unknown:
+        raise TypeError(f"cutlass_fused_moe() got unexpected arguments {sorted(unknown)}")
+    for name in ("use_wfp4afp8_humming", "situ_beta", "situ_linear_beta"):
+        _refuse(name, hints.get(name) is not None and hints.get(name) is not False, "not offered here")
+    _refuse("min_latency_mode", min_latency_mode, "there is one mode; decode is fast without it")
+    _refuse("enable_alltoall", enable_alltoall, "exchange tokens around prepare and finalize instead")
+    _refuse("use_mxfp8_act_scaling", use_mxfp8_act_scaling, "use fp8_block, or mxfp4_w4a16 for MXFP4 weights")
+    _refuse("use_packed_weights", use_packed_weights, "pass the weights as [E, N, K]")
+    _refuse("cluster_size", cluster_size if cluster_size != 1 else 0, "expected 1; use ep_size for expert parallelism")
+    del tune_max_num_tokens, enable_pdl, tp_size
+    x, fc1, fc2 = input, fc1_expert_weights, fc2_expert_weights
+    tokens, top_k = token_selected_experts.shape
+    local, hidden = fc2.shape[0], fc2.shape[1]
+    kind = _KINDS[ActivationType(activation_type)]
+    gated = kind.startswith(("swiglu", "geglu"))
+    intermediate = fc1.shape[1] // (2 if gated else 1)
+    if kind == "swiglu" and (swiglu_alpha is not None or swiglu_beta is not None):
+        kind = "swiglu_oai"
+    elif kind == "swiglu" and swiglu_limit is not None:
+        kind = "swiglu_clamp"
+    quant, one, two, hidden_scale = _mode(x, fc1, fc2, quant_scales, intermediate,
+                                          use_deepseek_fp8_block_scale, use_w4_group_scaling)
+    if input_sf is not None:
+        hidden_scale = input_sf
+    config = dict(experts=local * ep_size, hidden=hidden, intermediate=intermediate, top_k=top_k, max_tokens=tokens,
+                  local_first=ep_rank * local, local_count=local, quant=quant,
+                  activation={"kind": kind, "order": "up_first"},
+                  input_dtype=_NAMES[x.dtype], output_dtype=_NAMES[output_dtype])
+    weights = dict(fc1=dict(weight=fc1, bias=fc1_expert_biases, **one),
+                   # The bias of FC2 belongs to one rank of a tensor-parallel group.
+                   fc2=dict(weight=fc2, bias=fc2_expert_biases if tp_rank == 0 else None, **two),
+                   alpha=swiglu_alpha, beta=swiglu_beta, limit=swiglu_limit)
+    if output is None:
+        output = torch.empty((tokens, hidden), dtype=output_dtype, device=x.device)
+    if tokens == 0:
+        return [output]
+    block_rows = 16 if tokens * top_k <= 16 * local else 64
+    slot_row = None
+    slots, block_experts, num_padded = _gemm.align(
+        token_selected_experts.contiguous(), local * ep_size, block_rows, local_first=ep_rank * local,
+        local_count=local, slot_row=slot_row)
+    rows = torch.empty((tokens * top_k, hidden), dtype=torch.float32 if x.device.type == "cpu" else output_dtype,
+                       device=x.device)
+    _stages.experts(config, x, rows, weights=weights, slots=slots, block_experts=block_experts, num_padded=num_padded,
+                    block_rows=block_rows, row_scale=hidden_scale)
+    here = token_selected_experts.to(torch.int32) - ep_rank * local
+    mine = torch.where((here >= 0) & (here < local), here, torch.full_like(here, -1)).contiguous()
+    _gemm.sum_slots(rows.view(tokens, top_k, hidden), token_final_scales.float().contiguous(), topk_ids=mine,
+                    output=output)
+    return [output]
+
+
+def cutlass_fused_moe_sm80(output, input, token_selected_experts, token_final_scales, fc1_expert_weights,
+                           fc2_expert_weights, output_dtype, quant_scales, input_sf=None, tp_size=1,
+                           tp_rank=0, ep_size=1, ep_rank=0, cluster_size=1, cluster_rank=0,
+                           use_fp8_block_scaling=False, use_w4a8_group_scaling=False,
+                           min_latency_mode=False, tune_max_num_tokens=8192):
+    """The form of seed 003: SwiGLU, output first. The modes it refused (fp8, W4A8) work here."""
+    return cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_expert_weights,
+                             fc2_expert_weights, output_dtype, quant_scales, input_sf=input_sf, tp_size=tp_size,
+                             tp_rank=tp_rank, ep_size=ep_size, ep_rank=ep_rank, cluster_size=cluster_size,
+                             cluster_rank=cluster_rank, output=output,
+                             use_deepseek_fp8_block_scale=use_fp8_block_scaling,
+                             use_w4_group_scaling=use_w4a8_group_scaling, min_latency_mode=min_latency_mode,
+                             tune_max_num_tokens=tune_max_num_tokens)
+
+
+@contextlib.contextmanager
+def autotune(tune_mode=True, *args, **kwargs):
+    """A documented no-op: tile choices ship with the library, and every choice gives the same bits."""
+    yield

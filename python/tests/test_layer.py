@@ -28,7 +28,7 @@ def _reference(x, w1, w2, ids, weights):
 def _problem(seed, tokens=5):
     rng = np.random.default_rng(seed)
     f = lambda *shape: (rng.standard_normal(shape) * 0.5).astype(np.float32)  # noqa: E731
-    ids = np.stack([rng.permutation(E)[:K] for _ in range(tokens)]).astype(np.int32).reshape(tokens, K)
+    ids = np.array([rng.permutation(E)[:K] for _ in range(tokens)], np.int32).reshape(tokens, K)
     return f(tokens, H), f(E, 2 * I, H), f(E, H, I), ids, rng.random((tokens, K)).astype(np.float32)
 
 

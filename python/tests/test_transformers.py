@@ -23,11 +23,13 @@ FAMILIES = {
     "DeepseekV3Config": dict(moe_intermediate_size=48, intermediate_size=96, n_routed_experts=8,
                              num_experts_per_tok=2, n_group=4, topk_group=2, n_shared_experts=1,
                              first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
-                             qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16),
+                             qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+                             num_key_value_heads=4),
     "DeepseekV2Config": dict(moe_intermediate_size=48, intermediate_size=96, n_routed_experts=8,
                              num_experts_per_tok=2, n_group=4, topk_group=2, n_shared_experts=1,
                              first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
-                             qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16),
+                             qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+                             num_key_value_heads=4),
     "GptOssConfig": dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, head_dim=16,
                          layer_types=["full_attention", "full_attention"]),
     "Glm4MoeConfig": dict(moe_intermediate_size=48, intermediate_size=96, n_routed_experts=8,
@@ -45,7 +47,7 @@ def _models(family, dtype):
     if config_class is None:
         pytest.skip(f"this transformers has no {family}")
     torch.manual_seed(0)
-    config = config_class(**_SMALL, **FAMILIES[family])
+    config = config_class(**{**_SMALL, **FAMILIES[family]})
     config._attn_implementation = "eager"
     eager = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     eager = eager.to(dtype).eval()

@@ -155,6 +155,9 @@ class MOESAIC_API Checkpoint {
   HostRouter router(std::int64_t index) const;
 
  private:
+  friend MOESAIC_API void quantize_layer(const Checkpoint& checkpoint, std::int64_t index,
+                                         const QuantSpec& quant, const std::string& out_path,
+                                         const LoadProgress& progress);
   struct Impl;
   std::shared_ptr<const Impl> impl_;
 };

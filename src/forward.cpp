@@ -197,8 +197,10 @@ Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stre
                           .scale_row_stride = scale_row_stride(plan.fc1),
                           .scratch = buffers.scratch},
                          stream);
+  // Scales by row already tell experts apart.
   const bool per_expert =
-      run.per_expert_absmax || (by_position && side.input_scale.defined() && side.input_scale.shape[0] > 1);
+      (run.per_expert_absmax && plan.fc1.act_scale == ActScale::kTensorDynamic) ||
+      (by_position && side.input_scale.defined() && side.input_scale.shape[0] > 1);
   return {.values = output,
           .scale = quantizes ? scale_view(plan.fc1, buffers.scale, per_expert) : ActScaleView{},
           .row = by_position ? RowOf::kPosition : run.input.row};

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Level 3: everything invoke_fused_moe_kernel can be asked, against the oracle.
+#include <gtest/gtest.h>
+
+#include "harness/grouped.h"
+#include "scheme.h"
+
+namespace moesaic::harness {
+namespace {
+
+std::string describe(const GroupedCase& c) {
+  return c.variant.name + (c.format == Format::kBatched ? " batched" : " sorted") +
+         (c.bias == Biases::kAll ? " bias" : "") + (c.a_order == RowOrder::kSorted ? " a_sorted" : "") +
+         (c.c_order == RowOrder::kSorted ? " c_sorted" : "") + (c.placement == Placement::kStrided ? " strided" : "") +
+         " c " + std::string(name(c.c)) + " k " + std::to_string(c.k);
+}
+
+class EachVariant : public testing::TestWithParam<std::size_t> {
+ protected:
+  GroupedCase base() const {
+    GroupedCase c;
+    c.variant = variants()[GetParam()];
+    c.a = c.variant.input;
+    c.c = c.variant.output;
+    c.seed = 3 + GetParam();
+    if (c.variant.extras != Extras::kNone) c.variant.extras = Extras::kNone;
+    return c;
+  }
+  void expect_right(const GroupedCase& c) const {
+    const std::string complaint = check_grouped(c);
+    EXPECT_TRUE(complaint.empty()) << describe(c) << ": " << complaint;
+  }
+};
+
+TEST_P(EachVariant, Sorted) {
+  GroupedCase c = base();
+  expect_right(c);
+  c.bias = Biases::kAll;  // also in the group-quantized path, where the original forbids it
+  c.row_weights = GroupedCase::RowWeights::kGiven;
+  expect_right(c);
+  c.load = Load::kDuplicates;
+  c.placement = Placement::kStrided;
+  expect_right(c);
+}
+
+TEST_P(EachVariant, SortedRowsOfAAndC) {
+  for (const RowOrder a : {RowOrder::kSlot, RowOrder::kSorted}) {
+    for (const RowOrder order : {RowOrder::kSlot, RowOrder::kSorted}) {
+      GroupedCase c = base();
+      // A in sorted order has rows for padding, whose absmax no rule mentions.
+      if (c.variant.quant.act_scale == ActScale::kTensorDynamic && a == RowOrder::kSorted) continue;
+      c.a_order = a;
+      c.c_order = order;
+      c.row_weights = GroupedCase::RowWeights::kGiven;
+      expect_right(c);
+    }
+  }
+}
+
+TEST_P(EachVariant, FilteredBlocksAreZeroInTheirOwnRows) {
+  for (const RowOrder order : {RowOrder::kSlot, RowOrder::kSorted}) {
+    GroupedCase c = base();
+    if (c.variant.static_scales == StaticScales::kPerExpert) c.variant.static_scales = StaticScales::kShared;
+    c.local = {1, 3};
+    c.c_order = order;
+    if (c.variant.quant.act_scale == ActScale::kTensorDynamic) continue;  // see FilteredRowsEnterNoAbsmax
+    expect_right(c);
+  }
+}
+
+TEST_P(EachVariant, Batched) {
+  GroupedCase c = base();
+  c.format = Format::kBatched;
+  expect_right(c);
+  c.bias = Biases::kAll;
+  c.placement = Placement::kStrided;
+  expect_right(c);
+}
+
+TEST_P(EachVariant, OutputDtypesAndPaddedK) {
+  GroupedCase c = base();
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    c.c = dtype;
+    c.k_padding = 32;
+    c.top_k = 1;
+    expect_right(c);
+  }
+}
+
+TEST_P(EachVariant, OneTokenOneExpertAndNone) {
+  GroupedCase c = base();
+  c.tokens = 1;
+  expect_right(c);
+  c.tokens = 0;
+  expect_right(c);
+  c.tokens = 70;
+  c.load = Load::kOne;
+  c.block_rows = 64;
+  expect_right(c);
+}
+
+INSTANTIATE_TEST_SUITE_P(Variants, EachVariant, testing::Range<std::size_t>(0, variants().size()),
+                         [](const auto& info) {
+                           std::string n = variants()[info.param].name;
+                           for (char& ch : n)
+                             if (ch == '+') ch = '_';
+                           return n;
+                         });
+
+TEST(GroupedGemm, TwelveShortGroupsAndOddShapes) {
+  for (const std::int64_t k : {8, 40, 100, 200}) {
+    for (const std::int64_t n : {2, 12, 50, 136}) {
+      GroupedCase c;
+      c.k = k;
+      c.n = n;
+      c.variant = default_variant(Scheme::kInt4W4A16);
+      c.variant.quant.group_size = 32;
+      c.variant.quant.zero_points = true;
+      EXPECT_EQ(check_grouped(c), "") << n << " x " << k;
+      c.variant = default_variant(Scheme::kFp8Block);
+      c.variant.quant.block_n = 24;
+      c.variant.quant.block_k = 16;
+      EXPECT_EQ(check_grouped(c), "") << n << " x " << k;
+    }
+  }
+}
+
+TEST(GroupedGemm, RefusalsNameTheArgument) {
+  GroupedGemmArgs args;
+  std::vector<std::uint16_t> a(4 * 8), b(2 * 8 * 8), c(4 * 8);
+  args.quant.scheme = Scheme::kBF16;
+  args.a = Tensor::contiguous(a.data(), DType::kBF16, {4, 8});
+  args.b.weight = Tensor::contiguous(b.data(), DType::kBF16, {2, 8, 8});
+  args.c = Tensor::contiguous(c.data(), DType::kBF16, {4, 8});
+  const auto message = [&] {
+    try {
+      grouped_gemm(args);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("nothing was thrown");
+  };
+  EXPECT_NE(message().find("sorted / batched"), std::string::npos) << message();
+  args.quant.scheme = Scheme::kInt4W4A16;  // "int4 without a group is meaningless: reject it"
+  args.quant.weight_scale = WeightScale::kChannel;
+  std::vector<std::int32_t> lists(64);
+  args.sorted = {.slots = Tensor::contiguous(lists.data(), DType::kI32, {16}),
+                 .block_experts = Tensor::contiguous(lists.data(), DType::kI32, {1}),
+                 .num_padded = Tensor::contiguous(lists.data(), DType::kI32, {1}),
+                 .block_rows = 16};
+  EXPECT_NE(message().find("int4_w4a16"), std::string::npos) << message();
+}
+
+}  // namespace
+}  // namespace moesaic::harness

@@ -7,8 +7,17 @@ if(MOESAIC_HARNESS)
   add_library(moesaic_harness STATIC ${MOESAIC_HARNESS})
   target_include_directories(moesaic_harness PUBLIC ${PROJECT_SOURCE_DIR}/include
     ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR})
-  target_compile_options(moesaic_harness PRIVATE ${MOESAIC_CXX_FLAGS})
+  target_compile_options(moesaic_harness PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${MOESAIC_CXX_FLAGS}>)
   target_link_libraries(moesaic_harness PUBLIC fmt::fmt-header-only nlohmann_json::nlohmann_json Threads::Threads)
+  if(MOESAIC_CUDA)
+    file(GLOB MOESAIC_HARNESS_CUDA CONFIGURE_DEPENDS harness/*.cu)
+    moesaic_cuda_objects(moesaic_harness_cuda ${MOESAIC_HARNESS_CUDA})
+    set_target_properties(moesaic_harness_cuda PROPERTIES CUDA_ARCHITECTURES "80;90-real")
+    target_include_directories(moesaic_harness_cuda PRIVATE ${PROJECT_SOURCE_DIR})
+    target_sources(moesaic_harness PRIVATE $<TARGET_OBJECTS:moesaic_harness_cuda>)
+    target_compile_definitions(moesaic_harness PUBLIC MOESAIC_HAS_CUDA)
+    target_link_libraries(moesaic_harness PUBLIC CUDA::cudart_static)
+  endif()
 endif()
 
 # Internals are hidden in the shared library, so the command and the tests link its objects.

@@ -34,3 +34,14 @@ endif()
 add_test(NAME install_test COMMAND ${CMAKE_COMMAND} -DBUILD=${PROJECT_BINARY_DIR} -DSOURCE=${PROJECT_SOURCE_DIR}
   -DWORK=${PROJECT_BINARY_DIR}/install_test -DCXX=${CMAKE_CXX_COMPILER} "-DFLAGS=${MOESAIC_SANITIZE_FLAG}"
   -P ${PROJECT_SOURCE_DIR}/tests/install_test.cmake)
+include(cmake/examples.cmake)
+
+# The tests of the command run the command.
+if(TARGET cli_test AND TARGET moesaic_command)
+  target_compile_definitions(cli_test PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
+  add_dependencies(cli_test moesaic_command)
+endif()
+if(TARGET readme_test AND TARGET moesaic_command)
+  target_compile_definitions(readme_test PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
+  add_dependencies(readme_test moesaic_command)
+endif()

@@ -1,0 +1,8 @@
+# examples/*.cpp use nothing but the public headers and the library, and each is run as a test.
+file(GLOB MOESAIC_EXAMPLES CONFIGURE_DEPENDS examples/*.cpp)
+foreach(source IN LISTS MOESAIC_EXAMPLES)
+  get_filename_component(stem ${source} NAME_WE)
+  add_executable(example_${stem} ${source})
+  target_link_libraries(example_${stem} PRIVATE moesaic::moesaic)
+  add_test(NAME example_${stem} COMMAND example_${stem} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+endforeach()

@@ -16,7 +16,7 @@ struct Strip {
   const std::int64_t* positions = nullptr; // [rows] live rows
   std::int64_t rows = 0;                   // <= kStripRows
 };
-inline constexpr std::int64_t kStripTiles = 4;
+inline constexpr std::int64_t kStripTiles = 8;
 inline constexpr std::int64_t kStripRows = 48;
 
 // What all strips of a call share.

@@ -182,13 +182,14 @@ class StripRun {
       panel.row_scale_at =
           index * layout_.segment_k / call_.spec->act_group * stage_.a_scale.group_stride;
 
+    const std::int64_t panels = (strip_.rows + kPanelRows - 1) / kPanelRows;
+    if (panels > 1) look_ahead(chunk, t, i, panels, &panel);
     const Segment segment{.code = code_, .data = data, .steps = steps,
                           .zero = header + layout_.zero_offset,
                           .e2m1 = call_.spec->format == WeightFormat::kE2M1};
     const void* native = data;
     const bool in_registers = !is_native<kCompute>(code_) && strip_.rows <= kFusedRows;
     bool unpacked = is_native<kCompute>(code_);
-    const std::int64_t panels = (strip_.rows + kPanelRows - 1) / kPanelRows;
     for (std::int64_t p = 0, row = 0; p < panels; ++p) {
       const std::int64_t count = (strip_.rows - row + panels - p - 1) / (panels - p);  // even shares
       panel.rows = count;
@@ -197,6 +198,7 @@ class StripRun {
       panel.raw = layout_.segments == 1 ? panel.total : b_.raw + row * kStripCols + t * kTileCols;
       panel.row_scale = grouped_rows ? a_scale_ + row : nullptr;
       panel.row_sum = b_.row_sums + row * chunk.segments + i;
+      if (p > 0) panel.ahead += panel.ahead_step * steps * per_step_;
       row += count;
       if (in_registers && Level::template fused<kCompute>(panel, segment)) continue;
       if (!unpacked) {
@@ -206,6 +208,32 @@ class StripRun {
       }
       Level::template native<kCompute>(panel, native, steps * per_step_);
     }
+  }
+
+  // With several panels the same weights are multiplied several times: each panel fetches its share of
+  // what follows, so that memory works while the arithmetic does.
+  void look_ahead(const Chunk& chunk, std::int64_t t, std::int64_t i, std::int64_t panels,
+                  Panel* panel) const {
+    if (call_.packed == nullptr) return;
+    const auto* base = reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert));
+    std::int64_t tile = strip_.first_tile + t, segment = chunk.segment + i, step = chunk.first_step;
+    if (i + 1 < chunk.segments) {
+      ++segment;
+    } else if (t + 1 < strip_.tiles) {
+      ++tile;
+      segment = chunk.segment;
+    } else {  // the next chunk of the first tile
+      tile = strip_.first_tile;
+      step += chunk.steps;
+      if (step >= layout_.segment_steps) {
+        ++segment;
+        step = 0;
+      }
+    }
+    if (segment >= layout_.segments) return;
+    panel->ahead = base + tile * layout_.tile_bytes + segment * layout_.segment_bytes +
+                   (step == 0 ? 0 : layout_.header_bytes) + step * layout_.step_bytes;
+    panel->ahead_step = (layout_.step_bytes / per_step_ + panels - 1) / panels;
   }
 
   // Few rows of a long chunk at a level that cannot unpack in registers: the scratch holds only part.

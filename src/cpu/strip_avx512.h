@@ -22,57 +22,55 @@ struct ReadB16 {
 };
 
 #if defined(__AVX512VBMI__)
-// A table of 128 bytes.
-struct ByteTable {
-  __m512i low, high;
-  template <typename F>
-  explicit ByteTable(F entry) {
-    alignas(64) std::uint8_t bytes[128];
-    for (int i = 0; i < 128; ++i) bytes[i] = entry(i);
-    low = _mm512_load_si512(bytes);
-    high = _mm512_load_si512(bytes + 64);
-  }
+// 128 bytes to be looked up.
+struct alignas(64) ByteTable {
+  std::uint8_t bytes[128];
   __m512i operator[](__m512i index) const {  // bit 7 of an index is ignored
-    return _mm512_permutex2var_epi8(low, index, high);
+    return _mm512_permutex2var_epi8(_mm512_load_si512(bytes), index, _mm512_load_si512(bytes + 64));
   }
 };
-inline std::uint32_t bf16_bits(float f) { return std::bit_cast<std::uint32_t>(f) >> 16; }
+// One byte of the bf16 of value(first), value(first + 1), ...
+template <typename F>
+constexpr ByteTable byte_table(int first, int shift, F value) {
+  ByteTable table{};
+  for (int i = 0; i < 128; ++i)
+    table.bytes[i] =
+        static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(value(first + i)) >> (16 + shift));
+  return table;
+}
 
+constexpr float e4m3_value(int i) { return exact_e4m3(static_cast<std::uint8_t>(i)); }
+constexpr ByteTable kE4M3Low = byte_table(0, 0, e4m3_value);
+constexpr ByteTable kE4M3High = byte_table(0, 8, e4m3_value);
 struct ReadE4M3 {
   static constexpr std::int64_t kBytes = 128;
-  ByteTable low, high;
-  explicit ReadE4M3(const Segment&)
-      : low([](int i) { return static_cast<std::uint8_t>(bf16_bits(exact_e4m3(i & 127))); }),
-        high([](int i) { return static_cast<std::uint8_t>(bf16_bits(exact_e4m3(i & 127)) >> 8); }) {}
+  explicit ReadE4M3(const Segment&) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
-      const __m512i lo = low[v];
+      const __m512i lo = kE4M3Low[v];
       // high | (v & 0x80)
-      const __m512i hi = _mm512_ternarylogic_epi32(high[v], v, _mm512_set1_epi8(-128), 0xf8);
+      const __m512i hi = _mm512_ternarylogic_epi32(kE4M3High[v], v, _mm512_set1_epi8(-128), 0xf8);
       b[2 * half] = _mm512_unpacklo_epi8(lo, hi);
       b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
     }
   }
 };
 
+constexpr float byte_value(int i) { return static_cast<float>(i - 128); }
+constexpr ByteTable kByteLow0 = byte_table(0, 0, byte_value);
+constexpr ByteTable kByteLow1 = byte_table(128, 0, byte_value);
+constexpr ByteTable kByteHigh0 = byte_table(0, 8, byte_value);
+constexpr ByteTable kByteHigh1 = byte_table(128, 8, byte_value);
 struct ReadByte {
   static constexpr std::int64_t kBytes = 128;
-  ByteTable low0, low1, high0, high1;
-  static std::uint8_t part(int i, int shift) {
-    return static_cast<std::uint8_t>(bf16_bits(static_cast<float>(i - 128)) >> shift);
-  }
-  explicit ReadByte(const Segment&)
-      : low0([](int i) { return part(i, 0); }),
-        low1([](int i) { return part(i + 128, 0); }),
-        high0([](int i) { return part(i, 8); }),
-        high1([](int i) { return part(i + 128, 8); }) {}
+  explicit ReadByte(const Segment&) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
       const __mmask64 upper = _mm512_movepi8_mask(v);
-      const __m512i lo = _mm512_mask_mov_epi8(low0[v], upper, low1[v]);
-      const __m512i hi = _mm512_mask_mov_epi8(high0[v], upper, high1[v]);
+      const __m512i lo = _mm512_mask_mov_epi8(kByteLow0[v], upper, kByteLow1[v]);
+      const __m512i hi = _mm512_mask_mov_epi8(kByteHigh0[v], upper, kByteHigh1[v]);
       b[2 * half] = _mm512_unpacklo_epi8(lo, hi);
       b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
     }
@@ -133,18 +131,27 @@ struct ReadByteZero {
 using ReadByte = ReadByteZero;
 #endif
 
-// vpermw looks up 32 words; the table is there twice, so the fifth bit (the next nibble's) is ignored
-// and no mask is needed.
+// 32 words to be looked up: bf16 of value(0), value(1), ...
+struct alignas(64) WordTable {
+  std::uint16_t words[32];
+};
+template <typename F>
+constexpr WordTable word_table(F value) {
+  WordTable table{};
+  for (int i = 0; i < 32; ++i)
+    table.words[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value(i)) >> 16);
+  return table;
+}
+
+// vpermw looks at five bits of an index. Sixteen values are there twice, so the fifth bit (the next
+// nibble's) does not matter and no mask is needed.
+constexpr WordTable kInt4Words = word_table([](int i) { return kNibbleInt4[i % 16]; });
+constexpr WordTable kE2M1Words = word_table([](int i) { return kE2M1[i % 16]; });
 struct ReadNibble {
   static constexpr std::int64_t kBytes = 64;
   __m512i table;
-  explicit ReadNibble(const Segment& s) {
-    alignas(64) std::uint16_t words[32];
-    const float* values = s.e2m1 ? kE2M1 : kNibbleInt4;
-    for (int i = 0; i < 32; ++i)
-      words[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(values[i % 16]) >> 16);
-    table = _mm512_load_si512(words);
-  }
+  explicit ReadNibble(const Segment& s)
+      : table(_mm512_load_si512(s.e2m1 ? kE2M1Words.words : kInt4Words.words)) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     const __m512i v = _mm512_loadu_si512(p);
     b[0] = _mm512_permutexvar_epi16(v, table);
@@ -155,15 +162,12 @@ struct ReadNibble {
 };
 
 // q - zero is -15 .. 15: five bits of two's complement, which index a table of 32.
+constexpr WordTable kSignedWords =
+    word_table([](int i) { return static_cast<float>(i < 16 ? i : i - 32); });
 struct ReadNibbleZero {
   static constexpr std::int64_t kBytes = 64;
   __m512i table, zero[4];
-  explicit ReadNibbleZero(const Segment& s) {
-    alignas(64) std::uint16_t words[32];
-    for (int i = 0; i < 32; ++i)
-      words[i] = static_cast<std::uint16_t>(
-          std::bit_cast<std::uint32_t>(static_cast<float>(i < 16 ? i : i - 32)) >> 16);
-    table = _mm512_load_si512(words);
+  explicit ReadNibbleZero(const Segment& s) : table(_mm512_load_si512(kSignedWords.words)) {
     read_zero_words(s.zero, zero);
   }
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
@@ -254,7 +258,9 @@ struct Dot<Compute::kByte> {
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum add(Sum sum, __m512i b, __m512i a) {
 #if defined(__AVX512VNNI__)
-    return _mm512_dpbusd_epi32(sum, b, a);
+    // Not the intrinsic: around it GCC 12 copies each sum twice per product.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return sum;
 #else
     const __m512i even = _mm512_madd_epi16(_mm512_and_si512(b, _mm512_set1_epi16(0xff)),
                                            _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8));
@@ -271,22 +277,55 @@ struct Dot<Compute::kByte> {
   }
 };
 
-// kRows rows x 64 columns over `steps` packed steps.
+// How far in front of a single panel its stream is fetched.
+constexpr std::int64_t kStreamAhead = 4096;
+
+// One register of finished sums, scaled, into the total.
+inline void finish(const Panel& p, std::int64_t r, std::int64_t c, __m512 v) {
+  float* total = p.total + r * p.c_stride + c;
+  if (p.row_scale != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(p.row_scale[r][p.row_scale_at]));
+  const __m512 scale = p.scale != nullptr ? _mm512_loadu_ps(p.scale + c) : _mm512_set1_ps(1.0f);
+  v = p.end == End::kAdd ? _mm512_fmadd_ps(v, scale, _mm512_loadu_ps(total))
+                         : _mm512_mul_ps(v, scale);
+  _mm512_storeu_ps(total, v);
+}
+
+// kRows rows x 64 columns over `steps` packed steps. Every loop over sums is unrolled by name: GCC 12
+// would otherwise keep them in memory around the main loop.
 template <Compute kCompute, int kRows, typename Unpack>
 void block(const Panel& p, const Unpack& unpack, const std::uint8_t* data, std::int64_t steps) {
   using D = Dot<kCompute>;
   typename D::Sum sums[kRows][4];
-  for (int r = 0; r < kRows; ++r)
-    for (int i = 0; i < 4; ++i)
-      sums[r][i] = p.begin == Begin::kRaw ? D::load(p.raw + r * p.c_stride + 16 * i) : D::zero();
+  if (p.begin == Begin::kRaw) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[r][i] = D::load(p.raw + r * p.c_stride + 16 * i);
+  } else {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[r][i] = D::zero();
+  }
   const std::uint32_t* a[kRows];
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) a[r] = p.a + r * p.a_stride;
+  const std::uint8_t* ahead = p.ahead;
   std::int64_t u = 0;
   for (std::int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 2
     for (int which = 0; which < Unpack::kUnits; ++which, ++u) {
       __m512i b[4];
       unpack.unit(data, which, b);
+      if (ahead != nullptr) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + p.ahead_step / 2), _MM_HINT_T1);
+        ahead += p.ahead_step;
+      } else if (which == 0) {
+#pragma GCC unroll 4
+        for (int line = 0; line < Unpack::kBytes; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(data + kStreamAhead + line), _MM_HINT_T0);
+      }
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r][u]));
@@ -297,26 +336,16 @@ void block(const Panel& p, const Unpack& unpack, const std::uint8_t* data, std::
     data += Unpack::kBytes;
   }
   if (p.end == End::kRaw) {
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) D::store(p.raw + r * p.c_stride + 16 * i, sums[r][i]);
     return;
   }
-  for (int r = 0; r < kRows; ++r) {
-    float* total = p.total + r * p.c_stride;
-    for (int i = 0; i < 4; ++i) {
-      __m512 v = D::value(p, r, 16 * i, sums[r][i]);
-      if (p.row_scale != nullptr)
-        v = _mm512_mul_ps(v, _mm512_set1_ps(p.row_scale[r][p.row_scale_at]));
-      if (p.scale == nullptr) {
-        if (p.end == End::kAdd) v = _mm512_add_ps(v, _mm512_loadu_ps(total + 16 * i));
-      } else if (p.end == End::kAdd) {
-        v = _mm512_fmadd_ps(v, _mm512_loadu_ps(p.scale + 16 * i), _mm512_loadu_ps(total + 16 * i));
-      } else {
-        v = _mm512_mul_ps(v, _mm512_loadu_ps(p.scale + 16 * i));
-      }
-      _mm512_storeu_ps(total + 16 * i, v);
-    }
-  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) finish(p, r, 16 * i, D::value(p, r, 16 * i, sums[r][i]));
 }
 
 template <Compute kCompute, int kMaxRows, typename Unpack>

@@ -11,7 +11,7 @@
 namespace moesaic {
 namespace {
 
-inline float exact_e4m3(std::uint8_t b) {
+constexpr float exact_e4m3(std::uint8_t b) {
   const std::uint32_t magnitude = b & 0x7fu;
   // No subnormal fp32 on the way: a host may have told its threads to flush them.
   const float small = static_cast<float>(static_cast<int>(magnitude)) * 0x1p-9f;

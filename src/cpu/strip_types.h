@@ -63,10 +63,12 @@ struct Panel {
   const std::int32_t* zero = nullptr;      // Compute::kByte: [64] zero points,
   const std::int32_t* row_sum = nullptr;   // and the sum of each row's activations
   std::int64_t row_sum_stride = 0;
+  const std::uint8_t* ahead = nullptr;     // weights that are needed next, to be fetched meanwhile:
+  std::int64_t ahead_step = 0;             // bytes per unit
 };
 
 inline constexpr std::int64_t kPanelRows = 6;  // 6 rows x 4 registers of sums
-inline constexpr std::int64_t kFusedRows = 4;  // up to here weights are unpacked in registers
+inline constexpr std::int64_t kFusedRows = 6;  // up to here weights are unpacked in registers
 
 constexpr float kNibbleInt4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 

@@ -51,12 +51,14 @@ inline ActivationView activation_view(const ActivationSpec& spec, const Activati
 // The library's expf and a true division cost four times the instructions.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+// erfc, not 1 + erf: that would cancel for negative x and lose the tail's relative accuracy.
 __device__ __forceinline__ float gelu_erf(float x) {
-  return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+  return 0.5f * x * erfcf(x * -0.70710678118654752f);
 }
 // 0.5 * (1 + tanh(z)) = sigmoid(2 z). tanhf would branch; tanh.approx has 11 bits only.
 __device__ __forceinline__ float gelu_tanh(float x) {
-  const float z = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+  // The fused multiply-add is spelled out: the same bits in every kernel this is inlined into.
+  const float z = 0.79788456080286536f * __fmaf_rn(0.044715f * x * x, x, x);
   return __fdividef(x, 1.0f + __expf(-2.0f * z));
 }
 // Comparisons, not fminf / fmaxf: those would swallow a NaN, which must stay in its row.

@@ -1,0 +1,692 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped product of the SM80 family: one kernel template for every scheme and both formats.
+//
+// Weights stand on the 16-row side of mma.sync, tokens on the 8-column side: token tiles of 8 to 128
+// without padding to 64, and a dequantized weight goes from registers straight into the product, where it
+// is reused for every token of the tile. A persistent CTA walks the tile list; its cp.async pipeline runs
+// across tiles and experts and is never drained. Each sum lives in one fp32 accumulator (promoting operands:
+// partial sums of 32 of K, scaled and added in fp32), K ascending, whatever the tile: the same bits from
+// every tactic.
+//
+// Which weight row a CTA puts into which row of an mma is free, and chosen so that a lane ends up with
+// neighbouring columns of C (16-byte stores without a detour through shared memory), and, behind a gated
+// activation, with a gate and its up in the same lane.
+#pragma once
+
+#include "cuda/gemm_sm80.h"
+#include "cuda/operand.h"
+
+namespace moesaic::cuda {
+
+template <typename Op_, int kWarpsM_, int kWarpsN_, int kMFrags_, int kNFrags_, int kDepth_, int kStages_,
+          int kCtas_>
+struct Sm80Tile {
+  using Op = Op_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kMFrags = kMFrags_, kNFrags = kNFrags_;
+  static constexpr int kDepth = kDepth_, kStages = kStages_, kCtas = kCtas_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kRows = 16 * kWarpsM * kMFrags;  // of weights
+  static constexpr int kTokens = 8 * kWarpsN * kNFrags;
+  static constexpr int kWeightBytes = kDepth * Op::kWeightBits / 8;  // of one row in a stage
+  static constexpr int kActBytes = kDepth * Op::kActBits / 8;
+  static constexpr int kGroups = kDepth / 32;  // scale groups that a stage may touch
+  static constexpr bool kScales = Op::kPromote;
+  static constexpr bool kZeros = Op::kZeros || Op::kE8M0;
+  static constexpr bool kActScales = Op::kPromote && Op::kActBits == 8;
+  // Layout of a stage.
+  static constexpr int kActOffset = kRows * kWeightBytes;
+  static constexpr int kScaleOffset = kActOffset + kTokens * kActBytes;
+  static constexpr int kZeroOffset = kScaleOffset + (kScales ? kGroups * kRows * 4 : 0);
+  static constexpr int kActScaleOffset = kZeroOffset + (kZeros ? kGroups * kRows * 4 : 0);
+  static constexpr int kStageBytes = kActScaleOffset + (kActScales ? kGroups * kTokens * 4 : 0);
+  // Behind the stages: two tables of the tokens and columns of a tile.
+  static constexpr int kTableBytes = kTokens * 16 + kRows * 8;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kTableBytes;
+  static_assert(kWeightBytes % 16 == 0 && kActBytes % 16 == 0 && kStageBytes % 16 == 0);
+};
+
+// A CTA's share of work: `rows` tokens from position `first`, one tile of columns.
+struct Sm80Work {
+  std::int64_t first;
+  std::int32_t expert, rows, column_tile;
+};
+
+// Work is counted in strips of 16 token tiles x all columns, token tiles fastest: the CTAs that run at one
+// time share both weights and tokens in L2. Returns false for a part behind the tile's last row.
+// Fewer than 2^31 items: checked on the host.
+__device__ __forceinline__ bool locate(const Sm80Params& p, std::uint32_t index, std::uint32_t token_tiles,
+                                       int tokens, Sm80Work& work) {
+  constexpr std::uint32_t kStrip = 16;
+  const std::uint32_t per_strip = kStrip * p.column_tiles;
+  const std::uint32_t strip = index / per_strip, rest = index % per_strip;
+  const std::uint32_t width = min(kStrip, token_tiles - strip * kStrip);
+  const std::uint32_t token_tile = strip * kStrip + rest % width;
+  work.column_tile = rest / width;
+  const Tile tile = p.tiles[token_tile / p.parts];
+  const int begin = static_cast<int>(token_tile % p.parts) * tokens;
+  work.first = tile.first + begin;
+  work.rows = min(tile.rows - begin, tokens);
+  work.expert = tile.expert >= p.experts ? -1 : tile.expert;
+  return work.rows > 0;
+}
+
+__device__ __forceinline__ std::uint32_t slot_of(const Sm80Params& p, std::int64_t position) {
+  return p.row_slot ? static_cast<std::uint32_t>(p.row_slot[position]) : static_cast<std::uint32_t>(position);
+}
+__device__ __forceinline__ bool is_padding(const Sm80Params& p, std::uint32_t slot) {
+  return p.row_slot && slot >= p.slot_count;
+}
+__device__ __forceinline__ std::uint32_t row_of(RowOf row, std::int64_t position, std::uint32_t slot,
+                                                std::uint32_t top_k) {
+  if (row == RowOf::kPosition) return static_cast<std::uint32_t>(position);
+  return row == RowOf::kSlot ? slot : slot / top_k;
+}
+
+// Weight row r (0 .. kRows-1) of a CTA -> column of C and which of gate (0) / up (1).
+template <typename T>
+__device__ __forceinline__ std::int32_t column_of(const Sm80Params& p, std::int32_t column_tile, int r,
+                                                  int& half) {
+  constexpr int kPerWarp = 16 * T::kMFrags;
+  const int warp = r / kPerWarp, fragment = r % kPerWarp / 16, q = r % 8;
+  half = r / 8 % 2;
+  if (p.gated) return column_tile * (T::kRows / 2) + warp * (kPerWarp / 2) + q * T::kMFrags + fragment;
+  return column_tile * T::kRows + warp * kPerWarp + q * 2 * T::kMFrags + fragment * 2 + half;
+}
+__device__ __forceinline__ std::int64_t weight_row(const Sm80Params& p, std::int32_t column, int half) {
+  return p.gated ? static_cast<std::int64_t>(column) * p.row_multiple + p.row_offset[half] : column;
+}
+
+// Issues the copies of one stage after another, running ahead of the products.
+template <typename T>
+class Sm80Loader {
+ public:
+  __device__ Sm80Loader(const Sm80Params& p, std::uint32_t stages, std::uint32_t token_tiles,
+                        std::uint32_t total)
+      : p_(p), stages_(stages), index_(blockIdx.x), total_(total), token_tiles_(token_tiles) {
+    seek();
+  }
+
+  // The next stage's copies, as one group (empty behind the end, so that the count of groups holds).
+  __device__ __forceinline__ void issue() {
+    if (index_ < total_) {
+      copy_stage();
+      k_ += T::kDepth;
+      if (k_ >= p_.k) {
+        index_ += gridDim.x;
+        seek();
+      }
+    }
+    ptx::cp_async_commit();
+    slot_ = slot_ + 1 == T::kStages ? 0 : slot_ + 1;
+  }
+
+ private:
+  static constexpr int kWeightChunks = T::kWeightBytes / 16, kActChunks = T::kActBytes / 16;
+  static constexpr int kWeightStep = T::kThreads / kWeightChunks, kActStep = T::kThreads / kActChunks;
+  static constexpr int kWeightCount = (T::kRows + kWeightStep - 1) / kWeightStep;
+  static constexpr int kActCount = (T::kTokens + kActStep - 1) / kActStep;
+  static constexpr int kScaleCount = T::kScales ? (T::kRows + T::kThreads - 1) / T::kThreads : 0;
+  static constexpr std::uint32_t kNone = 0xffffffffu;
+  using WeightSwizzle = Swizzle<T::kWeightBytes, T::Op::kWeightUnit>;
+  using ActSwizzle = Swizzle<T::kActBytes, T::Op::kActUnit>;
+  static_assert(T::kThreads % kWeightChunks == 0 && T::kThreads % kActChunks == 0);
+
+  // Moves to the next work item that has a product to compute.
+  __device__ void seek() {
+    Sm80Work work;
+    for (; index_ < total_; index_ += gridDim.x) {
+      if (locate(p_, index_, token_tiles_, T::kTokens, work) && work.expert >= 0) break;
+    }
+    k_ = 0;
+    if (index_ >= total_) return;
+    w_ = p_.w + work.expert * p_.w_expert;
+#pragma unroll
+    for (int i = 0; i < kWeightCount; ++i) {
+      const int row = static_cast<int>(threadIdx.x) / kWeightChunks + i * kWeightStep;
+      int half;
+      const std::int32_t column = column_of<T>(p_, work.column_tile, row, half);
+      weight_[i] = row < T::kRows && column < p_.n_out
+                       ? static_cast<std::uint32_t>(weight_row(p_, column, half) * p_.w_row)
+                       : kNone;
+    }
+#pragma unroll
+    for (int i = 0; i < kActCount; ++i) {
+      const int row = static_cast<int>(threadIdx.x) / kActChunks + i * kActStep;
+      act_[i] = kNone;
+      if (row < work.rows) {
+        const std::int64_t position = work.first + row;
+        const std::uint32_t slot = slot_of(p_, position);
+        if (!is_padding(p_, slot)) {
+          act_[i] = static_cast<std::uint32_t>(p_.a_rows(row_of(p_.a_row, position, slot, p_.top_k)));
+        }
+      }
+    }
+    if constexpr (T::kScales) {
+      if (p_.group_blocks == 0) return;
+#pragma unroll
+      for (int i = 0; i < kScaleCount; ++i) {
+        const int row = threadIdx.x + i * T::kThreads;
+        int half;
+        const std::int32_t column = column_of<T>(p_, work.column_tile, row, half);
+        const std::int64_t n = weight_row(p_, column, half);
+        const bool live = row < T::kRows && column < p_.n_out;
+        scale_[i] = live && p_.scale ? p_.scale + work.expert * p_.scale_expert + n / p_.scale_rows * p_.scale_row
+                                     : nullptr;
+        if constexpr (T::kZeros) {
+          zero_[i] = live && p_.zero ? p_.zero + work.expert * p_.zero_expert +
+                                           (p_.zero_nibbles ? n / 2 : n) * p_.zero_row
+                                     : nullptr;
+        }
+      }
+      if constexpr (T::kActScales) {
+        act_scale_ = nullptr;
+        const int row = threadIdx.x;
+        if (p_.a_scale_grouped && row < work.rows) {
+          const std::int64_t position = work.first + row;
+          const std::uint32_t slot = slot_of(p_, position);
+          if (!is_padding(p_, slot)) {
+            act_scale_ = p_.a_scale + work.expert * p_.a_scale_expert +
+                         row_of(p_.a_row, position, slot, p_.top_k) * p_.a_scale_row;
+          }
+        }
+      }
+    }
+  }
+
+  // 16 bytes, or as much of them as lies before the row's end; in words when rows are not aligned to 16.
+  __device__ __forceinline__ static void copy_chunk(std::uint32_t dst, const char* src, int bytes, int shift) {
+    bytes = bytes < 0 ? 0 : (bytes > 16 ? 16 : bytes);
+    if (shift == 4) {
+      ptx::cp_async16(dst, src, bytes);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < 16; i += 4) {
+        const int left = bytes - i;
+        ptx::cp_async4(dst + i, left > 0 ? src + i : src, left > 4 ? 4 : (left < 0 ? 0 : left));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy_stage() {
+    const std::uint32_t stage = stages_ + slot_ * T::kStageBytes;
+    const int tid = threadIdx.x;
+    {
+      const int chunk = tid % kWeightChunks, row = tid / kWeightChunks;
+      const int begin = k_ * T::Op::kWeightBits / 8 + chunk * 16;
+      const int left = p_.k * T::Op::kWeightBits / 8 - begin;
+#pragma unroll
+      for (int i = 0; i < kWeightCount; ++i) {
+        if (kWeightCount * kWeightStep != T::kRows && row + i * kWeightStep >= T::kRows) break;
+        const bool live = weight_[i] != kNone && left > 0;
+        const char* src = live ? w_ + (static_cast<std::int64_t>(weight_[i]) << p_.w_shift) + begin : w_;
+        copy_chunk(stage + WeightSwizzle::offset(row + i * kWeightStep, chunk), src, live ? left : 0, p_.w_shift);
+      }
+    }
+    {
+      const int chunk = tid % kActChunks, row = tid / kActChunks;
+      const int begin = k_ * T::Op::kActBits / 8 + chunk * 16;
+      const int left = p_.k * T::Op::kActBits / 8 - begin;
+#pragma unroll
+      for (int i = 0; i < kActCount; ++i) {
+        if (kActCount * kActStep != T::kTokens && row + i * kActStep >= T::kTokens) break;
+        const bool live = act_[i] != kNone && left > 0;
+        const char* src = live ? p_.a + (static_cast<std::int64_t>(act_[i]) << p_.a_shift) + begin : p_.a;
+        copy_chunk(stage + T::kActOffset + ActSwizzle::offset(row + i * kActStep, chunk), src, live ? left : 0,
+                   p_.a_shift);
+      }
+    }
+    if constexpr (T::kScales) {
+      if (p_.group_blocks != 0) copy_scales(stage);
+    }
+  }
+
+  __device__ __forceinline__ void copy_scales(std::uint32_t stage) {
+    const int blocks = p_.group_blocks, begin = k_ / 32;
+    const int end = min(begin + T::kGroups, (p_.k + 31) / 32);
+    const int first = begin / blocks, last = (end - 1) / blocks;
+#pragma unroll 1
+    for (int g = first; g <= last; ++g) {
+#pragma unroll
+      for (int i = 0; i < kScaleCount; ++i) {
+        const int row = threadIdx.x + i * T::kThreads;
+        if (row >= T::kRows) break;
+        const std::uint32_t cell = stage + ((g - first) * T::kRows + row) * 4;
+        const float* s = scale_[i];
+        if (p_.scale) ptx::cp_async4(cell + T::kScaleOffset, s ? s + g * p_.scale_group : p_.scale, s ? 4 : 0);
+        if constexpr (T::kZeros) {
+          if (p_.zero) {  // the aligned word that holds the byte, never beyond the tensor
+            const std::uint8_t* z = zero_[i] ? zero_[i] + g * p_.zero_group : p_.zero;
+            const auto word = reinterpret_cast<std::uintptr_t>(z) & ~std::uintptr_t{3};
+            const auto left = reinterpret_cast<std::uintptr_t>(p_.zero_end) - word;
+            ptx::cp_async4(cell + T::kZeroOffset, reinterpret_cast<const void*>(word),
+                           zero_[i] ? (left < 4 ? static_cast<int>(left) : 4) : 0);
+          }
+        }
+      }
+      if constexpr (T::kActScales) {
+        if (p_.a_scale_grouped && threadIdx.x < T::kTokens) {
+          const std::uint32_t cell = stage + T::kActScaleOffset + ((g - first) * T::kTokens + threadIdx.x) * 4;
+          ptx::cp_async4(cell, act_scale_ ? act_scale_ + g * p_.a_scale_group : p_.a_scale, act_scale_ ? 4 : 0);
+        }
+      }
+    }
+  }
+
+  const Sm80Params& p_;
+  const std::uint32_t stages_;
+  std::uint32_t index_;
+  const std::uint32_t total_, token_tiles_;
+  int k_ = 0, slot_ = 0;
+  const char* w_ = nullptr;
+  std::uint32_t weight_[kWeightCount], act_[kActCount];
+  const float* scale_[kScaleCount ? kScaleCount : 1];
+  const std::uint8_t* zero_[kScaleCount ? kScaleCount : 1];
+  const float* act_scale_ = nullptr;
+};
+
+// The products of one stage.
+template <typename T>
+class Sm80Consumer {
+ public:
+  using Op = typename T::Op;
+  float acc[T::kMFrags][T::kNFrags][4];
+
+  __device__ Sm80Consumer(const Sm80Params& p) : p_(p), lane_(threadIdx.x % 32) {
+    const int warp = threadIdx.x / 32;
+    warp_m_ = warp % T::kWarpsM;
+    warp_n_ = warp / T::kWarpsM;
+    weights_ = warp_m_ * T::kMFrags * 16 * T::kWeightBytes;
+    tokens_ = T::kActOffset + warp_n_ * T::kNFrags * 8 * T::kActBytes;
+  }
+  __device__ int warp_m() const { return warp_m_; }
+  __device__ int warp_n() const { return warp_n_; }
+  __device__ int lane() const { return lane_; }
+
+  __device__ void begin(const Sm80Work& work) {
+#pragma unroll
+    for (auto& f : acc)
+      for (auto& n : f)
+        for (float& x : n) x = 0.0f;
+    if constexpr (T::kScales) {
+#pragma unroll
+      for (int f = 0; f < T::kMFrags; ++f) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          scale_[f][h] = 1.0f;
+          if constexpr (Op::kZeros) zero_[f][h] = Op::make_zero(p_.implicit_zero);
+          if constexpr (T::kZeros) {  // which byte (and nibble) of the copied word: its bit position
+            if (p_.zero == nullptr) continue;
+            int half;
+            const int row = (warp_m_ * T::kMFrags + f) * 16 + h * 8 + lane_ / 4;
+            const std::int32_t column = column_of<T>(p_, work.column_tile, row, half);
+            const std::int64_t n = weight_row(p_, column, half);
+            const auto low = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(p_.zero) +
+                                                        work.expert * p_.zero_expert +
+                                                        (p_.zero_nibbles ? n / 2 : n) * p_.zero_row);
+            zero_byte_[f][h] = (low & 3) | (p_.zero_nibbles && n % 2 ? 4u : 0u);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void consume(std::uint32_t stage, int k) {
+    int group = 0, in_group = 0;
+    if constexpr (T::kScales) {
+      if (p_.group_blocks != 0) {
+        const int begin = k / 32;
+        group_ = begin / p_.group_blocks;
+        in_group = begin - group_ * p_.group_blocks;
+        load_group(stage, 0);
+      }
+    }
+    constexpr int kUnroll = T::kMFrags * T::kNFrags >= 16 ? 1 : 4;
+#pragma unroll kUnroll
+    for (int block = 0; block < T::kDepth / Op::kBlock; ++block) {
+      if constexpr (T::kScales) {
+        if (p_.group_blocks != 0 && in_group == p_.group_blocks && k + block * 32 < p_.k) {
+          in_group = 0;
+          ++group;
+          ++group_;
+          load_group(stage, group);
+        }
+        ++in_group;
+      }
+      typename Op::A a[T::kMFrags];
+#pragma unroll
+      for (int f = 0; f < T::kMFrags; ++f) {
+        Op::template load_a<T::kWeightBytes>(a[f], stage + weights_ + f * 16 * T::kWeightBytes, block, lane_,
+                                             zero_[f], p_.byte_flip);
+      }
+#pragma unroll
+      for (int n = 0; n < T::kNFrags; ++n) {
+        typename Op::B b;
+        Op::template load_b<T::kActBytes>(b, stage + tokens_ + n * 8 * T::kActBytes, block, lane_);
+        if constexpr (!Op::kPromote) {
+#pragma unroll
+          for (int f = 0; f < T::kMFrags; ++f) Op::multiply(acc[f][n], a[f], b);
+        } else {
+          float token_scale[2] = {1.0f, 1.0f};
+          if constexpr (T::kActScales) {
+            if (p_.a_scale_grouped) {
+              std::uint32_t s[2];
+              const int token = warp_n_ * T::kNFrags * 8 + n * 8 + lane_ % 4 * 2;
+              ptx::load_shared8(s, stage + T::kActScaleOffset + (group * T::kTokens + token) * 4);
+              token_scale[0] = __uint_as_float(s[0]), token_scale[1] = __uint_as_float(s[1]);
+            }
+          }
+#pragma unroll
+          for (int f = 0; f < T::kMFrags; ++f) {
+            float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            Op::multiply(part, a[f], b);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float s = scale_[f][i / 2];
+              if constexpr (T::kActScales) s = __fmul_rn(s, token_scale[i % 2]);
+              acc[f][n][i] = __fmaf_rn(part[i], s, acc[f][n][i]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load_group(std::uint32_t stage, int group) {
+    const int row0 = warp_m_ * T::kMFrags * 16 + lane_ / 4;
+#pragma unroll
+    for (int f = 0; f < T::kMFrags; ++f) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const std::uint32_t cell = stage + (group * T::kRows + row0 + f * 16 + h * 8) * 4;
+        if constexpr (!Op::kE8M0) {
+          if (p_.scale) scale_[f][h] = ptx::load_shared_float(cell + T::kScaleOffset);
+        }
+        if constexpr (T::kZeros) {
+          if (p_.zero == nullptr) continue;
+          const std::uint32_t byte = (zero_byte_[f][h] + static_cast<std::uint32_t>(group_ * p_.zero_group)) & 3;
+          std::uint32_t z = (ptx::load_shared4(cell + T::kZeroOffset) >> (byte * 8)) & 0xffu;
+          if constexpr (Op::kE8M0) {  // 2^(z - 127); 0 is 2^-127, 255 is NaN
+            scale_[f][h] = __uint_as_float(z == 0 ? 0x00400000u : (z == 255 ? 0x7fc00000u : z << 23));
+          } else {
+            if (p_.zero_nibbles) z = (z >> (zero_byte_[f][h] & 4)) & 0xfu;
+            zero_[f][h] = Op::make_zero(z);
+          }
+        }
+      }
+    }
+  }
+
+  const Sm80Params& p_;
+  int lane_, warp_m_, warp_n_;
+  int weights_, tokens_;
+  int group_ = 0;
+  float scale_[T::kMFrags][2];
+  std::uint32_t zero_[T::kMFrags][2];
+  std::uint32_t zero_byte_[T::kMFrags][2];
+};
+
+// --- epilogue -------------------------------------------------------------------------------------------
+__device__ __forceinline__ float load_as_float(const void* data, DType dtype, std::int64_t i) {
+  if (dtype == DType::kF32) return static_cast<const float*>(data)[i];
+  if (dtype == DType::kF16) return __half2float(static_cast<const __half*>(data)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_words(void* dst, const std::uint32_t (&words)[kCount]) {
+  if constexpr (kCount == 1) *static_cast<std::uint32_t*>(dst) = words[0];
+  if constexpr (kCount == 2) *static_cast<uint2*>(dst) = make_uint2(words[0], words[1]);
+  if constexpr (kCount >= 4) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      static_cast<uint4*>(dst)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+  }
+}
+
+// kCount neighbouring columns of one row.
+template <int kCount>
+__device__ __forceinline__ void store_columns(const Sm80Params& p, std::int64_t row, std::int32_t column,
+                                              const float (&v)[kCount]) {
+  const std::int64_t at = row + column * p.c_column;
+  const bool vector = p.c_vector >= kCount && column + kCount <= p.n_out;
+  if (p.c_dtype == DType::kF32) {
+    float* c = static_cast<float*>(p.c) + at;
+    if (vector) {
+      std::uint32_t words[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) words[i] = __float_as_uint(v[i]);
+      store_words(c, words);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (column + i < p.n_out) c[i * p.c_column] = v[i];
+      }
+    }
+    return;
+  }
+  std::uint16_t h[kCount];
+  const bool bf16 = p.c_dtype == DType::kBF16;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    h[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v[i])) : __half_as_ushort(__float2half_rn(v[i]));
+  }
+  std::uint16_t* c = static_cast<std::uint16_t*>(p.c) + at;
+  if constexpr (kCount > 1) {
+    if (vector) {
+      std::uint32_t words[kCount / 2];
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) words[i] = h[2 * i] | static_cast<std::uint32_t>(h[2 * i + 1]) << 16;
+      store_words(c, words);
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (column + i < p.n_out) c[i * p.c_column] = h[i];
+  }
+}
+
+// Per token of a tile: where its row of C begins (or -1), and its factors. Per weight row: its factor and
+// bias. Fetched while the first stages are still on their way, and kept out of the registers until needed.
+struct TokenEntry {
+  std::int64_t c_row;
+  float scale, weight;
+};
+struct ColumnEntry {
+  float factor, bias;
+};
+template <typename T>
+struct Sm80Table {
+  TokenEntry tokens[T::kTokens];
+  ColumnEntry columns[T::kRows];
+};
+
+template <typename T>
+__device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& work, Sm80Table<T>& table) {
+  static_assert(sizeof(Sm80Table<T>) == T::kTableBytes);
+  for (int i = threadIdx.x; i < T::kRows; i += T::kThreads) {
+    int half;
+    const std::int32_t column = column_of<T>(p, work.column_tile, i, half);
+    const std::int64_t n = weight_row(p, column, half);
+    ColumnEntry entry{p.alpha ? p.alpha[work.expert * p.alpha_stride] : 1.0f, 0.0f};
+    if (column < p.n_out) {
+      if (p.scale && p.group_blocks == 0) {
+        entry.factor = __fmul_rn(entry.factor,
+                                 p.scale[work.expert * p.scale_expert + n / p.scale_rows * p.scale_row]);
+      }
+      if (p.bias) entry.bias = load_as_float(p.bias, p.bias_dtype, work.expert * p.bias_expert + n * p.bias_row);
+    }
+    table.columns[i] = entry;
+  }
+  for (int i = threadIdx.x; i < T::kTokens; i += T::kThreads) {
+    TokenEntry entry{-1, 1.0f, 1.0f};
+    if (i < work.rows) {
+      const std::int64_t position = work.first + i;
+      const std::uint32_t slot = slot_of(p, position);
+      if (!is_padding(p, slot)) {
+        entry.c_row = p.c_rows(row_of(p.c_row, position, slot, p.top_k));
+        if (p.row_weights) entry.weight = p.row_weights[slot];
+        if (p.a_scale && !p.a_scale_grouped && work.expert >= 0) {
+          entry.scale = p.a_scale[row_of(p.a_row, position, slot, p.top_k) * p.a_scale_row +
+                                  work.expert * p.a_scale_expert];
+        }
+      }
+    }
+    table.tokens[i] = entry;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work, Sm80Consumer<T>& sums,
+                                       const Sm80Table<T>& table) {
+  constexpr int kM = T::kMFrags, kN = T::kNFrags;
+  const int lane = sums.lane(), g = lane / 4, t = lane % 4;
+  // This lane's columns: 2 * kM of them, or kM pairs of gate and up.
+  const ColumnEntry* columns = table.columns + sums.warp_m() * kM * 16 + g;
+  int half;
+  const std::int32_t column0 = column_of<T>(p, work.column_tile, sums.warp_m() * kM * 16 + g, half);
+  ActivationTerms terms{};
+  if (p.has_activation) terms = p.activation.terms(work.expert);
+
+  // One or two token fragments at a time in a loop that is not unrolled, the others rotating down through the
+  // registers: the switch over the activations is compiled once, not once per fragment.
+  constexpr int kBlock = kN < 2 || kM >= 4 ? 1 : 2;
+#pragma unroll 1
+  for (int n0 = 0; n0 < kN; n0 += kBlock) {
+    const TokenEntry* entry = table.tokens + (sums.warp_n() * kN + n0) * 8 + t * 2;
+#pragma unroll
+    for (int f = 0; f < kM; ++f) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const ColumnEntry column = columns[f * 16 + h * 8];
+#pragma unroll
+        for (int n = 0; n < kBlock; ++n) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& v = sums.acc[f][n][h * 2 + j];
+            v = __fadd_rn(__fmul_rn(__fmul_rn(v, column.factor), entry[n * 8 + j].scale), column.bias);
+          }
+        }
+      }
+    }
+    if (p.has_activation) {
+      with_activation(p.activation.kind, [&](auto tag) {
+        constexpr Activation kKind = decltype(tag)::value;
+#pragma unroll
+        for (int f = 0; f < kM; ++f) {
+#pragma unroll
+          for (int n = 0; n < kBlock; ++n) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              float& gate = sums.acc[f][n][j];
+              float& up = sums.acc[f][n][2 + j];
+              gate = activate<kKind>(gate, up, terms);
+              if constexpr (!is_gated(kKind)) up = activate<kKind>(up, 0.0f, terms);
+            }
+          }
+        }
+      });
+    }
+#pragma unroll
+    for (int n = 0; n < kBlock; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const TokenEntry token = entry[n * 8 + j];
+        if (token.c_row < 0) continue;
+        if (p.gated) {
+          float v[kM];
+#pragma unroll
+          for (int f = 0; f < kM; ++f) v[f] = __fmul_rn(sums.acc[f][n][j], token.weight);
+          store_columns(p, token.c_row, column0, v);
+        } else {
+          float v[2 * kM];
+#pragma unroll
+          for (int f = 0; f < kM; ++f) {
+            v[2 * f] = __fmul_rn(sums.acc[f][n][j], token.weight);
+            v[2 * f + 1] = __fmul_rn(sums.acc[f][n][2 + j], token.weight);
+          }
+          store_columns(p, token.c_row, column0, v);
+        }
+      }
+    }
+    if constexpr (kN > kBlock) {
+#pragma unroll
+      for (int f = 0; f < kM; ++f) {
+#pragma unroll
+        for (int n = 0; n + kBlock < kN; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums.acc[f][n][i] = sums.acc[f][n + kBlock][i];
+        }
+      }
+    }
+  }
+}
+
+// A filtered tile: its rows become zero.
+template <typename T>
+__device__ __noinline__ void write_zeros(const Sm80Params& p, const Sm80Work& work) {
+  const int columns = p.gated ? T::kRows / 2 : T::kRows;
+  for (int i = threadIdx.x; i < T::kTokens * columns; i += T::kThreads) {
+    const int row = i / columns;
+    if (row >= work.rows) break;
+    const std::int64_t position = work.first + row;
+    const std::uint32_t slot = slot_of(p, position);
+    if (is_padding(p, slot)) continue;
+    const float zero[1] = {0.0f};
+    store_columns(p, p.c_rows(row_of(p.c_row, position, slot, p.top_k)),
+                  work.column_tile * columns + i % columns, zero);
+  }
+}
+
+// --- the kernel -----------------------------------------------------------------------------------------
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_sm80(const __grid_constant__ Sm80Params p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const std::uint32_t stages = ptx::shared_address(shared);
+  Sm80Table<T>* tables = reinterpret_cast<Sm80Table<T>*>(shared + T::kStages * T::kStageBytes);
+
+  ptx::wait_for_predecessor();  // the tile list is the predecessor's work
+  ptx::let_successor_start();
+  const std::uint32_t token_tiles = min(*p.num_tiles, p.max_tiles) * p.parts;
+  const std::uint32_t total = token_tiles * p.column_tiles;
+
+  Sm80Loader<T> loader(p, stages, token_tiles, total);
+#pragma unroll 1
+  for (int i = 0; i < T::kStages - 1; ++i) loader.issue();
+
+  Sm80Consumer<T> sums(p);
+  int slot = 0, parity = 0;
+#pragma unroll 1
+  for (std::uint32_t index = blockIdx.x; index < total; index += gridDim.x) {
+    Sm80Work work;
+    if (!locate(p, index, token_tiles, T::kTokens, work)) continue;
+    if (work.expert < 0) {
+      write_zeros<T>(p, work);
+      continue;
+    }
+    Sm80Table<T>& table = tables[parity];  // two: a slow warp may still read the last one
+    parity ^= 1;
+    fill_table<T>(p, work, table);
+    sums.begin(work);
+#pragma unroll 1
+    for (int k = 0; k < p.k; k += T::kDepth) {
+      ptx::cp_async_wait<T::kStages - 2>();
+      __syncthreads();  // this stage has landed, and everyone is done with the one that is refilled next
+      loader.issue();
+      sums.consume(stages + slot * T::kStageBytes, k);
+      slot = slot + 1 == T::kStages ? 0 : slot + 1;
+    }
+    finish<T>(p, work, sums, table);
+  }
+  ptx::cp_async_wait<0>();
+}
+
+template <typename T>
+constexpr Sm80Kernel sm80_kernel() {
+  return {T::kTokens, T::kRows,  T::kDepth, T::kStages, T::kThreads,
+          T::kCtas,   T::kSharedBytes, &gemm_sm80<T>};
+}
+
+}  // namespace moesaic::cuda

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiles of products whose weights are widened in registers. Warps stand side by side along the weight
+// rows only: each weight is dequantized once per tile.
+#pragma once
+
+#include "cuda/gemm_sm80_kernel.h"
+
+namespace moesaic::cuda {
+
+//                  warps M x N, fragments M x N, K per stage, stages, CTAs per SM
+// 4-bit weights, 16-bit activations.
+template <typename Op>
+std::span<const Sm80Kernel> narrow_kernels() {
+  static constexpr Sm80Kernel kKernels[] = {
+      sm80_kernel<Sm80Tile<Op, 2, 1, 1, 1, 128, 6, 6>>(),  //   8 x  32
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 5>>(),  //   8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 4>>(),  //  16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  //  32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),  //  64 x 128
+      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
+  };
+  return kKernels;
+}
+
+// 8-bit weights.
+template <typename Op>
+std::span<const Sm80Kernel> wide_kernels() {
+  static constexpr Sm80Kernel kKernels[] = {
+      sm80_kernel<Sm80Tile<Op, 2, 1, 1, 1, 128, 6, 4>>(),  //   8 x  32
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),  //   8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 4, 3>>(),  //  16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 3, 2>>(),  //  32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),   //  64 x 128
+      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
+  };
+  return kKernels;
+}
+
+// 8-bit weights and activations.
+template <typename Op>
+std::span<const Sm80Kernel> byte_kernels() {
+  static constexpr Sm80Kernel kKernels[] = {
+      sm80_kernel<Sm80Tile<Op, 2, 1, 1, 1, 128, 6, 4>>(),  //   8 x  32
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 4>>(),  //   8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 3>>(),  //  16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  //  32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),  //  64 x 128
+      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
+  };
+  return kKernels;
+}
+
+template <typename Op>
+std::span<const Sm80Kernel> f32_kernels() {
+  static constexpr Sm80Kernel kKernels[] = {
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 32, 5, 4>>(),  //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 4, 32, 4, 3>>(),  // 32 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 32, 4, 2>>(),  // 64 x 128
+  };
+  return kKernels;
+}
+
+}  // namespace moesaic::cuda

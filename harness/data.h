@@ -56,6 +56,8 @@ class HostTensor {
 double load_element(const void* data, DType dtype, std::int64_t index);
 // Rounds to nearest even (integers: to nearest).
 void store_element(void* data, DType dtype, std::int64_t index, double value);
+// ||a - b|| / ||b||, for tensors of any float dtypes.
+double distance(const HostTensor& a, const HostTensor& b);
 // Element of a view in any strides.
 double element(const Tensor& host, std::initializer_list<std::int64_t> index);
 

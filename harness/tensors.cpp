@@ -71,6 +71,16 @@ void store_element(void* data, DType dtype, std::int64_t index, double value) {
   }
 }
 
+double distance(const HostTensor& a, const HostTensor& b) {
+  double difference = 0, norm = 0;
+  for (std::int64_t i = 0; i < b.numel(); ++i) {
+    const double x = load_element(a.bytes().data(), a.dtype(), i), y = load_element(b.bytes().data(), b.dtype(), i);
+    difference += (x - y) * (x - y);
+    norm += y * y;
+  }
+  return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+}
+
 double element(const Tensor& host, std::initializer_list<std::int64_t> index) {
   std::int64_t at = 0;
   int d = 0;

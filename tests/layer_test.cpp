@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0
+// Level 1: what a Layer promises beside its numbers (those: verify_pairs_test).
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "harness/fixture.h"
+#include "scheme.h"
+
+namespace moesaic::harness {
+namespace {
+
+TEST(Layer, TokenChunksUnderAWorkspaceCapGiveTheSameBits) {
+  for (int s = 0; s < kNumSchemes; ++s) {
+    LayerConfig config = small_config(static_cast<Scheme>(s));
+    if (config.quant.act_scale == ActScale::kTensorDynamic) {
+      config.workspace_cap = 1 << 20;
+      EXPECT_NE(complaint([&] { Layer layer(config); }).find("workspace_cap"), std::string::npos);
+      continue;
+    }
+    const Fixture whole(config);
+    const std::size_t all = whole.layer.workspace_bytes(64), one = whole.layer.workspace_bytes(1);
+    config.workspace_cap = one + (all - one) / 5;
+    const Fixture capped(config);
+    EXPECT_LE(capped.layer.workspace_bytes(64), config.workspace_cap);
+    const Batch batch = whole.batch(64, Load::kZipf);
+    EXPECT_TRUE(same_bits(whole.run(batch), capped.run(batch))) << name(static_cast<Scheme>(s));
+  }
+}
+
+TEST(Layer, ACapBelowOneTokenIsRefused) {
+  LayerConfig config = small_config();
+  config.workspace_cap = 16;
+  EXPECT_NE(complaint([&] { Layer layer(config); }).find("workspace_cap"), std::string::npos);
+}
+
+TEST(Layer, WorkspaceIsAPureFunctionAndGrowsWithTokens) {
+  const Fixture f(small_config());
+  std::size_t last = 0;
+  for (std::int64_t t = 0; t <= 64; ++t) {
+    EXPECT_GE(f.layer.workspace_bytes(t), last);
+    EXPECT_EQ(f.layer.workspace_bytes(t), f.layer.workspace_bytes(t));
+    last = f.layer.workspace_bytes(t);
+  }
+  EXPECT_NE(complaint([&] { f.layer.workspace_bytes(65); }).find("tokens"), std::string::npos);
+}
+
+TEST(Layer, LogitsAndRouterGiveTheSameBitsAsTheirIds) {
+  const Fixture f(small_config());
+  const Batch batch = f.batch(20);
+  Execution how;
+  how.source = Execution::Source::kLogits;
+  const HostTensor from_logits = execute(f.layer, batch, how).output;
+  Batch routed = batch;
+  RouteArgs args;
+  args.logits = batch.router_logits.view();
+  args.topk_ids = routed.topk_ids.view();
+  args.topk_weights = routed.topk_weights.view();
+  route(args);
+  EXPECT_TRUE(same_bits(from_logits, f.run(routed)));
+}
+
+TEST(Layer, ExpertsMayBeLoadedOneByOneInAnyOrderAndTheirTensorsGoAway) {
+  for (int s = 0; s < kNumSchemes; ++s) {
+    const LayerConfig config = small_config(static_cast<Scheme>(s));
+    const Fixture whole(config);
+    Layer layer(config);
+    for (const std::int64_t e : {7, 0, 3, 1, 6, 2, 5, 4}) {
+      EXPECT_FALSE(layer.ready());
+      const WeightData one = make_experts(config, {.bias = Biases::kAll}, e, 1);
+      layer.load_expert(e, one.weights);
+    }
+    EXPECT_TRUE(layer.ready());
+    const Batch batch = whole.batch(9);
+    EXPECT_TRUE(same_bits(whole.run(batch), execute(layer, batch, {}).output)) << name(static_cast<Scheme>(s));
+  }
+}
+
+TEST(Layer, TransposedWeightsAreRead) {  // GPT-OSS and Llama-4 store [E, H, 2I] and [E, I, H]
+  for (const Scheme scheme : {Scheme::kF32, Scheme::kF16, Scheme::kBF16}) {
+    const Fixture f(small_config(scheme));
+    LayerWeights turned = f.weights.weights;
+    std::deque<HostTensor> kept;
+    for (GemmWeights* g : {&turned.fc1, &turned.fc2}) {
+      const Tensor w = g->weight;
+      HostTensor& t = kept.emplace_back(w.dtype, std::vector<std::int64_t>{w.shape[0], w.shape[2], w.shape[1]});
+      for (std::int64_t e = 0; e < w.shape[0]; ++e)
+        for (std::int64_t n = 0; n < w.shape[1]; ++n)
+          for (std::int64_t k = 0; k < w.shape[2]; ++k)
+            store_element(t.bytes().data(), w.dtype, (e * w.shape[2] + k) * w.shape[1] + n, element(w, {e, n, k}));
+      g->weight = t.view();
+      std::swap(g->weight.shape[1], g->weight.shape[2]);
+      std::swap(g->weight.strides[1], g->weight.strides[2]);
+    }
+    Layer layer(f.config);
+    layer.load(turned);
+    const Batch batch = f.batch(9);
+    EXPECT_TRUE(same_bits(f.run(batch), execute(layer, batch, {}).output));
+  }
+}
+
+TEST(Layer, AnExpertRangeSumsUpToTheWhole) {  // expert parallelism from outside
+  LayerConfig config = small_config(Scheme::kF32);
+  const Fixture whole(config);
+  const Batch batch = whole.batch(21, Load::kDuplicates);
+  HostTensor sum(DType::kF32, {21, config.hidden});
+  for (const ExpertRange range : {ExpertRange{0, 3}, ExpertRange{3, 4}, ExpertRange{7, 1}}) {
+    config.local = range;
+    const HostTensor part = Fixture(config).run(batch);
+    for (std::int64_t i = 0; i < sum.numel(); ++i) sum.as<float>()[i] += part.as<float>()[i];
+  }
+  EXPECT_LT(distance(sum, whole.run(batch)), 1e-6);
+}
+
+TEST(Layer, ShardsOfTheIntermediateSumUpToTheWhole) {  // tensor parallelism: gate and up sharded apart
+  const LayerConfig config = small_config(Scheme::kF32);
+  const Fixture whole(config);
+  const Batch batch = whole.batch(13);
+  HostTensor sum(DType::kF32, {13, config.hidden});
+  const std::int64_t half = config.intermediate / 2;
+  for (const std::int64_t rank : {0, 1}) {
+    LayerConfig shard = config;
+    shard.intermediate = half;
+    LayerWeights w = whole.weights.weights;
+    HostTensor fc1(DType::kF32, {8, 2 * half, config.hidden}), bias(DType::kF32, {8, 2 * half});
+    for (std::int64_t e = 0; e < 8; ++e) {
+      for (std::int64_t n = 0; n < 2 * half; ++n) {
+        const std::int64_t from = n / half * config.intermediate + rank * half + n % half;
+        bias.as<float>()[e * 2 * half + n] = static_cast<float>(element(w.fc1.bias, {e, from}));
+        for (std::int64_t k = 0; k < config.hidden; ++k)
+          fc1.as<float>()[(e * 2 * half + n) * config.hidden + k] = static_cast<float>(element(w.fc1.weight, {e, from, k}));
+      }
+    }
+    w.fc1.weight = fc1.view();
+    w.fc1.bias = bias.view();
+    w.fc2.weight.shape[2] = half;
+    w.fc2.weight.data = w.fc2.weight.as<float>() + rank * half;
+    if (rank != 0) w.fc2.bias = {};  // FC2's bias once
+    Layer layer(shard);
+    layer.load(w);
+    const HostTensor part = execute(layer, batch, {}).output;
+    for (std::int64_t i = 0; i < sum.numel(); ++i) sum.as<float>()[i] += part.as<float>()[i];
+  }
+  EXPECT_LT(distance(sum, whole.run(batch)), 1e-6);
+}
+
+TEST(Layer, ManyThreadsMayForwardAtOnceWithAWorkspaceEach) {
+  const Fixture f(small_config(Scheme::kInt4W4A16));
+  const Batch batch = f.batch(40);
+  const HostTensor expected = f.run(batch);
+  std::vector<HostTensor> got(4);
+  std::vector<std::thread> threads;
+  for (HostTensor& out : got)
+    threads.emplace_back([&] {
+      for (int i = 0; i < 5; ++i) out = f.run(batch);
+    });
+  for (std::thread& t : threads) t.join();
+  for (const HostTensor& out : got) EXPECT_TRUE(same_bits(out, expected));
+}
+
+TEST(Layer, TwoLayersMayShareAWorkspace) {
+  const Fixture a(small_config()), b(small_config(Scheme::kFp8Block));
+  const Batch batch = a.batch(30);
+  const WorkspaceBuffer shared({}, std::max(a.layer.workspace_bytes(30), b.layer.workspace_bytes(30)));
+  for (const Fixture* f : {&a, &b, &a}) {
+    HostTensor y(DType::kBF16, {30, 64});
+    ForwardArgs args;
+    args.hidden_states = batch.hidden_states.view();
+    args.topk_ids = batch.topk_ids.view();
+    args.topk_weights = batch.topk_weights.view();
+    args.output = y.view();
+    args.workspace = shared.view();
+    f->layer.forward(args);
+    EXPECT_TRUE(same_bits(y, f->run(batch)));
+  }
+}
+
+TEST(Layer, OutputMayBeTheHiddenStatesThemselves) {
+  const Fixture f(small_config());
+  Batch batch = f.batch(17);
+  const HostTensor expected = f.run(batch);
+  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(17));
+  ForwardArgs args;
+  args.hidden_states = args.output = batch.hidden_states.view();
+  args.topk_ids = batch.topk_ids.view();
+  args.topk_weights = batch.topk_weights.view();
+  args.workspace = workspace.view();
+  f.layer.forward(args);
+  EXPECT_TRUE(same_bits(batch.hidden_states, expected));
+}
+
+TEST(Layer, EveryTacticGivesTheSameBitsAndABadIndexFallsToThePolicy) {
+  for (int s = 0; s < kNumSchemes; ++s) {
+    Fixture f(small_config(static_cast<Scheme>(s)));
+    const Batch batch = f.batch(33);
+    const HostTensor expected = f.run(batch);
+    for (const Tactic& t : f.layer.tactics_gemm1()) {
+      f.layer.set_tactics({.gemm1 = t.id, .gemm2 = -1});
+      EXPECT_TRUE(same_bits(f.run(batch), expected)) << t.description;
+    }
+    for (const Tactic& t : f.layer.tactics_gemm2()) {
+      f.layer.set_tactics({.gemm1 = -1, .gemm2 = t.id});
+      EXPECT_TRUE(same_bits(f.run(batch), expected)) << t.description;
+    }
+    f.layer.set_tactics({.gemm1 = 9999, .gemm2 = -7});
+    EXPECT_TRUE(same_bits(f.run(batch), expected));
+  }
+}
+
+TEST(Layer, TokensPerExpertCountsLocalSlotsOnly) {
+  LayerConfig config = small_config();
+  config.local = {2, 5};
+  for (const std::size_t cap : {std::size_t{0}, std::size_t{6000}}) {
+    config.workspace_cap = cap;
+    const Fixture f(config);
+    const Batch batch = make_batch(config, {.tokens = 40, .load = Load::kRemote, .id_dtype = DType::kI64, .seed = 9});
+    std::vector<std::int32_t> expected(5, 0);
+    for (std::int64_t i = 0; i < batch.topk_ids.numel(); ++i) {
+      const std::int64_t id = batch.topk_ids.as<std::int64_t>()[i];
+      if (id >= 2 && id < 7) ++expected[static_cast<std::size_t>(id - 2)];
+    }
+    HostTensor y(DType::kBF16, {40, 64}), counts(DType::kI32, {5});
+    const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(40));
+    ForwardArgs args;
+    args.hidden_states = batch.hidden_states.view();
+    args.topk_ids = batch.topk_ids.view();
+    args.topk_weights = batch.topk_weights.view();
+    args.output = y.view();
+    args.tokens_per_expert = counts.view();
+    args.workspace = workspace.view();
+    f.layer.forward(args);
+    for (std::size_t e = 0; e < 5; ++e) EXPECT_EQ(counts.as<std::int32_t>()[e], expected[e]);
+  }
+}
+
+TEST(Layer, NoTokensIsNoWork) {
+  for (int s = 0; s < kNumSchemes; ++s)
+    for (const Format format : {Format::kStandard, Format::kSorted, Format::kBatched}) {
+      const Fixture f(small_config(static_cast<Scheme>(s)));
+      EXPECT_EQ(f.run(f.batch(0), format).numel(), 0);
+    }
+}
+
+// --- complaints -----------------------------------------------------------------------------------
+
+TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
+  const Fixture f(small_config());
+  const Batch batch = f.batch(8);
+  HostTensor y(DType::kBF16, {8, 64});
+  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
+  ForwardArgs good;
+  good.hidden_states = batch.hidden_states.view();
+  good.topk_ids = batch.topk_ids.view();
+  good.topk_weights = batch.topk_weights.view();
+  good.output = y.view();
+  good.workspace = workspace.view();
+  EXPECT_EQ(complaint([&] { f.layer.forward(good); }), "");
+  const auto expect = [&](const char* what, const char* came, auto change) {
+    ForwardArgs bad = good;
+    change(&bad);
+    const std::string text = complaint([&] { f.layer.forward(bad); });
+    EXPECT_NE(text.find(what), std::string::npos) << "'" << text << "'";
+    EXPECT_NE(text.find(came), std::string::npos) << "'" << text << "'";
+  };
+  HostTensor wrong(DType::kF32, {8, 64}), narrow(DType::kBF16, {8, 63}), many(DType::kBF16, {65, 64});
+  expect("hidden_states", "f32", [&](ForwardArgs* a) { a->hidden_states = wrong.view(); });
+  expect("hidden_states", "63", [&](ForwardArgs* a) { a->hidden_states = narrow.view(); });
+  expect("hidden_states", "65", [&](ForwardArgs* a) { a->hidden_states = many.view(); });
+  expect("topk_ids", "bf16", [&](ForwardArgs* a) { a->topk_ids = y.view(); });
+  expect("topk_weights", "", [&](ForwardArgs* a) { a->topk_weights = {}; });
+  expect("output", "f32", [&](ForwardArgs* a) { a->output = wrong.view(); });
+  expect("workspace", "", [&](ForwardArgs* a) { a->workspace.bytes = 1; });
+  expect("hidden_states", "cuda", [&](ForwardArgs* a) { a->hidden_states.device = {DeviceType::kCuda, 0}; });
+  expect("router", "", [&](ForwardArgs* a) { a->topk_ids = a->topk_weights = {}; });
+}
+
+TEST(LayerErrors, AnIncompleteLayerSaysWhichExpertIsMissing) {
+  const LayerConfig config = small_config();
+  Layer layer(config);
+  const WeightData one = make_experts(config, {}, 0, 1);
+  layer.load_expert(0, one.weights);
+  EXPECT_NE(complaint([&] { layer.forward({}); }).find("expert 1"), std::string::npos);
+}
+
+TEST(LayerErrors, ConfigurationsThatCannotBeAreRefusedByName) {
+  const auto refused = [](auto change) {
+    LayerConfig config = small_config();
+    change(&config);
+    return complaint([&] { Layer layer(config); });
+  };
+  EXPECT_NE(refused([](LayerConfig* c) { c->experts = 0; }).find("experts"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->top_k = 9; }).find("top_k"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->local = {6, 3}; }).find("local"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->input_dtype = DType::kF32; }).find("input_dtype"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->output_dtype = DType::kI8; }).find("output_dtype"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->quant = {.scheme = Scheme::kInt4W4A16}; c->hidden = 63; }).find("even"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->quant = {.scheme = Scheme::kFp8Block, .weight_scale = WeightScale::kGroup}; })
+                .find("weight_scale"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->quant = {.scheme = Scheme::kFp8Channel, .zero_points = true}; }).find("zero_points"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->routing = {.method = RoutingMethod::kDeepSeekV3, .groups = 3}; }).find("groups"),
+            std::string::npos);
+}
+
+TEST(LayerErrors, WeightsThatDoNotFitAreRefusedByName) {
+  const LayerConfig config = small_config(Scheme::kInt4W4A16);
+  const WeightData good = make_weights(config, {});
+  Layer layer(config);
+  const auto refused = [&](auto change) {
+    LayerWeights w = good.weights;
+    change(&w);
+    return complaint([&] { layer.load(w); });
+  };
+  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.scale = {}; }).find("fc1.scale"), std::string::npos);
+  const auto expect = [&](const char* argument, auto change) {
+    const std::string text = refused(change);
+    EXPECT_NE(text.find(argument), std::string::npos) << "'" << text << "'";
+  };
+  expect("fc2.weight", [](LayerWeights* w) { w->fc2.weight.shape[1] = 63; });
+  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.zero_point = w->fc1.weight; }).find("fc1.zero_point"), std::string::npos);
+  expect("fc1.weight", [](LayerWeights* w) { w->fc1.weight.dtype = DType::kI8; });
+  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.prequant = w->fc1.scale; }).find("fc1.prequant"), std::string::npos);
+  EXPECT_EQ(refused([](LayerWeights*) {}), "");
+}
+
+}  // namespace
+}  // namespace moesaic::harness

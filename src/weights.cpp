@@ -71,7 +71,8 @@ GemmWeights normalize(const WeightSpec& spec, std::int64_t experts, const GemmWe
   const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
   const std::int64_t columns = four_bit ? spec.k / 2 : spec.k;
   GemmWeights w = given;
-  const Check weight = check(arg + ".weight", given.weight);
+  const std::string weight_argument = arg + ".weight";  // a Check keeps a view of its name
+  const Check weight = check(weight_argument, given.weight);
   weight.shape({experts, spec.n, columns}).dtype({weight_dtype(spec.format)});
   // 16-bit and f32 weights come in transposed, too (GPT-OSS, Llama-4); packed bytes do not.
   if (!is_float(given.weight.dtype)) weight.inner_contiguous();
@@ -105,7 +106,8 @@ GemmWeights normalize(const WeightSpec& spec, std::int64_t experts, const GemmWe
   }
   check_float_if_given(arg + ".prequant", given.prequant);
   if (given.input_scale.defined()) {
-    const Check c = check(arg + ".input_scale", given.input_scale);
+    const std::string scale_argument = arg + ".input_scale";
+    const Check c = check(scale_argument, given.input_scale);
     c.dtype({DType::kF32}).rank(1);
     if (given.input_scale.shape[0] != 1) c.shape({experts});
   }

@@ -9,8 +9,8 @@ double accumulation_error(Accumulator accumulator, double k) {
   switch (accumulator) {
     case Accumulator::kFp32: return walk(k) * kUnit;
     // Truncation has a direction: one ulp (two units) per instruction of at least 8 products, in a
-    // row, beside the walk.
-    case Accumulator::kTensorCore: return (walk(k) + k / 4) * kUnit;
+    // row, beside the walk. f32 as three tf32 products leaves out the smallest: 2^-21 of each.
+    case Accumulator::kTensorCore: return (walk(k) + k / 4 + 8) * kUnit;
     // Four instructions of K = 32 between promotions, each cutting the sum to 13 bits behind the
     // point; then one fp32 addition per 128.
     case Accumulator::kWgmmaE4M3: return 4 * 0x1p-13 + walk(k / 128 + 1) * kUnit;

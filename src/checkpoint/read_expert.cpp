@@ -248,14 +248,14 @@ class ProductReader {
         return;
     }
     const int top = (1 << layout_.bits) - 1;
-    const bool minus_one =
-        layout_.storage == Storage::kGptq && !layout_.quantization.gptq_v2;  // v1 stores zp - 1
+    // v1 stores zp - 1, and what wrote it takes the sum modulo 2^bits when it reads it back.
+    const int add = layout_.storage == Storage::kGptq && !layout_.quantization.gptq_v2 ? 1 : 0;
     for (std::int64_t i = 0; i < n; ++i) {
       for (std::int64_t j = 0; j < groups; ++j) {
-        const int zero = z[static_cast<std::size_t>(transposed ? j * n + i : i * groups + j)] +
-                         (minus_one ? 1 : 0);
+        const int zero =
+            (z[static_cast<std::size_t>(transposed ? j * n + i : i * groups + j)] + add) & top;
         if (spec_.zero_points)
-          put_zero(*stored, row + i, j, zero, top);
+          put_zero(row + i, j, zero);
         else if (zero != (top + 1) / 2)
           corrupt(
               fmt::format("tensor {}: config.json says the weights are symmetric, a zero point is "
@@ -265,12 +265,7 @@ class ProductReader {
     }
   }
 
-  void put_zero(const Slice& stored, std::int64_t n, std::int64_t j, int zero, int top) {
-    if (zero > top)
-      unsupported(fmt::format(
-          "tensor {}: a zero point of {} (GPTQ v1 stores it less one) does not fit {} bits; "
-          "convert the checkpoint to gptq_v2",
-          show_name(stored.stored->name), zero, layout_.bits));
+  void put_zero(std::int64_t n, std::int64_t j, int zero) {
     const std::int64_t groups = spec_.scale.grid_k;
     auto* z = out_.zero_point.as<std::uint8_t>();
     if (spec_.format != WeightFormat::kU4) {

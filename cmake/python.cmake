@@ -1,7 +1,6 @@
 # The Python package's one shared object. apache-tvm-ffi gives one ABI for every framework (DLPack).
 find_package(Python 3.9 COMPONENTS Interpreter REQUIRED)
-find_package(tvm_ffi CONFIG QUIET)
-if(NOT tvm_ffi_FOUND)
+if(NOT TARGET tvm_ffi::header)
   execute_process(COMMAND ${Python_EXECUTABLE} -m tvm_ffi.config --cmakedir
                   OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE tvm_ffi_ROOT)
   find_package(tvm_ffi CONFIG REQUIRED)

@@ -45,3 +45,22 @@ if(TARGET readme_test AND TARGET moesaic_command)
   target_compile_definitions(readme_test PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
   add_dependencies(readme_test moesaic_command)
 endif()
+
+# The Python package, where the tests' interpreter can import what it needs; otherwise it says why not.
+execute_process(COMMAND ${MOESAIC_TEST_PYTHON} -c "import tvm_ffi, numpy, pytest"
+                RESULT_VARIABLE MOESAIC_NO_PYTHON OUTPUT_QUIET ERROR_QUIET)
+if(MOESAIC_SANITIZE)
+  message(STATUS "Python package: not tested under sanitizers (they would have to be loaded into Python first)")
+elseif(MOESAIC_NO_PYTHON)
+  message(STATUS "Python package: not tested, ${MOESAIC_TEST_PYTHON} cannot import tvm_ffi, numpy and pytest "
+                 "(scripts/setup_venv.sh .venv)")
+else()
+  if(NOT MOESAIC_PYTHON)
+    set(Python_EXECUTABLE ${MOESAIC_TEST_PYTHON})
+    include(cmake/python.cmake)
+  endif()
+  add_test(NAME python_test COMMAND ${MOESAIC_TEST_PYTHON} -m pytest -q -p no:cacheprovider -rs
+           ${PROJECT_SOURCE_DIR}/python/tests WORKING_DIRECTORY ${PROJECT_BINARY_DIR})
+  set_tests_properties(python_test PROPERTIES ENVIRONMENT
+    "PYTHONPATH=${PROJECT_SOURCE_DIR}/python;MOESAIC_LIBRARY=$<TARGET_FILE:moesaic_python>")
+endif()

@@ -5,7 +5,7 @@
 # Does nothing when it is there. Fails, and says why, when pip cannot have them.
 set -euo pipefail
 venv=${1:-.venv}
-ready() { "$venv/bin/python" -c 'import torch, transformers, safetensors, numpy, ml_dtypes, pytest' 2>/dev/null; }
+ready() { "$venv/bin/python" -c 'import torch, transformers, safetensors, numpy, ml_dtypes, pytest, tvm_ffi' 2>/dev/null; }
 ready && exit 0
 python3 -m venv "$venv"
 # torch first and pinned: transformers alone would bring the newest build with its CUDA packages.

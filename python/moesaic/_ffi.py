@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import tvm_ffi
 
-_PATH = pathlib.Path(__file__).with_name("libmoesaic_ffi.so")
+# MOESAIC_LIBRARY: a build folder's shared object instead of the installed one (the tests use it).
+_PATH = os.environ.get("MOESAIC_LIBRARY") or pathlib.Path(__file__).with_name("libmoesaic_ffi.so")
 lib = tvm_ffi.load_module(str(_PATH), keep_module_alive=True)
 
 # What NumPy's own dtypes (and ml_dtypes') are called here. DLPack from NumPy knows none of the

@@ -2,6 +2,10 @@
 #   sm_90a  Hopper: wgmma, TMA              (files named *_sm90*.cu only for this)
 #   sm_80   Ampere, and what runs its SASS  (sm_80 and sm_90 SASS, compute_80 PTX for newer parts)
 enable_language(CUDA)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 knows nvcc's flag up to 17 only
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+endif()
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 find_package(CUDAToolkit 13 REQUIRED)

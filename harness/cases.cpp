@@ -176,7 +176,9 @@ std::string name(const Case& c) {
   n += c.bias == Biases::kAll ? "/bias" : "/nobias";
   n += "/" + c.shape.name + "/t" + std::to_string(c.tokens) + "/" + std::string(name(c.load));
   const auto also = [&](bool yes, std::string_view what) {
-    if (yes) n += "+" + std::string(what);
+    if (!yes) return;
+    n += '+';
+    n += what;
   };
   also(c.values == Values::kNonFinite, "nonfinite");
   also(c.placement == Placement::kStrided, "strided");

@@ -9,6 +9,7 @@
 #include "backend.h"
 #include "harness/compare.h"
 #include "harness/execute.h"
+#include "harness/routing_check.h"
 #include "scheme.h"
 
 namespace moesaic::harness {
@@ -82,10 +83,10 @@ Prepared prepare_case(const Case& c, Device device, Fault fault) {
   return p;
 }
 
-// What `route` makes of the case's logits on its device: routing has an oracle and a test of its own,
-// here the layer must do the same as that call.
-void route_on_device(const Case& c, Device device, Prepared* p) {
-  if (c.source == RoutingSource::kIds) return;
+// What `route` makes of the case's logits on its device, held against the oracle of routing. The
+// layer must do the same as that call: the oracle of the layer gets its ids and weights.
+std::string route_on_device(const Case& c, Device device, Prepared* p) {
+  if (c.source == RoutingSource::kIds) return {};
   const LayerConfig& config = p->config;
   RouteArgs args;
   args.spec = config.routing;
@@ -111,6 +112,14 @@ void route_on_device(const Case& c, Device device, Prepared* p) {
   route(args);
   p->batch.topk_ids = ids.to_host();
   p->batch.topk_weights = weights.to_host();
+  RoutedTokens routed{.spec = config.routing,
+                      .logits = {},
+                      .hidden_states = p->batch.hidden_states.view(),
+                      .router = p->router.weights,
+                      .topk_ids = &p->batch.topk_ids,
+                      .topk_weights = &p->batch.topk_weights};
+  if (c.source == RoutingSource::kLogits) routed.logits = p->batch.router_logits.view();
+  return check_routing(routed);
 }
 
 reference::LayerInput oracle_input(const Case& c, const Batch& batch) {
@@ -205,7 +214,7 @@ VerifyResult run_case(const Case& c, Device device, Fault fault) {
     const Batch right = make_batch(layer_config(c), batch_options(c));
     Prepared p = prepare_case(c, device, fault);
     const Executed done = execute(*p.layer, p.batch, p.how);
-    route_on_device(c, device, &p);
+    const std::string misrouted = route_on_device(c, device, &p);
     const Batch& seen = c.source == RoutingSource::kIds ? right : p.batch;
 
     const bool quantizes = weight_spec(p.config, Product::kFc1).act_scale != ActScale::kDefault;
@@ -223,7 +232,7 @@ VerifyResult run_case(const Case& c, Device device, Fault fault) {
     r.bound = best.bound;
     r.ratio = best.ratio;
     r.relative_error = best.relative_error;
-    r.reason = best.reason.empty() ? done.damage : best.reason;
+    r.reason = !misrouted.empty() ? misrouted : best.reason.empty() ? done.damage : best.reason;
     if (r.reason.empty() && done.dropped != 0) r.reason = "slots were dropped although the capacity holds all";
     r.status = r.reason.empty() ? Status::kPassed : Status::kFailed;
     if (fault == Fault::kNone) r.quantization_error = quantization_error(c, p, seen, oracle);

@@ -30,6 +30,13 @@ if(MOESAIC_CUDA)
   endforeach()
 endif()
 
+# The C interface, from C and against the library as it is shipped.
+add_executable(c_api_test tests/c_api_test.c)
+set_target_properties(c_api_test PROPERTIES C_STANDARD 99 C_STANDARD_REQUIRED ON C_EXTENSIONS OFF)
+target_compile_options(c_api_test PRIVATE -Wall -Wextra -pedantic)
+target_link_libraries(c_api_test PRIVATE moesaic::moesaic m)
+add_test(NAME c_api_test COMMAND c_api_test)
+
 # The installed package, found by an external project.
 add_test(NAME install_test COMMAND ${CMAKE_COMMAND} -DBUILD=${PROJECT_BINARY_DIR} -DSOURCE=${PROJECT_SOURCE_DIR}
   -DWORK=${PROJECT_BINARY_DIR}/install_test -DCXX=${CMAKE_CXX_COMPILER} "-DFLAGS=${MOESAIC_SANITIZE_FLAG}"

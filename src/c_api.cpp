@@ -1,0 +1,499 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface: each function converts its arguments, calls the C++ one, and turns an exception
+// into a status and a message. No decisions are made here.
+#include "moesaic/c_api.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <new>
+#include <string>
+
+#include "c_convert.h"
+#include "check.h"
+
+struct moesaic_layer {
+  moesaic::Layer layer;
+};
+struct moesaic_workspace {
+  moesaic::WorkspaceBuffer buffer;
+};
+
+namespace moesaic::c {
+namespace {
+
+// A fixed buffer: saying that there is no memory must not need any.
+thread_local char last_error[2048] = "";
+
+moesaic_status fail(ErrorCode code, std::string_view message) {
+  const std::size_t n = std::min(message.size(), sizeof last_error - 1);
+  std::memcpy(last_error, message.data(), n);
+  last_error[n] = '\0';
+  return static_cast<moesaic_status>(code);
+}
+
+template <typename Body>
+moesaic_status guarded(const Body& body) noexcept {
+  try {
+    body();
+    return MOESAIC_OK;
+  } catch (const Error& error) {
+    return fail(error.code(), error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(ErrorCode::kOutOfMemory, "host memory: allocation failed");
+  } catch (const std::exception& error) {
+    return fail(ErrorCode::kInternal, error.what());
+  } catch (...) {
+    return fail(ErrorCode::kInternal, "an exception of unknown type");
+  }
+}
+
+template <typename T>
+T& needed(const char* argument, T* pointer) {
+  if (pointer == nullptr) invalid(std::string(argument) + ": expected a pointer, got NULL");
+  return *pointer;
+}
+
+template <typename Args>
+Workspace workspace_of(const Args& args) {
+  return {.data = args.workspace, .bytes = args.workspace_bytes};
+}
+
+PrepareArgs to_prepare(const moesaic_prepare_args* given) {
+  const auto a = read("args", given, moesaic_prepare_args MOESAIC_PREPARE_ARGS);
+  return {.hidden_states = to_tensor("hidden_states", a.hidden_states),
+          .hidden_scale = to_tensor("hidden_scale", a.hidden_scale),
+          .topk_ids = to_tensor("topk_ids", a.topk_ids),
+          .topk_weights = to_tensor("topk_weights", a.topk_weights),
+          .expert_map = to_tensor("expert_map", a.expert_map),
+          .rows = to_tensor("rows", a.rows),
+          .row_scale = to_tensor("row_scale", a.row_scale),
+          .num_tokens = to_tensor("num_tokens", a.num_tokens),
+          .slot_row = to_tensor("slot_row", a.slot_row),
+          .status = to_tensor("status", a.status),
+          .workspace = workspace_of(a),
+          .stream = {a.stream}};
+}
+
+ExpertsArgs to_experts(const moesaic_experts_args* given) {
+  const auto a = read("args", given, moesaic_experts_args MOESAIC_EXPERTS_ARGS);
+  return {.format = to_format(a.format),
+          .rows = to_tensor("rows", a.rows),
+          .row_scale = to_tensor("row_scale", a.row_scale),
+          .batched = to_batched(a.num_tokens),
+          .sorted = to_sorted("sorted", a.sorted),
+          .row_weights = to_tensor("row_weights", a.row_weights),
+          .output = to_tensor("output", a.output),
+          .expected_tokens = a.expected_tokens,
+          .workspace = workspace_of(a),
+          .stream = {a.stream}};
+}
+
+FinalizeArgs to_finalize(const moesaic_finalize_args* given) {
+  const auto a = read("args", given, moesaic_finalize_args MOESAIC_FINALIZE_ARGS);
+  return {.expert_output = to_tensor("expert_output", a.expert_output),
+          .topk_ids = to_tensor("topk_ids", a.topk_ids),
+          .topk_weights = to_tensor("topk_weights", a.topk_weights),
+          .expert_map = to_tensor("expert_map", a.expert_map),
+          .slot_row = to_tensor("slot_row", a.slot_row),
+          .output = to_tensor("output", a.output),
+          .accumulate = to_accumulate(a.accumulate),
+          .workspace = workspace_of(a),
+          .stream = {a.stream}};
+}
+
+GroupedGemmArgs to_grouped_gemm(const moesaic_grouped_gemm_args* given) {
+  const auto a = read("args", given, moesaic_grouped_gemm_args MOESAIC_GROUPED_GEMM_ARGS);
+  return {.quant = to_quant(a.quant),
+          .a = to_tensor("a", a.a),
+          .a_scale = to_tensor("a_scale", a.a_scale),
+          .b = to_gemm_weights("b", a.b),
+          .sorted = to_sorted("sorted", a.sorted),
+          .batched = to_batched(a.num_tokens),
+          .top_k = a.top_k,
+          .a_order = to_enum<RowOrder>("a_order", a.a_order, 2),
+          .c_order = to_enum<RowOrder>("c_order", a.c_order, 2),
+          .row_weights = to_tensor("row_weights", a.row_weights),
+          .c = to_tensor("c", a.c),
+          .workspace = workspace_of(a),
+          .stream = {a.stream}};
+}
+
+template <typename E, typename Parse>
+moesaic_status parse(const char* text, E* out, const Parse& parser) {
+  return guarded([&] {
+    needed("out", out) = static_cast<E>(parser(std::string_view(&needed("text", text))));
+  });
+}
+
+void copy_text(std::string_view from, char* to, std::size_t size) {
+  const std::size_t n = std::min(from.size(), size - 1);
+  std::memcpy(to, from.data(), n);
+  std::memset(to + n, 0, size - n);
+}
+
+// A host's hook is C code: what a body throws waits here until the hook has returned.
+struct HookBody {
+  const std::function<void(int)>* body = nullptr;
+  std::exception_ptr* first = nullptr;
+  std::mutex* mutex = nullptr;
+};
+void call_hook_body(void* context, std::int32_t i) {
+  const auto& hook = *static_cast<const HookBody*>(context);
+  try {
+    (*hook.body)(i);
+  } catch (...) {
+    const std::lock_guard lock(*hook.mutex);
+    if (!*hook.first) *hook.first = std::current_exception();
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::c
+
+using namespace moesaic;     // NOLINT: this file is the seam between the two interfaces
+using namespace moesaic::c;  // NOLINT
+
+extern "C" {
+
+// --- status, names, tensors
+// ---------------------------------------------------------------------------
+
+const char* moesaic_last_error(void) { return last_error; }
+const char* moesaic_status_name(moesaic_status status) {
+  return status == MOESAIC_OK ? "ok" : name(static_cast<ErrorCode>(status)).data();
+}
+
+const char* moesaic_scheme_name(moesaic_scheme s) { return name(static_cast<Scheme>(s)).data(); }
+const char* moesaic_dtype_name(moesaic_dtype d) { return name(static_cast<DType>(d)).data(); }
+const char* moesaic_activation_name(moesaic_activation a) {
+  return name(static_cast<Activation>(a)).data();
+}
+const char* moesaic_routing_name(moesaic_routing r) {
+  return name(static_cast<RoutingMethod>(r)).data();
+}
+const char* moesaic_format_name(moesaic_format f) { return name(static_cast<Format>(f)).data(); }
+
+moesaic_status moesaic_parse_scheme(const char* text, moesaic_scheme* out) {
+  return parse(text, out, parse_scheme);
+}
+moesaic_status moesaic_parse_dtype(const char* text, moesaic_dtype* out) {
+  return parse(text, out, parse_dtype);
+}
+moesaic_status moesaic_parse_activation(const char* text, moesaic_activation* out) {
+  return parse(text, out, parse_activation);
+}
+moesaic_status moesaic_parse_routing(const char* text, moesaic_routing* out) {
+  return parse(text, out, parse_routing);
+}
+
+moesaic_tensor moesaic_tensor_dense(const void* data, moesaic_dtype dtype, const int64_t* shape,
+                                    int32_t rank, moesaic_device device) {
+  moesaic_tensor t{.data = const_cast<void*>(data), .dtype = dtype, .rank = rank, .device = device};
+  std::int64_t stride = 1;
+  for (std::int32_t i = std::min<std::int32_t>(rank, Tensor::kMaxRank) - 1; i >= 0; --i) {
+    t.shape[i] = shape[i];
+    t.strides[i] = stride;
+    stride *= std::max<std::int64_t>(shape[i], 1);
+  }
+  return t;
+}
+
+moesaic_status moesaic_workspace_create(moesaic_device device, size_t bytes,
+                                        moesaic_workspace** out) {
+  return guarded([&] {
+    moesaic_workspace*& result = needed("out", out);
+    result = nullptr;
+    result = new moesaic_workspace{WorkspaceBuffer(to_device(device), bytes)};
+  });
+}
+void moesaic_workspace_destroy(moesaic_workspace* workspace) { delete workspace; }
+void* moesaic_workspace_data(const moesaic_workspace* workspace) {
+  return workspace == nullptr ? nullptr : workspace->buffer.view().data;
+}
+size_t moesaic_workspace_bytes(const moesaic_workspace* workspace) {
+  return workspace == nullptr ? 0 : workspace->buffer.view().bytes;
+}
+
+// --- level 1
+// --------------------------------------------------------------------------------------------
+
+moesaic_status moesaic_layer_create(const moesaic_layer_config* config, moesaic_device device,
+                                    moesaic_layer** out) {
+  return guarded([&] {
+    moesaic_layer*& result = needed("out", out);
+    result = nullptr;
+    result = new moesaic_layer{Layer(to_config(config), to_device(device))};
+  });
+}
+void moesaic_layer_destroy(moesaic_layer* layer) { delete layer; }
+
+moesaic_status moesaic_layer_load(moesaic_layer* layer, const moesaic_layer_weights* weights) {
+  return guarded([&] { needed("layer", layer).layer.load(to_layer_weights(weights)); });
+}
+moesaic_status moesaic_layer_load_expert(moesaic_layer* layer, int64_t local_expert,
+                                         const moesaic_layer_weights* weights) {
+  return guarded(
+      [&] { needed("layer", layer).layer.load_expert(local_expert, to_layer_weights(weights)); });
+}
+moesaic_status moesaic_layer_load_shared(moesaic_layer* layer, const moesaic_layer_weights* weights,
+                                         const moesaic_tensor* gate) {
+  return guarded([&] {
+    needed("layer", layer).layer.load_shared(to_layer_weights(weights), to_tensor("gate", gate));
+  });
+}
+moesaic_status moesaic_layer_set_router(moesaic_layer* layer,
+                                        const moesaic_router_weights* router) {
+  return guarded(
+      [&] { needed("layer", layer).layer.set_router(to_router(&needed("router", router))); });
+}
+moesaic_status moesaic_layer_ready(const moesaic_layer* layer, int32_t* ready) {
+  return guarded([&] { needed("ready", ready) = needed("layer", layer).layer.ready() ? 1 : 0; });
+}
+moesaic_status moesaic_layer_weight_bytes(const moesaic_layer* layer, size_t* bytes) {
+  return guarded([&] { needed("bytes", bytes) = needed("layer", layer).layer.weight_bytes(); });
+}
+moesaic_status moesaic_layer_workspace_bytes(const moesaic_layer* layer, int64_t tokens,
+                                             size_t* bytes) {
+  return guarded(
+      [&] { needed("bytes", bytes) = needed("layer", layer).layer.workspace_bytes(tokens); });
+}
+
+moesaic_status moesaic_layer_forward(const moesaic_layer* layer, const moesaic_forward_args* args) {
+  return guarded([&] {
+    const auto a = read("args", args, moesaic_forward_args MOESAIC_FORWARD_ARGS);
+    needed("layer", layer)
+        .layer.forward({.hidden_states = to_tensor("hidden_states", a.hidden_states),
+                        .hidden_scale = to_tensor("hidden_scale", a.hidden_scale),
+                        .topk_ids = to_tensor("topk_ids", a.topk_ids),
+                        .topk_weights = to_tensor("topk_weights", a.topk_weights),
+                        .router_logits = to_tensor("router_logits", a.router_logits),
+                        .output = to_tensor("output", a.output),
+                        .accumulate = to_accumulate(a.accumulate),
+                        .tokens_per_expert = to_tensor("tokens_per_expert", a.tokens_per_expert),
+                        .workspace = workspace_of(a),
+                        .stream = {a.stream}});
+  });
+}
+
+moesaic_status moesaic_layer_tactic_counts(const moesaic_layer* layer, int32_t* gemm1,
+                                           int32_t* gemm2) {
+  return guarded([&] {
+    const Layer& l = needed("layer", layer).layer;
+    needed("gemm1", gemm1) = static_cast<std::int32_t>(l.tactics_gemm1().size());
+    needed("gemm2", gemm2) = static_cast<std::int32_t>(l.tactics_gemm2().size());
+  });
+}
+moesaic_status moesaic_layer_set_tactics(moesaic_layer* layer, int32_t gemm1, int32_t gemm2) {
+  return guarded(
+      [&] { needed("layer", layer).layer.set_tactics({.gemm1 = gemm1, .gemm2 = gemm2}); });
+}
+
+// --- level 2
+// --------------------------------------------------------------------------------------------
+
+moesaic_status moesaic_layer_prepare(const moesaic_layer* layer, const moesaic_prepare_args* args) {
+  return guarded([&] { prepare(needed("layer", layer).layer, to_prepare(args)); });
+}
+moesaic_status moesaic_layer_experts(const moesaic_layer* layer, const moesaic_experts_args* args) {
+  return guarded([&] { experts(needed("layer", layer).layer, to_experts(args)); });
+}
+moesaic_status moesaic_layer_finalize(const moesaic_layer* layer,
+                                      const moesaic_finalize_args* args) {
+  return guarded([&] { finalize(needed("layer", layer).layer, to_finalize(args)); });
+}
+moesaic_status moesaic_prepare(const moesaic_layer_config* config,
+                               const moesaic_prepare_args* args) {
+  return guarded([&] { prepare(to_config(config), to_prepare(args)); });
+}
+moesaic_status moesaic_experts(const moesaic_layer_config* config,
+                               const moesaic_layer_weights* weights,
+                               const moesaic_experts_args* args) {
+  return guarded([&] { experts(to_config(config), to_layer_weights(weights), to_experts(args)); });
+}
+moesaic_status moesaic_finalize(const moesaic_layer_config* config,
+                                const moesaic_finalize_args* args) {
+  return guarded([&] { finalize(to_config(config), to_finalize(args)); });
+}
+moesaic_status moesaic_stage_workspace_bytes(const moesaic_layer_config* config,
+                                             moesaic_format format, int64_t tokens,
+                                             int64_t capacity, moesaic_device device,
+                                             size_t* bytes) {
+  return guarded([&] {
+    needed("bytes", bytes) = stage_workspace_bytes(to_config(config), to_format(format), tokens,
+                                                   capacity, to_device(device));
+  });
+}
+
+// --- level 3
+// --------------------------------------------------------------------------------------------
+
+moesaic_status moesaic_align_capacity(int64_t slot_count, int64_t experts, int64_t block_rows,
+                                      int64_t* capacity) {
+  return guarded(
+      [&] { needed("capacity", capacity) = align_capacity(slot_count, experts, block_rows); });
+}
+moesaic_status moesaic_align_workspace_bytes(int64_t slot_count, int64_t experts,
+                                             moesaic_device device, size_t* bytes) {
+  return guarded([&] {
+    needed("bytes", bytes) = align_workspace_bytes(slot_count, experts, to_device(device));
+  });
+}
+moesaic_status moesaic_align(const moesaic_align_args* args) {
+  return guarded([&] {
+    const auto a = read("args", args, moesaic_align_args MOESAIC_ALIGN_ARGS);
+    align({.topk_ids = to_tensor("topk_ids", a.topk_ids),
+           .experts = a.experts,
+           .local = {.first = a.local_first, .count = a.local_count},
+           .expert_map = to_tensor("expert_map", a.expert_map),
+           .rows = to_sorted("rows", a.rows),
+           .slot_row = to_tensor("slot_row", a.slot_row),
+           .tokens_per_expert = to_tensor("tokens_per_expert", a.tokens_per_expert),
+           .workspace = workspace_of(a),
+           .stream = {a.stream}});
+  });
+}
+
+moesaic_status moesaic_grouped_gemm_workspace_bytes(const moesaic_grouped_gemm_args* args,
+                                                    size_t* bytes) {
+  return guarded(
+      [&] { needed("bytes", bytes) = grouped_gemm_workspace_bytes(to_grouped_gemm(args)); });
+}
+moesaic_status moesaic_grouped_gemm(const moesaic_grouped_gemm_args* args) {
+  return guarded([&] { grouped_gemm(to_grouped_gemm(args)); });
+}
+
+moesaic_status moesaic_sum(const moesaic_sum_args* args) {
+  return guarded([&] {
+    const auto a = read("args", args, moesaic_sum_args MOESAIC_SUM_ARGS);
+    sum_slots({.input = to_tensor("input", a.input),
+               .slot_row = to_tensor("slot_row", a.slot_row),
+               .topk_weights = to_tensor("topk_weights", a.topk_weights),
+               .topk_ids = to_tensor("topk_ids", a.topk_ids),
+               .scale = a.scale,
+               .accumulate = to_accumulate(a.accumulate),
+               .output = to_tensor("output", a.output),
+               .stream = {a.stream}});
+  });
+}
+
+moesaic_status moesaic_route_workspace_bytes(int64_t tokens, int64_t experts, size_t* bytes) {
+  return guarded([&] { needed("bytes", bytes) = route_workspace_bytes(tokens, experts); });
+}
+moesaic_status moesaic_route(const moesaic_route_args* args) {
+  return guarded([&] {
+    const auto a = read("args", args, moesaic_route_args MOESAIC_ROUTE_ARGS);
+    route({.spec = to_routing(a.spec),
+           .logits = to_tensor("logits", a.logits),
+           .hidden_states = to_tensor("hidden_states", a.hidden_states),
+           .router = to_router(a.router),
+           .topk_ids = to_tensor("topk_ids", a.topk_ids),
+           .topk_weights = to_tensor("topk_weights", a.topk_weights),
+           .workspace = workspace_of(a),
+           .stream = {a.stream}});
+  });
+}
+
+moesaic_status moesaic_quantize_workspace_bytes(int64_t rows, moesaic_device device,
+                                                size_t* bytes) {
+  return guarded(
+      [&] { needed("bytes", bytes) = quantize_workspace_bytes(rows, to_device(device)); });
+}
+moesaic_status moesaic_quantize(const moesaic_quantize_args* args) {
+  return guarded([&] {
+    const auto a = read("args", args, moesaic_quantize_args MOESAIC_QUANTIZE_ARGS);
+    quantize({.input = to_tensor("input", a.input),
+              .to = to_dtype("to", a.to),
+              .granularity = to_enum<ActScale>("granularity", a.granularity, 5),
+              .group_size = a.group_size,
+              .int8_rounding = to_enum<Int8Rounding>("int8_rounding", a.int8_rounding, 2),
+              .static_scale = to_tensor("static_scale", a.static_scale),
+              .output = to_tensor("output", a.output),
+              .scale = to_tensor("scale", a.scale),
+              .workspace = workspace_of(a),
+              .stream = {a.stream}});
+  });
+}
+
+moesaic_status moesaic_activate(const moesaic_activate_args* args) {
+  return guarded([&] {
+    const auto a = read("args", args, moesaic_activate_args MOESAIC_ACTIVATE_ARGS);
+    activate({.spec = to_activation(a.spec),
+              .parameters = {.alpha = to_tensor("alpha", a.alpha),
+                             .beta = to_tensor("beta", a.beta),
+                             .limit = to_tensor("limit", a.limit)},
+              .input = to_tensor("input", a.input),
+              .row_expert = to_tensor("row_expert", a.row_expert),
+              .output = to_tensor("output", a.output),
+              .stream = {a.stream}});
+  });
+}
+
+// --- the process
+// ----------------------------------------------------------------------------------------
+
+const char* moesaic_version(void) { return MOESAIC_VERSION_STRING; }
+
+moesaic_status moesaic_device_count(int32_t* count) {
+  return guarded([&] { needed("count", count) = static_cast<std::int32_t>(devices().size()); });
+}
+moesaic_status moesaic_get_device_info(int32_t index, moesaic_device_info* out) {
+  return guarded([&] {
+    moesaic_device_info info = read("out", out, moesaic_device_info MOESAIC_DEVICE_INFO);
+    const std::vector<DeviceInfo> all = devices();
+    check_range("index", index, 0, static_cast<std::int64_t>(all.size()) - 1);
+    const DeviceInfo& from = all[static_cast<std::size_t>(index)];
+    info.device = {.type = static_cast<std::int32_t>(from.device.type), .index = from.device.index};
+    copy_text(from.name, info.name, sizeof info.name);
+    copy_text(from.kernels, info.kernels, sizeof info.kernels);
+    copy_text(from.note, info.note, sizeof info.note);
+    const std::size_t size = out->struct_size;
+    std::memcpy(out, &info, std::min(size, sizeof info));
+    out->struct_size = size;
+  });
+}
+
+moesaic_status moesaic_supports(const moesaic_layer_config* config, moesaic_format format,
+                                moesaic_device device, int32_t* supported) {
+  return guarded([&] {
+    std::int32_t& result = needed("supported", supported);
+    const Support support = supports(to_config(config), to_format(format), to_device(device));
+    result = support.supported ? 1 : 0;
+    if (!support.supported) fail(ErrorCode::kUnsupported, support.reason);
+  });
+}
+
+moesaic_status moesaic_set_num_threads(int32_t threads) {
+  return guarded([&] { set_num_threads(threads); });
+}
+int32_t moesaic_num_threads(void) { return num_threads(); }
+
+moesaic_status moesaic_set_parallel_hook(moesaic_parallel_hook hook, void* user) {
+  return guarded([&] {
+    if (hook == nullptr) return set_parallel_hook({});
+    set_parallel_hook([hook, user](int n, const std::function<void(int)>& body) {
+      std::exception_ptr first;
+      std::mutex mutex;
+      HookBody context{.body = &body, .first = &first, .mutex = &mutex};
+      hook(user, n, call_hook_body, &context);
+      if (first) std::rethrow_exception(first);
+    });
+  });
+}
+
+moesaic_status moesaic_set_kernels(moesaic_device_type type, const char* level) {
+  return guarded(
+      [&] { set_kernels(to_enum<DeviceType>("type", type, 2), &needed("level", level)); });
+}
+
+moesaic_status moesaic_set_log_sink(moesaic_log_sink sink, void* user) {
+  return guarded([&] {
+    if (sink == nullptr) return set_log_sink({});
+    set_log_sink(
+        [sink, user](std::string_view message) { sink(user, std::string(message).c_str()); });
+  });
+}
+
+}  // extern "C"

@@ -2,9 +2,10 @@
 // A strip: some rows of one expert against a few tiles of its weights. The same walk for every level;
 // `Level` brings the dot products:
 //   static constexpr bool has_b16();
-//   template <Compute> static void native(const Panel&, const void* b, std::int64_t units);
-//   template <Compute> static void unpack(const Segment&, void* out);
-//   template <Compute> static bool fused(const Panel&, const Segment&);  // or false: not this one
+//   static constexpr bool can_fuse();  // unpacks in registers
+//   template <Compute> static void native(const Panel&, const Segments&);  // units ready in memory
+//   template <Compute> static void fused(const Panel&, const Segments&);   // packed, at most kFusedRows
+//   template <Compute> static void unpack(const Segments& one, void* out);
 //
 // K is walked in chunks: A's rows of a chunk are converted once for all tiles of the strip, and a tile's
 // chunk is multiplied with all rows while it is in the cache. Sums that are not finished stay in fp32
@@ -20,15 +21,16 @@
 namespace moesaic {
 namespace {
 
-inline constexpr std::int64_t kChunkUnits = 256;        // with many rows
-inline constexpr std::int64_t kFusedChunkUnits = 2048;  // with at most kFusedRows
-inline constexpr std::int64_t kUnitPadding = 16;        // keeps rows off one cache set
+inline constexpr std::int64_t kChunkUnits = 256, kChunkSegments = 32;  // with many rows
+inline constexpr std::int64_t kFusedChunkUnits = 2048, kFusedChunkSegments = 128;
+inline constexpr std::int64_t kUnitPadding = 16;  // keeps rows off one cache set
 inline constexpr std::int64_t kStripCols = kStripTiles * kTileCols;
 
-// Two chunks' shapes in one buffer.
+// Either chunk's shape in one buffer.
 inline constexpr std::int64_t kRowUnits =
     std::max(kStripRows * (kChunkUnits + kUnitPadding), kFusedRows*(kFusedChunkUnits + kUnitPadding));
-inline constexpr std::int64_t kRowSums = std::max(kStripRows * kChunkUnits, kFusedRows* kFusedChunkUnits);
+inline constexpr std::int64_t kRowSegments =
+    std::max(kStripRows * kChunkSegments, kFusedRows* kFusedChunkSegments);
 
 // All of it on the stack of the thread that runs the strip: no allocation, and no scratch whose size
 // would depend on the number of threads.
@@ -36,15 +38,19 @@ struct alignas(64) StripBuffers {
   std::uint32_t rows[kRowUnits];
   float total[kStripRows * kStripCols];
   float raw[kStripRows * kStripCols];
-  std::int32_t row_sums[kRowSums];
-  std::uint8_t plain[kChunkUnits * 256 + 512];   // a caller's weights, packed on the fly
+  std::int32_t row_sums[kRowSegments];
+  float row_scales[kRowSegments];
+  float scales[kFusedChunkSegments * kTileCols];
+  std::int32_t zeros[kFusedChunkSegments * kTileCols];
+  // A caller's weights, packed on the fly.
+  std::uint8_t plain[kChunkUnits * 256 + kChunkSegments * (5 * kTileCols)];
   std::uint8_t unpacked[kChunkUnits * 256];
 };
 
 // A run of whole segments, or part of one.
 struct Chunk {
   std::int64_t segment = 0, segments = 0;
-  std::int64_t first_step = 0, steps = 0;  // of each segment; of a whole last one, at most
+  std::int64_t first_step = 0, steps = 0;  // of each segment; the last may have fewer
 };
 
 template <typename Level, Compute kCompute>
@@ -62,13 +68,18 @@ class StripRun {
         a_scale_[r] = view.data + row * view.row_stride + strip.expert * view.expert_stride;
     }
     per_step_ = units_per_step<kCompute>(layout_.kind);
+    grouped_rows_ =
+        call_.spec->act_scale == ActScale::kGroup && stage_.a_scale.data != nullptr;
     set_code();
   }
 
   void run() {
-    const bool few = strip_.rows <= kFusedRows && call_.packed != nullptr;
-    const std::int64_t chunk_steps = (few ? kFusedChunkUnits : kChunkUnits) / per_step_;
-    const std::int64_t whole = chunk_steps / layout_.segment_steps;
+    fused_ = Level::can_fuse() && strip_.rows <= kFusedRows;
+    const bool long_chunks = strip_.rows <= kFusedRows && call_.packed != nullptr &&
+                             (fused_ || is_native<kCompute>(code_));
+    const std::int64_t chunk_steps = (long_chunks ? kFusedChunkUnits : kChunkUnits) / per_step_;
+    const std::int64_t whole = std::min(chunk_steps / layout_.segment_steps,
+                                        long_chunks ? kFusedChunkSegments : kChunkSegments);
     for (std::int64_t segment = 0; segment < layout_.segments;) {
       if (whole > 0) {
         const std::int64_t count = std::min(whole, layout_.segments - segment);
@@ -120,158 +131,146 @@ class StripRun {
 
   void convert_rows(const Chunk& chunk) {
     a_stride_ = chunk.segments * chunk.steps * per_step_ + kUnitPadding;
+    const std::int64_t k0 = chunk.first_step * layout_.step_k;
     for (std::int64_t r = 0; r < strip_.rows; ++r) {
       for (std::int64_t i = 0; i < chunk.segments; ++i) {
-        const std::int64_t steps = steps_of(chunk, i);
-        const std::int64_t k0 = chunk.first_step * layout_.step_k;
+        const std::int64_t segment = chunk.segment + i, steps = steps_of(chunk, i);
         const std::int64_t count =
-            std::min(layout_.length(chunk.segment + i) - k0, steps * layout_.step_k);
-        const std::byte* in =
-            a_[r] + ((chunk.segment + i) * layout_.segment_k + k0) * element_;
+            std::min(layout_.length(segment) - k0, steps * layout_.step_k);
+        const std::byte* in = a_[r] + (segment * layout_.segment_k + k0) * element_;
         std::uint32_t* out = b_.rows + r * a_stride_ + i * chunk.steps * per_step_;
         convert_row<kCompute>(stage_.a.dtype, in, count, steps * per_step_, out);
-        if constexpr (kCompute == Compute::kByte) {
-          std::int32_t& sum = b_.row_sums[r * chunk.segments + i];
-          sum = (chunk.first_step == 0 ? 0 : sum) + sum_of_bytes(in, count);
-        }
+        const std::int64_t at = r * chunk.segments + i;
+        if constexpr (kCompute == Compute::kByte) b_.row_sums[at] = sum_of_bytes(in, count);
+        if (grouped_rows_)
+          b_.row_scales[at] =
+              a_scale_[r][segment * layout_.segment_k / call_.spec->act_group *
+                          stage_.a_scale.group_stride];
       }
     }
   }
 
   void run_chunk(const Chunk& chunk) {
     convert_rows(chunk);
-    for (std::int64_t t = 0; t < strip_.tiles; ++t)
-      for (std::int64_t i = 0; i < chunk.segments; ++i) run_segment(chunk, t, i);
+    for (std::int64_t t = 0; t < strip_.tiles; ++t) run_tile(chunk, t);
   }
 
-  void run_segment(const Chunk& chunk, std::int64_t t, std::int64_t i) {
-    const std::int64_t index = chunk.segment + i;
-    const std::int64_t steps = steps_of(chunk, i);
-    const PackPart part{.expert = strip_.expert, .tile = strip_.first_tile + t, .segment = index,
-                        .first_step = chunk.first_step, .steps = steps};
-    const auto* header = reinterpret_cast<const std::uint8_t*>(b_.plain);
-    const std::uint8_t* data = header + layout_.header_bytes;
+  // The packed segments of a chunk: in the layer, or made here from the caller's views.
+  const std::uint8_t* packed_segments(const Chunk& chunk, std::int64_t tile, std::int64_t* stride) {
     if (call_.packed != nullptr) {
-      header = reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert)) +
-               part.tile * layout_.tile_bytes + index * layout_.segment_bytes;
-      data = header + layout_.header_bytes + chunk.first_step * layout_.step_bytes;
-    } else {
-      auto* out = reinterpret_cast<std::byte*>(b_.plain);
+      *stride = layout_.segment_bytes;
+      return reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert)) +
+             tile * layout_.tile_bytes + chunk.segment * layout_.segment_bytes;
+    }
+    *stride = layout_.header_bytes + chunk.steps * layout_.step_bytes;
+    for (std::int64_t i = 0; i < chunk.segments; ++i) {
+      auto* out = reinterpret_cast<std::byte*>(b_.plain) + i * *stride;
+      const PackPart part{.expert = strip_.expert, .tile = tile, .segment = chunk.segment + i,
+                          .first_step = chunk.first_step, .steps = steps_of(chunk, i)};
       pack_header(*call_.spec, layout_, stage_.b->plain, part, out);
       pack_steps(*call_.spec, layout_, stage_.b->plain, part, out + layout_.header_bytes);
     }
-    const bool last = chunk.first_step + steps == layout_.steps(index);
-    Panel panel{.a_stride = a_stride_, .rows = strip_.rows, .c_stride = kStripCols,
-                .begin = chunk.first_step == 0 ? Begin::kZero : Begin::kRaw,
-                .end = !last ? End::kRaw : index == 0 ? End::kFirst : End::kAdd};
-    alignas(64) float scale[kTileCols];
-    alignas(64) std::int32_t zero[kTileCols];
-    if (last && layout_.scale != ScaleKind::kNone) {
-      read_scales(header, scale);
-      panel.scale = scale;
-    }
-    if (last && kCompute == Compute::kByte) {
-      for (std::int64_t c = 0; c < kTileCols; ++c)
-        zero[c] = layout_.zero_points ? header[layout_.zero_offset + c] : implicit_zero_;
-      panel.zero = zero;
-      panel.row_sum_stride = chunk.segments;
-    }
-    const bool grouped_rows =
-        call_.spec->act_scale == ActScale::kGroup && stage_.a_scale.data != nullptr;
-    if (last && grouped_rows)
-      panel.row_scale_at =
-          index * layout_.segment_k / call_.spec->act_group * stage_.a_scale.group_stride;
+    return b_.plain;
+  }
 
+  void run_tile(const Chunk& chunk, std::int64_t t) {
+    std::int64_t stride = 0;
+    const std::uint8_t* header = packed_segments(chunk, strip_.first_tile + t, &stride);
+    Segments segments{.code = code_, .count = chunk.segments, .steps = chunk.steps,
+                      .last_steps = steps_of(chunk, chunk.segments - 1),
+                      .data = header + layout_.header_bytes, .data_stride = stride,
+                      .zero = header + layout_.zero_offset,
+                      .e2m1 = call_.spec->format == WeightFormat::kE2M1};
+    if (call_.packed != nullptr) segments.data += chunk.first_step * layout_.step_bytes;
+    const bool last = chunk.first_step + segments.last_steps ==
+                      layout_.steps(chunk.segment + chunk.segments - 1);
+    Panel panel{.a_stride = a_stride_, .segment_units = chunk.steps * per_step_,
+                .c_stride = kStripCols,
+                .begin = chunk.first_step == 0 ? Begin::kZero : Begin::kRaw,
+                .end = !last ? End::kRaw : chunk.segment == 0 ? End::kFirst : End::kAdd,
+                .row_stride = chunk.segments, .implicit_zero = implicit_zero_};
+    if (last) read_scales(header, stride, chunk.segments, &panel);
+    if (kCompute == Compute::kByte && layout_.zero_points) {
+      for (std::int64_t i = 0; i < chunk.segments; ++i)
+        for (std::int64_t c = 0; c < kTileCols; ++c)
+          b_.zeros[i * kTileCols + c] = segments.zero[i * stride + c];
+      panel.zero = b_.zeros;
+    }
     const std::int64_t panels = (strip_.rows + kPanelRows - 1) / kPanelRows;
-    if (panels > 1) look_ahead(chunk, t, i, panels, &panel);
-    const Segment segment{.code = code_, .data = data, .steps = steps,
-                          .zero = header + layout_.zero_offset,
-                          .e2m1 = call_.spec->format == WeightFormat::kE2M1};
-    const void* native = data;
-    const bool in_registers = !is_native<kCompute>(code_) && strip_.rows <= kFusedRows;
-    bool unpacked = is_native<kCompute>(code_);
+    const std::int64_t units = ((chunk.segments - 1) * chunk.steps + segments.last_steps) * per_step_;
+    if (panels > 1) look_ahead(chunk, t, panels, &panel);
+    if (!fused_) make_native(&segments);
     for (std::int64_t p = 0, row = 0; p < panels; ++p) {
-      const std::int64_t count = (strip_.rows - row + panels - p - 1) / (panels - p);  // even shares
-      panel.rows = count;
-      panel.a = b_.rows + row * a_stride_ + i * chunk.steps * per_step_;
+      panel.rows = (strip_.rows - row + panels - p - 1) / (panels - p);  // even shares
+      panel.a = b_.rows + row * a_stride_;
       panel.total = b_.total + row * kStripCols + t * kTileCols;
       panel.raw = layout_.segments == 1 ? panel.total : b_.raw + row * kStripCols + t * kTileCols;
-      panel.row_scale = grouped_rows ? a_scale_ + row : nullptr;
-      panel.row_sum = b_.row_sums + row * chunk.segments + i;
-      if (p > 0) panel.ahead += panel.ahead_step * steps * per_step_;
-      row += count;
-      if (in_registers && Level::template fused<kCompute>(panel, segment)) continue;
-      if (!unpacked) {
-        unpack_in_parts(segment, panel, native);
-        if (native == nullptr) continue;  // done part by part
-        unpacked = true;
-      }
-      Level::template native<kCompute>(panel, native, steps * per_step_);
+      panel.row_sum = b_.row_sums + row * chunk.segments;
+      if (grouped_rows_ && last) panel.row_scale = b_.row_scales + row * chunk.segments;
+      if (fused_ && !is_native<kCompute>(code_))
+        Level::template fused<kCompute>(panel, segments);
+      else
+        Level::template native<kCompute>(panel, segments);
+      if (panel.ahead != nullptr) panel.ahead += panel.ahead_step * units;
+      row += panel.rows;
     }
+  }
+
+  // Into units, in scratch, unless they are that already.
+  void make_native(Segments* segments) {
+    if (is_native<kCompute>(code_)) return;
+    const std::int64_t bytes = segments->steps * per_step_ * 256;
+    for (std::int64_t i = 0; i < segments->count; ++i)
+      Level::template unpack<kCompute>(segments->at(i), b_.unpacked + i * bytes);
+    segments->data = b_.unpacked;
+    segments->data_stride = bytes;
+    segments->steps *= per_step_;
+    segments->last_steps *= per_step_;
   }
 
   // With several panels the same weights are multiplied several times: each panel fetches its share of
   // what follows, so that memory works while the arithmetic does.
-  void look_ahead(const Chunk& chunk, std::int64_t t, std::int64_t i, std::int64_t panels,
-                  Panel* panel) const {
+  void look_ahead(const Chunk& chunk, std::int64_t t, std::int64_t panels, Panel* panel) const {
     if (call_.packed == nullptr) return;
-    const auto* base = reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert));
-    std::int64_t tile = strip_.first_tile + t, segment = chunk.segment + i, step = chunk.first_step;
-    if (i + 1 < chunk.segments) {
-      ++segment;
-    } else if (t + 1 < strip_.tiles) {
+    std::int64_t tile = strip_.first_tile + t, segment = chunk.segment, step = chunk.first_step;
+    if (t + 1 < strip_.tiles) {
       ++tile;
-      segment = chunk.segment;
     } else {  // the next chunk of the first tile
       tile = strip_.first_tile;
       step += chunk.steps;
       if (step >= layout_.segment_steps) {
-        ++segment;
+        segment += chunk.segments;
         step = 0;
       }
     }
     if (segment >= layout_.segments) return;
-    panel->ahead = base + tile * layout_.tile_bytes + segment * layout_.segment_bytes +
+    panel->ahead = reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert)) +
+                   tile * layout_.tile_bytes + segment * layout_.segment_bytes +
                    (step == 0 ? 0 : layout_.header_bytes) + step * layout_.step_bytes;
-    panel->ahead_step = (layout_.step_bytes / per_step_ + panels - 1) / panels;
+    const std::int64_t units = chunk.steps * per_step_ * panels;
+    panel->ahead_step = (layout_.header_bytes + chunk.steps * layout_.step_bytes + units - 1) / units;
   }
 
-  // Few rows of a long chunk at a level that cannot unpack in registers: the scratch holds only part.
-  void unpack_in_parts(const Segment& segment, Panel& panel, const void*& native) {
-    const std::int64_t fits = kChunkUnits / per_step_;
-    if (segment.steps <= fits) {
-      Level::template unpack<kCompute>(segment, b_.unpacked);
-      native = b_.unpacked;
-      return;
-    }
-    native = nullptr;
-    Segment part = segment;
-    Panel p = panel;
-    for (std::int64_t s = 0; s < segment.steps; s += fits) {
-      part.data = segment.data + s * layout_.step_bytes;
-      part.steps = std::min(fits, segment.steps - s);
-      p.a = panel.a + s * per_step_;
-      p.begin = s == 0 ? panel.begin : Begin::kRaw;
-      p.end = s + fits < segment.steps ? End::kRaw : panel.end;
-      Level::template unpack<kCompute>(part, b_.unpacked);
-      Level::template native<kCompute>(p, b_.unpacked, part.steps * per_step_);
-    }
-  }
-
-  void read_scales(const std::uint8_t* header, float* scale) const {
+  void read_scales(const std::uint8_t* header, std::int64_t stride, std::int64_t count, Panel* panel) {
+    panel->scale = layout_.scale == ScaleKind::kNone ? nullptr : b_.scales;
+    panel->scale_stride = kTileCols;
     switch (layout_.scale) {
-      case ScaleKind::kColumns: std::memcpy(scale, header, sizeof(float) * kTileCols); return;
-      case ScaleKind::kHalves: {
-        float halves[2];
-        std::memcpy(halves, header, sizeof(halves));
-        for (std::int64_t c = 0; c < kTileCols; ++c) scale[c] = halves[c / 32];
+      case ScaleKind::kColumns:  // as they lie
+        panel->scale = reinterpret_cast<const float*>(header);
+        panel->scale_stride = stride / static_cast<std::int64_t>(sizeof(float));
         return;
-      }
-      case ScaleKind::kE8M0:
-        for (std::int64_t c = 0; c < kTileCols; ++c) {
-          const std::uint32_t e = header[c];  // 0 is 2^-127, which only a subnormal can hold
-          scale[c] = std::bit_cast<float>(e == 0 ? 0x400000u : e == 255 ? 0x7fc00000u : e << 23);
+      case ScaleKind::kHalves:
+        for (std::int64_t i = 0; i < count; ++i) {
+          float halves[2];
+          std::memcpy(halves, header + i * stride, sizeof(halves));
+          std::fill_n(b_.scales + i * kTileCols, kTileCols / 2, halves[0]);
+          std::fill_n(b_.scales + i * kTileCols + kTileCols / 2, kTileCols / 2, halves[1]);
         }
+        return;
+      case ScaleKind::kE8M0:
+        for (std::int64_t i = 0; i < count; ++i)
+          for (std::int64_t c = 0; c < kTileCols; c += 16)
+            e8m0_to_f32(header + i * stride + c, b_.scales + i * kTileCols + c);
         return;
       case ScaleKind::kNone: return;
     }
@@ -294,7 +293,6 @@ class StripRun {
                   .beta = per_expert(side.activation.beta, stage_.activation->beta),
                   .limit = per_expert(side.activation.limit, stage_.activation->limit)};
     }
-    const bool grouped_rows = call_.spec->act_scale == ActScale::kGroup;
     const std::int64_t outputs = call_.spec->gated ? kTileCols / 2 : kTileCols;
     alignas(64) float bias[kTileCols];
     const Tensor& c = stage_.c;
@@ -312,7 +310,7 @@ class StripRun {
       for (std::int64_t r = 0; r < strip_.rows; ++r) {
         const std::int64_t position = strip_.positions[r];
         e.sums = b_.total + r * kStripCols + t * kTileCols;
-        e.a_scale = grouped_rows ? nullptr : a_scale_[r];
+        e.a_scale = grouped_rows_ ? nullptr : a_scale_[r];
         if (stage_.row_weights != nullptr)
           e.row_weight = stage_.row_weights + stage_.rows.row_slot[position];
         const std::int64_t row = row_index(stage_.rows, stage_.c_row, stage_.top_k, position);
@@ -333,6 +331,7 @@ class StripRun {
   std::int64_t element_ = 1, per_step_ = 1, a_stride_ = 0;
   Code code_ = Code::kF32;
   std::int32_t implicit_zero_ = 0;
+  bool grouped_rows_ = false, fused_ = false;
   const std::byte* a_[kStripRows];
   const float* a_scale_[kStripRows] = {};
 };

@@ -15,7 +15,7 @@ namespace {
 // pairs(): two bf16 per column. Every code's values are exact in bf16.
 struct ReadB16 {
   static constexpr std::int64_t kBytes = 256;
-  explicit ReadB16(const Segment&) {}
+  ReadB16(const Segments&, std::int64_t) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
   }
@@ -44,7 +44,7 @@ constexpr ByteTable kE4M3Low = byte_table(0, 0, e4m3_value);
 constexpr ByteTable kE4M3High = byte_table(0, 8, e4m3_value);
 struct ReadE4M3 {
   static constexpr std::int64_t kBytes = 128;
-  explicit ReadE4M3(const Segment&) {}
+  ReadE4M3(const Segments&, std::int64_t) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
@@ -64,7 +64,7 @@ constexpr ByteTable kByteHigh0 = byte_table(0, 8, byte_value);
 constexpr ByteTable kByteHigh1 = byte_table(128, 8, byte_value);
 struct ReadByte {
   static constexpr std::int64_t kBytes = 128;
-  explicit ReadByte(const Segment&) {}
+  ReadByte(const Segments&, std::int64_t) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
@@ -79,7 +79,7 @@ struct ReadByte {
 #else
 struct ReadE4M3 {
   static constexpr std::int64_t kBytes = 128;
-  explicit ReadE4M3(const Segment&) {}
+  ReadE4M3(const Segments&, std::int64_t) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
@@ -109,9 +109,9 @@ inline void read_zero_words(const std::uint8_t* zero, __m512i out[4]) {
 struct ReadByteZero {
   static constexpr std::int64_t kBytes = 128;
   __m512i zero[4];
-  explicit ReadByteZero(const Segment& s) {
+  ReadByteZero(const Segments& s, std::int64_t segment) {
     if (s.code == Code::kByteZero) {
-      read_zero_words(s.zero, zero);
+      read_zero_words(s.zero + segment * s.data_stride, zero);
     } else {
       for (__m512i& z : zero) z = _mm512_set1_epi16(128);
     }
@@ -150,7 +150,7 @@ constexpr WordTable kE2M1Words = word_table([](int i) { return kE2M1[i % 16]; })
 struct ReadNibble {
   static constexpr std::int64_t kBytes = 64;
   __m512i table;
-  explicit ReadNibble(const Segment& s)
+  ReadNibble(const Segments& s, std::int64_t)
       : table(_mm512_load_si512(s.e2m1 ? kE2M1Words.words : kInt4Words.words)) {}
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     const __m512i v = _mm512_loadu_si512(p);
@@ -167,8 +167,9 @@ constexpr WordTable kSignedWords =
 struct ReadNibbleZero {
   static constexpr std::int64_t kBytes = 64;
   __m512i table, zero[4];
-  explicit ReadNibbleZero(const Segment& s) : table(_mm512_load_si512(kSignedWords.words)) {
-    read_zero_words(s.zero, zero);
+  ReadNibbleZero(const Segments& s, std::int64_t segment)
+      : table(_mm512_load_si512(kSignedWords.words)) {
+    read_zero_words(s.zero + segment * s.data_stride, zero);
   }
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     const __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi16(15);
@@ -202,7 +203,7 @@ struct AsFloats : Read {  // Compute::kF32: the pair's first, then its second
 struct ReadF16 {  // Compute::kF32
   static constexpr std::int64_t kBytes = 128;
   static constexpr int kUnits = 1;
-  explicit ReadF16(const Segment&) {}
+  ReadF16(const Segments&, std::int64_t) {}
   void unit(const std::uint8_t* p, int, __m512i b[4]) const {
     for (int i = 0; i < 4; ++i)
       b[i] = _mm512_castps_si512(
@@ -212,6 +213,7 @@ struct ReadF16 {  // Compute::kF32
 struct ReadUnits {  // ready in memory
   static constexpr std::int64_t kBytes = 256;
   static constexpr int kUnits = 1;
+  ReadUnits(const Segments&, std::int64_t) {}
   void unit(const std::uint8_t* p, int, __m512i b[4]) const {
     for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
   }
@@ -219,7 +221,7 @@ struct ReadUnits {  // ready in memory
 struct ReadNibbleQuad {  // Compute::kByte
   static constexpr std::int64_t kBytes = 128;
   static constexpr int kUnits = 1;
-  explicit ReadNibbleQuad(const Segment&) {}
+  ReadNibbleQuad(const Segments&, std::int64_t) {}
   void unit(const std::uint8_t* p, int, __m512i b[4]) const {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int half = 0; half < 2; ++half) {
@@ -236,13 +238,15 @@ struct Dot;
 template <>
 struct Dot<Compute::kF32> {
   using Sum = __m512;
-  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum begin(const Panel& p, std::int64_t, std::int64_t r, std::int64_t c) {
+    return p.begin == Begin::kRaw ? _mm512_loadu_ps(p.raw + r * p.c_stride + c)
+                                  : _mm512_setzero_ps();
+  }
   static Sum add(Sum sum, __m512i b, __m512i a) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }
-  static Sum load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Sum sum) { _mm512_storeu_ps(p, sum); }
-  static __m512 value(const Panel&, std::int64_t, std::int64_t, Sum sum) { return sum; }
+  static __m512 value(Sum sum) { return sum; }
 };
 #if defined(__AVX512BF16__)
 template <>
@@ -255,7 +259,19 @@ struct Dot<Compute::kB16> : Dot<Compute::kF32> {
 template <>
 struct Dot<Compute::kByte> {
   using Sum = __m512i;
-  static Sum zero() { return _mm512_setzero_si512(); }
+  // Starts at -zero * the sum of the activations: integers, so the order does not matter.
+  static Sum begin(const Panel& p, std::int64_t segment, std::int64_t r, std::int64_t c) {
+    const std::int32_t sum = p.row_sum[r * p.row_stride + segment];
+    const __m512i shift =
+        p.zero == nullptr
+            ? _mm512_set1_epi32(p.implicit_zero * sum)
+            : _mm512_mullo_epi32(_mm512_loadu_si512(p.zero + segment * kTileCols + c),
+                                 _mm512_set1_epi32(sum));
+    return _mm512_sub_epi32(p.begin == Begin::kRaw
+                                ? _mm512_loadu_si512(p.raw + r * p.c_stride + c)
+                                : _mm512_setzero_si512(),
+                            shift);
+  }
   static Sum add(Sum sum, __m512i b, __m512i a) {
 #if defined(__AVX512VNNI__)
     // Not the intrinsic: around it GCC 12 copies each sum twice per product.
@@ -268,115 +284,120 @@ struct Dot<Compute::kByte> {
     return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
 #endif
   }
-  static Sum load(const float* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, Sum sum) { _mm512_storeu_si512(p, sum); }
-  static __m512 value(const Panel& p, std::int64_t r, std::int64_t c, Sum sum) {
-    const __m512i shift = _mm512_mullo_epi32(_mm512_loadu_si512(p.zero + c),
-                                             _mm512_set1_epi32(p.row_sum[r * p.row_sum_stride]));
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, shift));
-  }
+  static __m512 value(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
 // How far in front of a single panel its stream is fetched.
 constexpr std::int64_t kStreamAhead = 4096;
 
-// One register of finished sums, scaled, into the total.
-inline void finish(const Panel& p, std::int64_t r, std::int64_t c, __m512 v) {
-  float* total = p.total + r * p.c_stride + c;
-  if (p.row_scale != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(p.row_scale[r][p.row_scale_at]));
-  const __m512 scale = p.scale != nullptr ? _mm512_loadu_ps(p.scale + c) : _mm512_set1_ps(1.0f);
-  v = p.end == End::kAdd ? _mm512_fmadd_ps(v, scale, _mm512_loadu_ps(total))
-                         : _mm512_mul_ps(v, scale);
-  _mm512_storeu_ps(total, v);
-}
+// Where one segment's sums go.
+struct Finish {
+  float* total;
+  std::int64_t c_stride;
+  End end;
+  const float* scale;      // [64], or none
+  const float* row_scale;  // at row_stride, or none
+  std::int64_t row_stride;
 
-// kRows rows x 64 columns over `steps` packed steps. Every loop over sums is unrolled by name: GCC 12
+  inline __attribute__((always_inline)) void operator()(std::int64_t r, std::int64_t c,
+                                                        __m512 v) const {
+    float* to = total + r * c_stride + c;
+    if (row_scale != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(row_scale[r * row_stride]));
+    const __m512 factor = scale != nullptr ? _mm512_loadu_ps(scale + c) : _mm512_set1_ps(1.0f);
+    _mm512_storeu_ps(to, end == End::kAdd ? _mm512_fmadd_ps(v, factor, _mm512_loadu_ps(to))
+                                          : _mm512_mul_ps(v, factor));
+  }
+};
+
+// kRows rows x 64 columns over a run of segments. Every loop over sums is unrolled by name: GCC 12
 // would otherwise keep them in memory around the main loop.
 template <Compute kCompute, int kRows, typename Unpack>
-void block(const Panel& p, const Unpack& unpack, const std::uint8_t* data, std::int64_t steps) {
+void block(const Panel& p, const Segments& s) {
   using D = Dot<kCompute>;
-  typename D::Sum sums[kRows][4];
-  if (p.begin == Begin::kRaw) {
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[r][i] = D::load(p.raw + r * p.c_stride + 16 * i);
-  } else {
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[r][i] = D::zero();
-  }
   const std::uint32_t* a[kRows];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) a[r] = p.a + r * p.a_stride;
   const std::uint8_t* ahead = p.ahead;
-  std::int64_t u = 0;
-  for (std::int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 2
-    for (int which = 0; which < Unpack::kUnits; ++which, ++u) {
-      __m512i b[4];
-      unpack.unit(data, which, b);
-      if (ahead != nullptr) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + p.ahead_step / 2), _MM_HINT_T1);
-        ahead += p.ahead_step;
-      } else if (which == 0) {
-#pragma GCC unroll 4
-        for (int line = 0; line < Unpack::kBytes; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(data + kStreamAhead + line), _MM_HINT_T0);
-      }
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r][u]));
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sums[r][i] = D::add(sums[r][i], b[i], x);
-      }
-    }
-    data += Unpack::kBytes;
-  }
-  if (p.end == End::kRaw) {
+  const std::int64_t ahead_step = p.ahead_step;
+  for (std::int64_t segment = 0; segment < s.count; ++segment) {
+    const std::uint8_t* data = s.data + segment * s.data_stride;
+    const Unpack unpack(s, segment);
+    typename D::Sum sums[kRows][4];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) D::store(p.raw + r * p.c_stride + 16 * i, sums[r][i]);
-    return;
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < 4; ++i) sums[r][i] = D::begin(p, segment, r, 16 * i);
+    const std::int64_t steps = s.steps_of(segment);
+    std::int64_t u = segment * p.segment_units;
+    for (std::int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 2
+      for (int which = 0; which < Unpack::kUnits; ++which, ++u) {
+        __m512i b[4];
+        unpack.unit(data, which, b);
+        if (ahead != nullptr) {
+          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_step / 2), _MM_HINT_T1);
+          ahead += ahead_step;
+        } else if (which == 0) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) finish(p, r, 16 * i, D::value(p, r, 16 * i, sums[r][i]));
-}
-
-template <Compute kCompute, int kMaxRows, typename Unpack>
-void blocks(const Panel& p, const Unpack& unpack, const std::uint8_t* data, std::int64_t steps) {
-  switch (p.rows) {
-    case 1: return block<kCompute, 1>(p, unpack, data, steps);
-    case 2: return block<kCompute, 2>(p, unpack, data, steps);
-    case 3: return block<kCompute, 3>(p, unpack, data, steps);
-    case 4: return block<kCompute, 4>(p, unpack, data, steps);
-    case 5:
-      if constexpr (kMaxRows >= 5) return block<kCompute, 5>(p, unpack, data, steps);
-      return;
-    case 6:
-      if constexpr (kMaxRows >= 6) return block<kCompute, 6>(p, unpack, data, steps);
-      return;
+          for (int line = 0; line < Unpack::kBytes; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(data + kStreamAhead + line), _MM_HINT_T0);
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r][u]));
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) sums[r][i] = D::add(sums[r][i], b[i], x);
+        }
+      }
+      data += Unpack::kBytes;
+    }
+    if (p.end == End::kRaw) {
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) D::store(p.raw + r * p.c_stride + 16 * i, sums[r][i]);
+      continue;
+    }
+    const Finish finish{.total = p.total,
+                        .c_stride = p.c_stride,
+                        .end = segment == 0 ? p.end : End::kAdd,
+                        .scale = p.scale != nullptr ? p.scale + segment * p.scale_stride : nullptr,
+                        .row_scale = p.row_scale != nullptr ? p.row_scale + segment : nullptr,
+                        .row_stride = p.row_stride};
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) finish(r, 16 * i, D::value(sums[r][i]));
   }
 }
 
-// The unpacker of a code, made for one segment, to a generic lambda.
+template <Compute kCompute, typename Unpack>
+void blocks(const Panel& p, const Segments& s) {
+  switch (p.rows) {
+    case 1: return block<kCompute, 1, Unpack>(p, s);
+    case 2: return block<kCompute, 2, Unpack>(p, s);
+    case 3: return block<kCompute, 3, Unpack>(p, s);
+    case 4: return block<kCompute, 4, Unpack>(p, s);
+    case 5: return block<kCompute, 5, Unpack>(p, s);
+    case 6: return block<kCompute, 6, Unpack>(p, s);
+  }
+}
+
+// The type of a code's unpacker, to a generic lambda.
 template <Compute kCompute, typename F>
-void with_unpacker(const Segment& s, F&& f) {
+void with_unpacker(Code code, F&& f) {
   if constexpr (kCompute == Compute::kByte) {
-    f(ReadNibbleQuad(s));
+    f(std::type_identity<ReadNibbleQuad>());
   } else {
     const auto pairs = [&]<typename Read>(std::type_identity<Read>) {
       if constexpr (kCompute == Compute::kB16)
-        f(AsPairs<Read>(s));
+        f(std::type_identity<AsPairs<Read>>());
       else
-        f(AsFloats<Read>(s));
+        f(std::type_identity<AsFloats<Read>>());
     };
-    switch (s.code) {
+    switch (code) {
       case Code::kB16: return pairs(std::type_identity<ReadB16>());
       case Code::kE4M3: return pairs(std::type_identity<ReadE4M3>());
       case Code::kByte: return pairs(std::type_identity<ReadByte>());
@@ -384,7 +405,7 @@ void with_unpacker(const Segment& s, F&& f) {
       case Code::kNibble: return pairs(std::type_identity<ReadNibble>());
       case Code::kNibbleZero: return pairs(std::type_identity<ReadNibbleZero>());
       case Code::kF16:
-        if constexpr (kCompute == Compute::kF32) f(ReadF16(s));
+        if constexpr (kCompute == Compute::kF32) f(std::type_identity<ReadF16>());
         return;
       default: return;
     }
@@ -400,26 +421,27 @@ struct Level {
 #endif
   }
 
+  static constexpr bool can_fuse() { return true; }
+
   template <Compute kCompute>
-  static void native(const Panel& p, const void* b, std::int64_t units) {
-    blocks<kCompute, kPanelRows>(p, ReadUnits(), static_cast<const std::uint8_t*>(b), units);
+  static void native(const Panel& p, const Segments& s) {
+    blocks<kCompute, ReadUnits>(p, s);
   }
 
   template <Compute kCompute>
-  static bool fused(const Panel& p, const Segment& s) {
+  static void fused(const Panel& p, const Segments& s) {
     with_unpacker<kCompute>(
-        s, [&](const auto& unpack) { blocks<kCompute, kFusedRows>(p, unpack, s.data, s.steps); });
-    return true;
+        s.code, [&]<typename Unpack>(std::type_identity<Unpack>) { blocks<kCompute, Unpack>(p, s); });
   }
 
   template <Compute kCompute>
-  static void unpack(const Segment& s, void* out) {
-    with_unpacker<kCompute>(s, [&](const auto& unpack) {
+  static void unpack(const Segments& s, void* out) {
+    with_unpacker<kCompute>(s.code, [&]<typename Unpack>(std::type_identity<Unpack>) {
+      const Unpack unpack(s, 0);
       auto* to = static_cast<std::uint8_t*>(out);
       const std::uint8_t* data = s.data;
-      using U = std::remove_cvref_t<decltype(unpack)>;
-      for (std::int64_t step = 0; step < s.steps; ++step, data += U::kBytes) {
-        for (int which = 0; which < U::kUnits; ++which, to += 256) {
+      for (std::int64_t step = 0; step < s.steps; ++step, data += Unpack::kBytes) {
+        for (int which = 0; which < Unpack::kUnits; ++which, to += 256) {
           __m512i b[4];
           unpack.unit(data, which, b);
           for (int i = 0; i < 4; ++i) _mm512_store_si512(to + 64 * i, b[i]);

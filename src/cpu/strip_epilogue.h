@@ -107,6 +107,18 @@ MOESAIC_INLINE Floats gated16(Activation kind, Floats gate, Floats up, const Act
   }
 }
 
+// 16 exponents of E8M0. 0 is 2^-127, which only a subnormal can hold.
+MOESAIC_INLINE void e8m0_to_f32(const std::uint8_t* in, float* out) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(16)));
+  Bytes bytes;
+  std::memcpy(&bytes, in, sizeof(bytes));
+  const Words e = __builtin_convertvector(bytes, Words);
+  Words x = e << 23;
+  x = e == 0u ? Words{} + 0x400000u : x;
+  x = e == 255u ? Words{} + 0x7fc00000u : x;
+  std::memcpy(out, &x, sizeof(x));
+}
+
 // --- storing --------------------------------------------------------------------------------------
 MOESAIC_INLINE Halves to_bf16(Floats x) {
   const Words u = bits(x);

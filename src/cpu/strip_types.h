@@ -35,36 +35,62 @@ enum class Code : std::uint8_t {
   kNibbleQuad,
 };
 
-// One segment (or part of one) of one tile.
-struct Segment {
+// A run of segments of one tile, all but the last of the same length; or part of one segment.
+struct Segments {
   Code code = Code::kF32;
+  std::int64_t count = 1;
+  std::int64_t steps = 0, last_steps = 0;  // packed steps of each, and of the last
   const std::uint8_t* data = nullptr;
-  std::int64_t steps = 0;
-  const std::uint8_t* zero = nullptr;  // [64], kByteZero and kNibbleZero
-  bool e2m1 = false;                   // kNibble's table
+  std::int64_t data_stride = 0;            // bytes from one segment's steps to the next one's
+  const std::uint8_t* zero = nullptr;      // [64] at data_stride: kByteZero and kNibbleZero
+  bool e2m1 = false;                       // kNibble's table
+
+  std::int64_t steps_of(std::int64_t i) const { return i + 1 < count ? steps : last_steps; }
+  Segments at(std::int64_t i) const {      // the i-th alone
+    Segments s = *this;
+    s.count = 1;
+    s.steps = s.last_steps = steps_of(i);
+    s.data += i * data_stride;
+    s.zero += i * data_stride;
+    return s;
+  }
 };
 
 enum class Begin : std::uint8_t { kZero, kRaw };        // sums start at 0, or go on
 enum class End : std::uint8_t { kRaw, kFirst, kAdd };   // sums are kept, or scaled into the total
 
-// Some rows of A against one segment.
+// Some rows of A against such a run. Behind each segment its sums are scaled and added to the total;
+// only a part of a segment begins or ends with raw sums.
 struct Panel {
   const std::uint32_t* a = nullptr;
-  std::int64_t a_stride = 0;   // units between rows
+  std::int64_t a_stride = 0;       // units between rows
+  std::int64_t segment_units = 0;  // units between segments
   std::int64_t rows = 0;
-  float* total = nullptr;      // [rows][64] at c_stride
-  float* raw = nullptr;        // same shape; int32 for Compute::kByte
+  float* total = nullptr;          // [rows][64] at c_stride
+  float* raw = nullptr;            // same shape; int32 for Compute::kByte
   std::int64_t c_stride = 0;
   Begin begin = Begin::kZero;
-  End end = End::kRaw;
-  const float* scale = nullptr;            // [64], or none
-  const float* const* row_scale = nullptr; // of each row, or none; element row_scale_at
-  std::int64_t row_scale_at = 0;
-  const std::int32_t* zero = nullptr;      // Compute::kByte: [64] zero points,
-  const std::int32_t* row_sum = nullptr;   // and the sum of each row's activations
-  std::int64_t row_sum_stride = 0;
+  End end = End::kRaw;             // of the first segment; kAdd of all others
+  const float* scale = nullptr;    // [segments][64] at scale_stride, or none
+  std::int64_t scale_stride = 0;
+  const float* row_scale = nullptr;        // [rows][segments] at row_stride, or none
+  const std::int32_t* row_sum = nullptr;   // same shape: of each row's activations (kByte)
+  std::int64_t row_stride = 0;
+  const std::int32_t* zero = nullptr;      // kByte: [segments][64] zero points, or
+  std::int32_t implicit_zero = 0;          // this one
   const std::uint8_t* ahead = nullptr;     // weights that are needed next, to be fetched meanwhile:
   std::int64_t ahead_step = 0;             // bytes per unit
+
+  Panel at(std::int64_t i) const {         // the i-th segment alone
+    Panel p = *this;
+    p.a += i * segment_units;
+    if (p.scale != nullptr) p.scale += i * scale_stride;
+    if (p.row_scale != nullptr) p.row_scale += i;
+    p.row_sum += i;
+    if (p.zero != nullptr) p.zero += i * kTileCols;
+    if (i > 0) p.end = End::kAdd;
+    return p;
+  }
 };
 
 inline constexpr std::int64_t kPanelRows = 6;  // 6 rows x 4 registers of sums

@@ -26,7 +26,7 @@ constexpr bool is_native(Code code) {
 
 // Two values of column c, step by step, through `value(step data, column, which of two)`.
 template <typename Value>
-void unpack_pairs(const Segment& s, std::int64_t step_bytes, float* out, Value value) {
+void unpack_pairs(const Segments& s, std::int64_t step_bytes, float* out, Value value) {
   for (std::int64_t step = 0; step < s.steps; ++step, out += 2 * kTileCols) {
     const std::uint8_t* data = s.data + step * step_bytes;
     for (std::int64_t i = 0; i < 2; ++i)
@@ -42,7 +42,7 @@ inline unsigned nibble_of(const std::uint8_t* data, std::int64_t c, std::int64_t
   return data[(c % 16 * 2 + i) * 2 + nibble / 2] >> (nibble % 2 * 4) & 15u;
 }
 
-inline void unpack_f32(const Segment& s, float* out) {
+inline void unpack_f32(const Segments& s, float* out) {
   switch (s.code) {
     case Code::kF16:
       row_to_f32(DType::kF16, reinterpret_cast<const std::byte*>(s.data), s.steps * kTileCols, out);
@@ -85,7 +85,7 @@ inline void unpack_f32(const Segment& s, float* out) {
   }
 }
 
-inline void unpack_bytes(const Segment& s, std::uint8_t* out) {  // kNibbleQuad
+inline void unpack_bytes(const Segments& s, std::uint8_t* out) {  // kNibbleQuad
   for (std::int64_t step = 0; step < s.steps; ++step, out += 256) {
     for (std::int64_t half = 0; half < 2; ++half) {
       const std::uint8_t* data = s.data + step * 128 + half * 64;

@@ -13,18 +13,28 @@ struct Dot;
 template <>
 struct Dot<Compute::kF32> {
   using Sum = __m256;
-  static Sum zero() { return _mm256_setzero_ps(); }
+  static Sum begin(const Panel& p, std::int64_t r, std::int64_t c) {
+    return p.begin == Begin::kRaw ? _mm256_loadu_ps(p.raw + r * p.c_stride + c)
+                                  : _mm256_setzero_ps();
+  }
   static Sum add(Sum sum, __m256i b, __m256i a) {
     return _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), sum);
   }
-  static Sum load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Sum sum) { _mm256_storeu_ps(p, sum); }
-  static __m256 value(const Panel&, std::int64_t, std::int64_t, Sum sum) { return sum; }
+  static __m256 value(Sum sum) { return sum; }
 };
 template <>
 struct Dot<Compute::kByte> {
   using Sum = __m256i;
-  static Sum zero() { return _mm256_setzero_si256(); }
+  static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  // Starts at -zero * the sum of the activations: integers, so the order does not matter.
+  static Sum begin(const Panel& p, std::int64_t r, std::int64_t c) {
+    const __m256i zero = p.zero != nullptr ? load(p.zero + c) : _mm256_set1_epi32(p.implicit_zero);
+    const __m256i shift = _mm256_mullo_epi32(zero, _mm256_set1_epi32(p.row_sum[r * p.row_stride]));
+    return _mm256_sub_epi32(p.begin == Begin::kRaw ? load(p.raw + r * p.c_stride + c)
+                                                   : _mm256_setzero_si256(),
+                            shift);
+  }
   // Through words: vpmaddubsw would saturate.
   static Sum add(Sum sum, __m256i b, __m256i a) {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0xff)),
@@ -32,16 +42,8 @@ struct Dot<Compute::kByte> {
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(b, 8), _mm256_srai_epi16(a, 8));
     return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
   }
-  static Sum load(const float* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
   static void store(float* p, Sum sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sum); }
-  static __m256 value(const Panel& p, std::int64_t r, std::int64_t c, Sum sum) {
-    const __m256i zero = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.zero + c));
-    const __m256i shift =
-        _mm256_mullo_epi32(zero, _mm256_set1_epi32(p.row_sum[r * p.row_sum_stride]));
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, shift));
-  }
+  static __m256 value(Sum sum) { return _mm256_cvtepi32_ps(sum); }
 };
 
 // kRows rows x 16 columns from `c` on.
@@ -51,8 +53,7 @@ void block(const Panel& p, const std::uint8_t* b, std::int64_t units, std::int64
   typename D::Sum sums[kRows][2];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < 2; ++i)
-      sums[r][i] =
-          p.begin == Begin::kRaw ? D::load(p.raw + r * p.c_stride + c + 8 * i) : D::zero();
+      sums[r][i] = D::begin(p, r, c + 8 * i);
   b += 4 * c;
   for (std::int64_t u = 0; u < units; ++u, b += 4 * kTileCols) {
     const __m256i b0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
@@ -71,10 +72,10 @@ void block(const Panel& p, const std::uint8_t* b, std::int64_t units, std::int64
         D::store(p.raw + at, sums[r][i]);
         continue;
       }
-      __m256 v = D::value(p, r, c + 8 * i, sums[r][i]);
+      __m256 v = D::value(sums[r][i]);
       if (p.scale != nullptr) v = _mm256_mul_ps(v, _mm256_loadu_ps(p.scale + c + 8 * i));
       if (p.row_scale != nullptr)
-        v = _mm256_mul_ps(v, _mm256_set1_ps(p.row_scale[r][p.row_scale_at]));
+        v = _mm256_mul_ps(v, _mm256_set1_ps(p.row_scale[r * p.row_stride]));
       if (p.end == End::kAdd) v = _mm256_add_ps(v, _mm256_loadu_ps(p.total + at));
       _mm256_storeu_ps(p.total + at, v);
     }
@@ -85,21 +86,26 @@ struct Level {
   static constexpr bool has_b16() { return false; }
 
   template <Compute kCompute>
-  static void unpack(const Segment& segment, void* out) {
+  static void unpack(const Segments& segment, void* out) {
     if constexpr (kCompute == Compute::kF32)
       unpack_f32(segment, static_cast<float*>(out));
     else
       unpack_bytes(segment, static_cast<std::uint8_t*>(out));
   }
 
+  static constexpr bool can_fuse() { return false; }
   template <Compute kCompute>
-  static bool fused(const Panel&, const Segment&) {
-    return false;
-  }
+  static void fused(const Panel&, const Segments&) {}
 
   template <Compute kCompute>
-  static void native(const Panel& p, const void* data, std::int64_t units) {
-    const auto* b = static_cast<const std::uint8_t*>(data);
+  static void native(const Panel& panel, const Segments& segments) {
+    for (std::int64_t i = 0; i < segments.count; ++i)
+      one<kCompute>(panel.at(i), segments.data + i * segments.data_stride, segments.steps_of(i));
+  }
+
+ private:
+  template <Compute kCompute>
+  static void one(const Panel& p, const std::uint8_t* b, std::int64_t units) {
     for (std::int64_t c = 0; c < kTileCols; c += 16) {
       switch (p.rows) {
         case 1: block<kCompute, 1>(p, b, units, c); break;

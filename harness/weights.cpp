@@ -266,7 +266,7 @@ class Maker {
     if (spec.act_scale == ActScale::kTensorStatic) {
       const bool shared = options_.static_scales == StaticScales::kShared;
       HostTensor* scale = add(DType::kF32, {shared ? 1 : count_});
-      const double largest = (which == Product::kFc1 ? 6.0 : 3.0) / (spec.act_dtype == DType::kI8 ? 127.0 : 448.0);
+      const double largest = (which == Product::kFc1 ? 5.0 : 8.0) / (spec.act_dtype == DType::kI8 ? 127.0 : 448.0);
       for (std::int64_t e = 0; e < scale->numel(); ++e) {
         Rng rng(shared ? mix(options_.seed, what + 20) : seed(e, what + 20));
         scale->as<float>()[e] = static_cast<float>(largest * (0.8 + 0.4 * rng.uniform()));

@@ -19,10 +19,10 @@ struct Bounded {
 
 // Half the distance between fp32 numbers next to 1: the relative error of one rounding.
 inline constexpr double kUnit = 0x1p-24;
-// Independent rounding errors add like a random walk: |sum of e_i| <= kConfidence * sqrt(sum e_i^2)
-// fails with probability 2 exp(-kConfidence^2 / 2) = 3e-8 even when each e_i is at its limit
-// (Hoeffding), and a rounding error is a third of that in variance.
-inline constexpr double kConfidence = 6;
+// Independent rounding errors add like a random walk. One rounding error is uniform within its limit,
+// so a sum of them exceeds kConfidence * sqrt(sum of squared limits) with probability at most
+// 2 exp(-3/2 kConfidence^2) = 8e-11 (docs/numerics.md).
+inline constexpr double kConfidence = 4;
 
 // `n` roundings in a row, in units of one rounding: never more than n.
 inline double walk(double n) { return std::min(n, kConfidence * std::sqrt(n)); }

@@ -1,0 +1,399 @@
+// SPDX-License-Identifier: Apache-2.0
+// From expert ids to positions: a stable counting sort of the slots by local expert. Slots of one
+// expert keep their order, because every rank is a prefix sum over earlier slots. Shared-memory
+// counters handed out by atomics lost: faster to write, but the order then varies from run to run.
+//
+// Up to kSlotsAtOnce slots one block does everything (decode: one tiny kernel). Above, each block
+// counts a contiguous chunk, one block scans the counts, and each block places its chunk.
+#include <algorithm>
+
+#include "cuda/device.h"
+#include "cuda/element.h"
+#include "cuda/expert_scan.h"
+#include "cuda/stages.h"
+
+namespace moesaic::cuda {
+namespace {
+
+constexpr std::int64_t kSlotsAtOnce = 8192;
+constexpr std::int64_t kMaxChunks = 256;      // the scan of chunks stays short
+constexpr std::int64_t kMinChunk = 2048;
+constexpr std::int64_t kMaxChunk = 65280;     // ranks inside a chunk fit 16 bits
+constexpr int kChunkWarps = 8;
+constexpr std::int64_t kCounterBytes = 64 * 1024;  // of shared memory, in the one-block kernel
+
+struct AlignParams {
+  const void* ids = nullptr;
+  bool ids_are_64bit = false, ids_are_dense = true;
+  std::int64_t token_stride = 0, slot_stride = 0, top_k = 1;
+  std::int64_t slots = 0, experts = 0, local_first = 0, local_count = 0;
+  const std::int32_t* expert_map = nullptr;
+  bool batched = false;
+  std::int64_t capacity = 0, block_rows = 0;
+  std::int64_t positions = 0, slot_count = 0, max_tiles = 0, tile_rows = 1;
+  TileWriter writer;
+  // A group is a local expert; in padded lists it is an expert of the model, in the order of the global
+  // ids as in the original, so that filtered blocks lie where their expert would.
+  int groups = 0;
+  std::int32_t* num_tiles = nullptr;
+  std::int32_t* row_slot = nullptr;
+  std::int32_t* slot_row = nullptr;
+  std::int32_t* block_experts = nullptr;
+  std::int32_t* num_padded = nullptr;
+  std::int32_t* tokens_per_expert = nullptr;
+  std::int32_t* dropped = nullptr;
+  std::int32_t* counts = nullptr;  // [chunks, groups] scratch: slots, then the base of each chunk
+  std::int32_t* table = nullptr;   // [3, groups] scratch, then the number of tiles
+  std::int64_t chunk = 0, chunks = 0;
+};
+
+__device__ __forceinline__ int local_of(const AlignParams& p, std::int64_t id) {
+  const std::int64_t local = p.expert_map != nullptr ? p.expert_map[id] : id - p.local_first;
+  return local >= 0 && local < p.local_count ? static_cast<int>(local) : -1;
+}
+
+// -1: the slot contributes nothing.
+__device__ __forceinline__ int group_of(const AlignParams& p, std::int64_t slot) {
+  std::int64_t at = slot;
+  if (!p.ids_are_dense)
+    at = slot / p.top_k * p.token_stride + slot % p.top_k * p.slot_stride;
+  const std::int64_t id = p.ids_are_64bit ? static_cast<const std::int64_t*>(p.ids)[at]
+                                          : static_cast<const std::int32_t*>(p.ids)[at];
+  if (id < 0 || id >= p.experts) return -1;
+  return p.block_rows > 0 ? static_cast<int>(id) : local_of(p, id);
+}
+
+__device__ __forceinline__ int expert_of(const AlignParams& p, int group) {
+  return p.block_rows > 0 ? local_of(p, group) : group;
+}
+
+// Slots [begin, end) of one warp, 32 at a time in order. f(slot, group, rank) is called for every
+// slot that has a group, rank counting the warp's earlier slots of that group from counter[group] on.
+template <typename F>
+__device__ __forceinline__ void for_slots(const AlignParams& p, std::int64_t begin, std::int64_t end,
+                                          std::uint16_t* counter, F&& f) {
+  const int lane = threadIdx.x % 32;
+  for (std::int64_t first = begin; first < end; first += 32) {
+    const std::int64_t slot = first + lane;
+    const int group = slot < end ? group_of(p, slot) : -1;
+    const unsigned same = __match_any_sync(kAllLanes, group);
+    const unsigned before = same & ((1u << lane) - 1);
+    const int base = group >= 0 ? counter[group] : 0;
+    __syncwarp();
+    if (slot < end) f(slot, group, base + __popc(before));
+    if (group >= 0 && before == 0) counter[group] = static_cast<std::uint16_t>(base + __popc(same));
+    __syncwarp();
+  }
+}
+
+// Counts this block's slots: counters[warp][group], then turned into each warp's first rank.
+// total(group, count) is called once per group.
+template <typename F>
+__device__ __forceinline__ void count_block(const AlignParams& p, std::int64_t begin, std::int64_t end,
+                                            int warps, std::int64_t per_warp,
+                                            std::uint16_t* counters, F&& total) {
+  const int warp = threadIdx.x / 32;
+  for (int i = threadIdx.x; i < warps * p.groups; i += blockDim.x) counters[i] = 0;
+  __syncthreads();
+  const std::int64_t from = begin + warp * per_warp;
+  if (warp < warps)
+    for_slots(p, from, from + per_warp < end ? from + per_warp : end, counters + warp * p.groups,
+              [](std::int64_t, int, int) {});
+  __syncthreads();
+  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
+    int sum = 0;
+    for (int w = 0; w < warps; ++w) {
+      const int count = counters[w * p.groups + g];
+      counters[w * p.groups + g] = static_cast<std::uint16_t>(sum);
+      sum += count;
+    }
+    total(g, sum);
+  }
+  __syncthreads();
+}
+
+// From counts (in table.live) to the table and every small output. One block; all threads call it.
+__device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p, const GroupTable& table) {
+  const int per_thread = (p.groups + blockDim.x - 1) / blockDim.x;
+  const int begin = threadIdx.x * per_thread;
+  const int end = begin + per_thread < p.groups ? begin + per_thread : p.groups;
+  const auto padded = [&](int live) {
+    const std::int64_t block = p.block_rows;
+    return block > 0 ? static_cast<std::int32_t>((live + block - 1) / block * block) : live;
+  };
+  const auto tiles_of = [&](int live) {
+    return static_cast<std::int32_t>((live + p.tile_rows - 1) / p.tile_rows);
+  };
+  const bool counts_meet = p.tokens_per_expert != nullptr && p.block_rows > 0;
+  if (counts_meet) {  // several experts of the model may map to one local expert: their rows add up
+    for (int e = threadIdx.x; e < p.local_count; e += blockDim.x) p.tokens_per_expert[e] = 0;
+    __syncthreads();
+  }
+  ScanSums mine;
+  std::int32_t lost = 0;
+  for (int g = begin; g < end; ++g) {
+    int live = table.live[g];
+    if (p.batched && live > p.capacity) {
+      lost += live - static_cast<int>(p.capacity);
+      live = static_cast<int>(p.capacity);
+      table.live[g] = live;
+    }
+    mine = {mine.rows + padded(live), mine.tiles + tiles_of(live)};
+    if (counts_meet) {
+      const int expert = expert_of(p, g);
+      if (expert >= 0 && live > 0) atomicAdd(p.tokens_per_expert + expert, live);
+    } else if (p.tokens_per_expert != nullptr) {
+      p.tokens_per_expert[g] = live;
+    }
+  }
+  ScanSums total;
+  ScanSums at = block_scan(mine, &total);
+  for (int g = begin; g < end; ++g) {
+    table.start[g] = at.rows;
+    table.first_tile[g] = at.tiles;
+    at = {at.rows + padded(table.live[g]), at.tiles + tiles_of(table.live[g])};
+  }
+  ScanSums lost_total;
+  if (p.dropped != nullptr) block_scan({lost, 0}, &lost_total);
+  if (threadIdx.x == 0) {
+    if (p.num_tiles != nullptr)
+      *p.num_tiles = total.tiles < p.max_tiles ? total.tiles : static_cast<std::int32_t>(p.max_tiles);
+    if (p.num_padded != nullptr) *p.num_padded = total.rows;
+    if (p.dropped != nullptr) *p.dropped = lost_total.rows;
+  }
+  __syncthreads();
+  return total.tiles;
+}
+
+// A slot at `rank` within its group (padded and compact: `base` is the group's first position).
+__device__ __forceinline__ void place(const AlignParams& p, std::int64_t slot, int group,
+                                      std::int64_t base, std::int64_t rank) {
+  std::int64_t position = -1;
+  if (group >= 0) {
+    if (p.batched)
+      position = rank < p.capacity ? group * p.capacity + rank : -1;
+    else
+      position = base + rank;
+    if (position >= p.positions) position = -1;
+  }
+  if (position >= 0 && p.row_slot != nullptr) p.row_slot[position] = static_cast<std::int32_t>(slot);
+  if (p.slot_row != nullptr) p.slot_row[slot] = static_cast<std::int32_t>(position);
+}
+
+// Padded lists: everything is padding until a slot is placed there.
+__device__ __forceinline__ void fill_padding(const AlignParams& p, std::int64_t begin,
+                                             std::int64_t stride) {
+  if (p.block_rows == 0 || p.row_slot == nullptr) return;
+  for (std::int64_t i = begin; i < p.positions; i += stride)
+    p.row_slot[i] = static_cast<std::int32_t>(p.slot_count);
+}
+__device__ __forceinline__ void write_blocks(const AlignParams& p, const GroupTable& table,
+                                             std::int32_t rows_used, std::int64_t begin,
+                                             std::int64_t stride) {
+  if (p.block_experts == nullptr) return;
+  for (std::int64_t b = begin; b < p.positions / p.block_rows; b += stride) {
+    const std::int64_t row = b * p.block_rows;
+    int expert = -1;
+    if (row < rows_used) {
+      expert = expert_of(p, group_at(table.start, p.groups, static_cast<std::int32_t>(row)));
+    }
+    p.block_experts[b] = expert;
+  }
+}
+
+__device__ __forceinline__ std::int32_t padded_rows(const AlignParams& p, const GroupTable& table) {
+  const int last = p.groups - 1;
+  const std::int64_t live = table.live[last], block = p.block_rows > 0 ? p.block_rows : 1;
+  return table.start[last] + static_cast<std::int32_t>((live + block - 1) / block * block);
+}
+
+// --- one block does everything ------------------------------------------------------------------
+__global__ void __launch_bounds__(1024, 1) align_small(AlignParams p, int warps, std::int64_t per_warp) {
+  begin_kernel();
+  extern __shared__ std::int32_t shared[];
+  const GroupTable table = GroupTable::at(shared, p.groups);
+  auto* counters = reinterpret_cast<std::uint16_t*>(shared + kTableColumns * p.groups);
+  fill_padding(p, threadIdx.x, blockDim.x);
+  count_block(p, 0, p.slots, warps, per_warp, counters,
+              [&](int g, int count) { table.live[g] = count; });
+  const std::int32_t tiles = finish_counts(p, table);
+  const int warp = threadIdx.x / 32;
+  if (warp < warps) {
+    const std::int64_t from = warp * per_warp;
+    for_slots(p, from, from + per_warp < p.slots ? from + per_warp : p.slots,
+              counters + warp * p.groups, [&](std::int64_t slot, int group, int rank) {
+                place(p, slot, group, group >= 0 ? table.start[group] : 0, rank);
+              });
+  }
+  write_tiles(p.writer, table, tiles, threadIdx.x, blockDim.x);
+  write_blocks(p, table, padded_rows(p, table), threadIdx.x, blockDim.x);
+}
+
+// --- many blocks: count, scan, place -----------------------------------------------------------------
+__global__ void __launch_bounds__(kChunkWarps * 32, 1) align_count(AlignParams p) {
+  begin_kernel();
+  extern __shared__ std::uint16_t counters[];
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  fill_padding(p, thread, static_cast<std::int64_t>(gridDim.x) * blockDim.x);
+  const std::int64_t begin = blockIdx.x * p.chunk;
+  const std::int64_t end = begin + p.chunk < p.slots ? begin + p.chunk : p.slots;
+  count_block(p, begin, end, kChunkWarps, p.chunk / kChunkWarps, counters, [&](int g, int count) {
+    p.counts[static_cast<std::int64_t>(blockIdx.x) * p.groups + g] = count;
+  });
+}
+
+// counts[chunk][group] becomes the position (batched: the rank) of the chunk's first slot of the group.
+// `segments` threads share a group's column of chunks.
+__global__ void __launch_bounds__(1024, 1) align_scan(AlignParams p, int segments) {
+  begin_kernel();
+  extern __shared__ std::int32_t shared[];  // table, then [segments, groups]
+  const GroupTable table = GroupTable::at(shared, p.groups);
+  std::int32_t* partial = shared + kTableColumns * p.groups;
+  const int chunks = static_cast<int>(p.chunks);
+  const int per_segment = (chunks + segments - 1) / segments;
+  for (int i = threadIdx.x; i < segments * p.groups; i += blockDim.x) {
+    const int g = i % p.groups, begin = i / p.groups * per_segment;
+    const int end = min(begin + per_segment, chunks);
+    std::int32_t sum = 0;
+#pragma unroll 8
+    for (int c = begin; c < end; ++c) sum += p.counts[static_cast<std::int64_t>(c) * p.groups + g];
+    partial[i] = sum;
+  }
+  __syncthreads();
+  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
+    std::int32_t sum = 0;
+    for (int s = 0; s < segments; ++s) {
+      const std::int32_t count = partial[s * p.groups + g];
+      partial[s * p.groups + g] = sum;
+      sum += count;
+    }
+    table.live[g] = sum;
+  }
+  __syncthreads();
+  const std::int32_t tiles = finish_counts(p, table);
+  for (int i = threadIdx.x; i < segments * p.groups; i += blockDim.x) {
+    const int g = i % p.groups, begin = i / p.groups * per_segment;
+    const int end = min(begin + per_segment, chunks);
+    std::int32_t at = partial[i] + (p.batched ? 0 : table.start[g]);
+#pragma unroll 8
+    for (int c = begin; c < end; ++c) {
+      std::int32_t* count = p.counts + static_cast<std::int64_t>(c) * p.groups + g;
+      const std::int32_t here = *count;
+      *count = at;
+      at += here;
+    }
+  }
+  for (int i = threadIdx.x; i < kTableColumns * p.groups; i += blockDim.x) p.table[i] = shared[i];
+  if (threadIdx.x == 0) p.table[kTableColumns * p.groups] = tiles;
+}
+
+__global__ void __launch_bounds__(kChunkWarps * 32, 1) align_place(AlignParams p) {
+  begin_kernel();
+  extern __shared__ std::uint16_t counters[];
+  const std::int64_t begin = blockIdx.x * p.chunk, per_warp = p.chunk / kChunkWarps;
+  const std::int64_t end = begin + p.chunk < p.slots ? begin + p.chunk : p.slots;
+  count_block(p, begin, end, kChunkWarps, per_warp, counters, [](int, int) {});
+  const std::int32_t* base = p.counts + static_cast<std::int64_t>(blockIdx.x) * p.groups;
+  const int warp = threadIdx.x / 32;
+  const std::int64_t from = begin + warp * per_warp;
+  for_slots(p, from, from + per_warp < end ? from + per_warp : end, counters + warp * p.groups,
+            [&](std::int64_t slot, int group, int rank) {
+              const std::int64_t first = group >= 0 ? base[group] : 0;
+              place(p, slot, group, first, p.batched ? first + rank : rank);
+            });
+  const GroupTable table = GroupTable::at(p.table, p.groups);
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  write_tiles(p.writer, table, p.table[kTableColumns * p.groups], thread, threads);
+  write_blocks(p, table, padded_rows(p, table), thread, threads);
+}
+
+// A pure function of the number of slots, so that the scratch is, too.
+std::int64_t chunk_size(std::int64_t slots) {
+  const std::int64_t even = ceil_div(slots, kMaxChunks);
+  return round_up(std::clamp(even, kMinChunk, kMaxChunk), kChunkWarps * 32);
+}
+
+AlignParams make_params(const AlignStage& s) {
+  const RowMap& rows = s.rows;
+  const bool padded = s.block_rows > 0;
+  const std::int64_t slots = s.topk_ids.shape[0] * s.topk_ids.shape[1];
+  AlignParams p{.ids = s.topk_ids.data,
+                .ids_are_64bit = s.topk_ids.dtype == DType::kI64,
+                .token_stride = s.topk_ids.strides[0],
+                .slot_stride = s.topk_ids.strides[1],
+                .top_k = s.topk_ids.shape[1],
+                .slots = slots,
+                .experts = s.experts,
+                .local_first = s.local.first,
+                .local_count = s.local.count,
+                .expert_map = s.expert_map.defined() ? s.expert_map.as<std::int32_t>() : nullptr,
+                // No room at all can only be a batched buffer of no rows: everything is dropped.
+                .batched = s.capacity > 0 || (!padded && slots > 0 && rows.positions == 0),
+                .capacity = s.capacity,
+                .block_rows = s.block_rows,
+                .positions = rows.positions,
+                .slot_count = rows.slot_count,
+                .max_tiles = rows.max_tiles,
+                .tile_rows = rows.tile_rows > 0 ? rows.tile_rows : 1,
+                .groups = static_cast<int>(padded ? s.experts : s.local.count),
+                .num_tiles = rows.num_tiles,
+                .row_slot = rows.row_slot,
+                .slot_row = s.slot_row,
+                .block_experts = s.block_experts,
+                .num_padded = s.num_padded,
+                .tokens_per_expert = s.tokens_per_expert,
+                .dropped = s.dropped};
+  p.ids_are_dense = p.slot_stride == 1 && p.token_stride == p.top_k;
+  p.writer = {.tiles = rows.tiles,
+              .max_tiles = rows.max_tiles,
+              .tile_rows = p.tile_rows,
+              .capacity = s.capacity,
+              .groups = p.groups};
+  return p;
+}
+
+}  // namespace
+
+std::size_t align_scratch(std::int64_t slots, std::int64_t experts) {
+  if (slots <= kSlotsAtOnce) return 0;
+  const std::int64_t chunks = ceil_div(slots, chunk_size(slots));
+  return static_cast<std::size_t>((chunks + kTableColumns) * experts + 1) * sizeof(std::int32_t);
+}
+
+void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream) {
+  AlignParams p = make_params(stage);
+  const std::size_t table_bytes = static_cast<std::size_t>(kTableColumns * p.groups) * 4;
+  if (p.slots <= kSlotsAtOnce) {
+    const std::int64_t most = std::min<std::int64_t>(32, kCounterBytes / (2 * p.groups));
+    const std::int64_t warps = std::min(ceil_div(p.slots, 32), most);
+    const std::int64_t per_warp = warps > 0 ? round_up(ceil_div(p.slots, warps), 32) : 0;
+    const std::int64_t wanted = std::max({warps * 32, std::int64_t{p.groups}, std::int64_t{128}});
+    launch("align", align_small,
+           {.grid = 1,
+            .block = dim3(static_cast<unsigned>(std::min<std::int64_t>(1024, round_up(wanted, 32)))),
+            .shared_bytes = table_bytes + static_cast<std::size_t>(warps * p.groups) * 2,
+            .dependency = overlap(device)},
+           stream, p, static_cast<int>(warps), per_warp);
+    return;
+  }
+  p.chunk = chunk_size(p.slots);
+  p.chunks = ceil_div(p.slots, p.chunk);
+  p.counts = static_cast<std::int32_t*>(stage.scratch);
+  p.table = p.counts + p.chunks * p.groups;
+  const LaunchShape chunks{.grid = dim3(static_cast<unsigned>(p.chunks)),
+                           .block = dim3(kChunkWarps * 32),
+                           .shared_bytes = static_cast<std::size_t>(kChunkWarps * p.groups) * 2,
+                           .dependency = overlap(device)};
+  const int segments = std::clamp(1024 / p.groups, 1, static_cast<int>(p.chunks));
+  launch("align: count", align_count, chunks, stream, p);
+  launch("align: scan", align_scan,
+         {.grid = 1,
+          .block = dim3(1024),
+          .shared_bytes = table_bytes + static_cast<std::size_t>(segments * p.groups) * 4,
+          .dependency = overlap(device)},
+         stream, p, segments);
+  launch("align: place", align_place, chunks, stream, p);
+}
+
+}  // namespace moesaic::cuda

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// Expert outputs to tokens: a gather and a sum in slot order, fp32, one rounding. Deterministic because
+// nothing but the token decides the order. Adding into the output from GEMM2 with atomics lost: as fast
+// at best, and the bits vary from run to run.
+#include <algorithm>
+
+#include "cuda/device.h"
+#include "cuda/element.h"
+#include "cuda/stages.h"
+
+namespace moesaic::cuda {
+namespace {
+
+struct CombineParams {
+  const void* rows = nullptr;
+  std::int64_t row_count = 0, row_stride = 0;
+  const std::int32_t* slot_row = nullptr;
+  const std::int32_t* topk_ids = nullptr;
+  const float* weights = nullptr;
+  int top_k = 1;
+  float scale = 1.0f;
+  const void* shared = nullptr;
+  DType shared_dtype = DType::kF32;
+  std::int64_t shared_stride = 0;
+  const float* shared_weight = nullptr;
+  Accumulate accumulate = Accumulate::kOverwrite;
+  void* output = nullptr;
+  std::int64_t output_stride = 0, columns = 0;
+  unsigned blocks_per_token = 1;
+};
+
+// Two roundings, as on the CPU: both backends sum the same rows to the same bits. The fused form would
+// save nothing, the memory is what is waited for.
+__device__ __forceinline__ float add_product(float sum, float a, float b) {
+  return __fadd_rn(sum, __fmul_rn(a, b));
+}
+
+template <int kVec>
+__device__ __forceinline__ void load_any(const void* data, DType dtype, std::int64_t at,
+                                         float (&v)[kVec]) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) v[i] = load_float(data, dtype, at + i);
+}
+
+// A thread sums kVec neighbouring columns of one token. kAtOnce rows are requested before the first is
+// added: at T = 1 the whole top_k is one trip to memory.
+template <typename Row, typename Out, int kVec>
+__global__ void __launch_bounds__(256) combine_rows(CombineParams p) {
+  begin_kernel();
+  constexpr int kAtOnce = 8;
+  const std::int64_t token = blockIdx.x / p.blocks_per_token;
+  const std::int64_t column =
+      (static_cast<std::int64_t>(blockIdx.x % p.blocks_per_token) * blockDim.x + threadIdx.x) * kVec;
+  if (column >= p.columns) return;
+  float sum[kVec] = {};
+  const std::int64_t first_slot = token * p.top_k;
+  for (int j = 0; j < p.top_k; j += kAtOnce) {
+    std::int64_t row[kAtOnce];
+    float weight[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      row[i] = -1;
+      weight[i] = 1.0f;
+      if (j + i >= p.top_k) continue;
+      const std::int64_t slot = first_slot + j + i;
+      row[i] = p.slot_row != nullptr ? p.slot_row[slot] : slot;
+      if (p.topk_ids != nullptr && p.topk_ids[slot] < 0) row[i] = -1;
+      if (row[i] >= p.row_count) row[i] = -1;
+      if (p.weights != nullptr) weight[i] = p.weights[slot];
+    }
+    Pack<Row, kVec> raw[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (row[i] >= 0)
+        raw[i] = load_pack<kVec>(static_cast<const Row*>(p.rows) + row[i] * p.row_stride + column);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row[i] < 0) continue;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] = add_product(sum[e], weight[i], to_float(raw[i].element[e]));
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) sum[e] *= p.scale;
+  if (p.shared != nullptr) {
+    float shared[kVec];
+    load_any<kVec>(p.shared, p.shared_dtype, token * p.shared_stride + column, shared);
+    const float weight = p.shared_weight != nullptr ? p.shared_weight[token] : 1.0f;
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) sum[e] = add_product(sum[e], weight, shared[e]);
+  }
+  Out* out = static_cast<Out*>(p.output) + token * p.output_stride + column;
+  if (p.accumulate == Accumulate::kAdd) {
+    const Pack<Out, kVec> old = load_pack<kVec>(out);
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) sum[e] += to_float(old.element[e]);
+  }
+  store_pack<kVec>(out, sum);
+}
+
+}  // namespace
+
+void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t stream) {
+  const std::int64_t tokens = s.output.shape[0], columns = s.output.shape[1];
+  if (tokens == 0 || columns == 0) return;
+  CombineParams p{.rows = s.rows.data,
+                  .row_count = s.rows.shape[0],
+                  .row_stride = s.rows.strides[0],
+                  .slot_row = s.slot_row,
+                  .topk_ids = s.topk_ids,
+                  .weights = s.weights,
+                  .top_k = static_cast<int>(s.top_k),
+                  .scale = s.scale,
+                  .shared_weight = s.shared_weight,
+                  .accumulate = s.accumulate,
+                  .output = s.output.data,
+                  .output_stride = s.output.strides[0],
+                  .columns = columns};
+  if (s.shared.defined()) {
+    p.shared = s.shared.data;
+    p.shared_dtype = s.shared.dtype;
+    p.shared_stride = s.shared.strides[0];
+  }
+  const bool wide = s.rows.strides[1] == 1 && s.output.strides[1] == 1 &&
+                    eight_wide(p.rows, columns, p.row_stride, size_of(s.rows.dtype)) &&
+                    eight_wide(p.output, columns, p.output_stride, size_of(s.output.dtype));
+  const std::int64_t threads = ceil_div(columns, wide ? 8 : 1);
+  p.blocks_per_token = static_cast<unsigned>(ceil_div(threads, 256));
+  const std::int64_t block = round_up(ceil_div(threads, p.blocks_per_token), 32);
+  // The grid's first dimension takes 2^31 - 1 blocks; tokens * blocks_per_token stays below for every
+  // number of slots that 32-bit slot ids can name and rows up to 2^24 columns are split between calls.
+  const std::int64_t most = 0x7fffffff / p.blocks_per_token;
+  for (std::int64_t first = 0; first < tokens; first += most) {
+    const std::int64_t count = std::min(most, tokens - first);
+    CombineParams q = p;
+    const std::int64_t slot = first * p.top_k;
+    if (p.slot_row != nullptr) q.slot_row += slot;
+    if (p.slot_row == nullptr) {
+      q.rows = static_cast<const char*>(p.rows) + slot * p.row_stride * static_cast<std::int64_t>(size_of(s.rows.dtype));
+      q.row_count -= slot;
+    }
+    if (p.topk_ids != nullptr) q.topk_ids += slot;
+    if (p.weights != nullptr) q.weights += slot;
+    if (p.shared != nullptr)
+      q.shared = static_cast<const char*>(p.shared) + first * p.shared_stride * static_cast<std::int64_t>(size_of(p.shared_dtype));
+    if (p.shared_weight != nullptr) q.shared_weight += first;
+    q.output = static_cast<char*>(p.output) + first * p.output_stride * static_cast<std::int64_t>(size_of(s.output.dtype));
+    for_float_type(s.rows.dtype, [&](auto row) {
+      for_float_type(s.output.dtype, [&](auto out) {
+        using Row = decltype(row);
+        using Out = decltype(out);
+        launch("combine", wide ? combine_rows<Row, Out, 8> : combine_rows<Row, Out, 1>,
+               {.grid = dim3(static_cast<unsigned>(count * p.blocks_per_token)),
+                .block = dim3(static_cast<unsigned>(block)),
+                .dependency = overlap(device)},
+               stream, q);
+      });
+    });
+  }
+}
+
+}  // namespace moesaic::cuda

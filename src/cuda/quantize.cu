@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows to where a product wants them, and to 8 bit. Work is handed out by tile and row, so that it
+// follows the live rows and not the capacity; nothing is read or written behind an expert's last row.
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/device.h"
+#include "cuda/element.h"
+#include "cuda/quantize_rows.h"
+#include "cuda/stages.h"
+
+namespace moesaic::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerSm = 8;
+constexpr int kMaxPartials = 1024;
+
+// --- moved, not quantized ---------------------------------------------------------------------------
+template <typename In, int kVec>
+__device__ __forceinline__ void store_moved(const QuantizeParams& p, std::int64_t at,
+                                            const float (&v)[kVec]) {
+  if constexpr (std::is_same_v<In, std::int8_t>) {  // bytes, whatever they mean
+    Pack<std::int8_t, kVec> pack;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) pack.element[i] = static_cast<std::int8_t>(static_cast<int>(v[i]));
+    *reinterpret_cast<Pack<std::int8_t, kVec>*>(static_cast<std::int8_t*>(p.output) + at) = pack;
+  } else {
+    store_float<kVec>(p.output, p.output_dtype, at, v);
+  }
+}
+
+// The scales of 8-bit rows move along, in the granularity they have.
+__device__ __forceinline__ void move_scales(const QuantizeParams& p, const QuantizeRow& row, int lane,
+                                            int threads) {
+  if (p.scale == nullptr || p.input_scale.data == nullptr || p.granularity == ActScale::kDefault) return;
+  const float* given = p.input_scale.data + row.expert * p.input_scale.expert_stride;
+  if (p.granularity == ActScale::kToken || p.granularity == ActScale::kGroup) {
+    given += row.source * p.input_scale.row_stride;
+    float* scale = p.scale + row.position * p.scale_row_stride;
+    for (std::int64_t g = lane; g < p.groups; g += threads) scale[g] = given[g * p.input_scale.group_stride];
+  } else if (lane == 0) {  // one for all, or for the expert: every row writes the same
+    p.scale[p.per_expert || p.input_scale.expert_stride != 0 ? row.expert : 0] = *given;
+  }
+}
+
+// `row_threads` is 32 or all of a block. Input and output may be the same rows: element by element.
+template <typename In, int kVec>
+__global__ void __launch_bounds__(kThreads, 1) move_rows(QuantizeParams p, int row_threads) {
+  begin_kernel();
+  const int rows = kThreads / row_threads, lane = threadIdx.x % row_threads;
+  const std::int64_t items = item_count(p);
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / row_threads;
+       i < items; i += static_cast<std::int64_t>(gridDim.x) * rows) {
+    QuantizeRow row;
+    if (!find_row(p, i, &row)) continue;
+    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float (&v)[kVec]) {
+      store_moved<In, kVec>(p, row.position * p.output_stride + column, v);
+    });
+    move_scales(p, row, lane, row_threads);
+  }
+}
+
+// --- one scale per row, or one that is known ---------------------------------------------------------
+__device__ __forceinline__ unsigned block_max(unsigned v) {
+  __shared__ unsigned warps[kWarps];
+  v = __reduce_max_sync(kAllLanes, v);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+  __syncthreads();
+  unsigned top = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) top = max(top, warps[w]);
+  __syncthreads();  // `warps` may be used again
+  return top;
+}
+
+// The largest of an expert's tiles, found around one of them: tiles of an expert are neighbours.
+__device__ __forceinline__ unsigned expert_max(const QuantizeParams& p, std::int64_t tile) {
+  const int lane = threadIdx.x % 32;
+  const int expert = p.tiles[tile].expert;
+  const std::int64_t tiles = min(static_cast<std::int64_t>(*p.num_tiles), p.max_tiles);
+  unsigned top = 0;
+  for (int direction = -1; direction <= 1; direction += 2) {
+    for (std::int64_t first = tile;; first += 32 * direction) {
+      const std::int64_t at = first + lane * direction;
+      const bool same = at >= 0 && at < tiles && p.tiles[at].expert == expert;
+      if (same) top = max(top, __float_as_uint(p.partial[at]));
+      if (__ballot_sync(kAllLanes, same) != kAllLanes) break;
+    }
+  }
+  return __reduce_max_sync(kAllLanes, top);
+}
+
+template <typename In, int kVec>
+__global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, int row_threads) {
+  begin_kernel();
+  const int rows = kThreads / row_threads, lane = threadIdx.x % row_threads;
+  const bool first_block = blockIdx.x == 0;
+  float given = 0.0f;
+  if (p.granularity == ActScale::kTensorStatic && first_block && p.scale != nullptr)
+    for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)
+      p.scale[i] = p.static_scale[i * p.static_stride];
+  if (p.granularity == ActScale::kTensorDynamic && !p.per_expert) {
+    unsigned top = 0;
+    for (int i = threadIdx.x; i < p.partials; i += kThreads) top = max(top, __float_as_uint(p.partial[i]));
+    given = scale_of(p.output_dtype, block_max(top));
+    if (first_block && threadIdx.x == 0 && p.scale != nullptr) p.scale[0] = given;
+  }
+  const std::int64_t items = item_count(p);
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * rows;
+  // All threads of a row (a warp, or the block) run the same turns: reductions may synchronize.
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / row_threads;
+       i < items; i += stride) {
+    QuantizeRow row;
+    if (!find_row(p, i, &row)) continue;
+    float scale = given;
+    if (p.granularity == ActScale::kToken) {
+      unsigned top = 0;
+      for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t, float (&v)[kVec]) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) top = max(top, magnitude(v[e]));
+      });
+      top = row_threads == 32 ? __reduce_max_sync(kAllLanes, top) : block_max(top);
+      scale = scale_of(p.output_dtype, top);
+      if (lane == 0 && p.scale != nullptr) p.scale[row.position * p.scale_row_stride] = scale;
+    } else if (p.granularity == ActScale::kTensorStatic) {
+      scale = p.static_scale[p.static_scales > 1 ? row.expert * p.static_stride : 0];
+    } else if (p.per_expert) {
+      scale = scale_of(p.output_dtype, expert_max(p, row.tile));
+    }
+    if (p.granularity != ActScale::kToken && p.per_expert && lane == 0 && p.scale != nullptr)
+      p.scale[row.expert] = scale;  // every row of the expert writes the same
+    const float inverse = inverse_of(scale);
+    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float (&v)[kVec]) {
+      store_quantized<kVec>(p, row.position, column, v, scale, inverse);
+    });
+  }
+}
+
+// First pass of a dynamic scale: the largest finite magnitude, per block or (per_expert) per tile. NaN
+// and infinities stay out, or one token would spoil all others.
+template <typename In, int kVec>
+__global__ void __launch_bounds__(kThreads, 1) tensor_absmax(QuantizeParams p) {
+  begin_kernel();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto row_max = [&](std::int64_t item) {
+    unsigned top = 0;
+    QuantizeRow row;
+    if (find_row(p, item, &row))
+      for_row<In, kVec>(p, row, lane, 32, [&](std::int64_t, float (&v)[kVec]) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) top = max(top, finite_magnitude(v[e]));
+      });
+    return top;
+  };
+  if (p.per_expert) {
+    const std::int64_t tiles = item_count(p) / p.tile_rows;
+    for (std::int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+      unsigned top = 0;
+      for (std::int64_t r = warp; r < p.tile_rows; r += kWarps)
+        top = max(top, row_max(t * p.tile_rows + r));
+      top = block_max(top);
+      if (threadIdx.x == 0) p.partial[t] = __uint_as_float(top);
+    }
+    return;
+  }
+  unsigned top = 0;
+  const std::int64_t items = item_count(p);
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + warp; i < items;
+       i += static_cast<std::int64_t>(gridDim.x) * kWarps)
+    top = max(top, row_max(i));
+  top = block_max(top);
+  if (threadIdx.x == 0) p.partial[blockIdx.x] = __uint_as_float(top);
+}
+
+// --- one scale per group of a row --------------------------------------------------------------------
+// Groups of 8, 16, ... 256 elements: eight elements a lane, so a group is 1 to 32 neighbouring lanes
+// and a warp takes 256 elements at a time, in one pass over the memory. `segments` such pieces of a row
+// go to one warp: one when there are few rows, so that a single token still fills the machine.
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1) quantize_groups(QuantizeParams p, int lanes_per_group,
+                                                            int segments, std::int64_t pieces) {
+  begin_kernel();
+  constexpr int kVec = 8, kBatch = 4, kWarpElements = 32 * kVec;
+  const int lane = threadIdx.x % 32;
+  const std::int64_t items = item_count(p) * pieces;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < items;
+       i += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+    QuantizeRow row;
+    if (!find_row(p, i / pieces, &row)) continue;
+    const In* in = static_cast<const In*>(p.input) + row.source * p.input_stride;
+    const std::int64_t begin = i % pieces * segments * kWarpElements + lane * kVec;
+    for (int s = 0; s < segments; s += kBatch) {
+      Pack<In, kVec> raw[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const std::int64_t column = begin + (s + b) * kWarpElements;
+        raw[b] = {};
+        if (s + b < segments && column < p.columns) raw[b] = load_pack<kVec>(in + column);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const std::int64_t column = begin + (s + b) * kWarpElements;
+        const bool mine = s + b < segments && column < p.columns;
+        float v[kVec];
+        unpack<kVec>(raw[b], v);
+        if (mine) apply_factors<kVec>(p, row, column, v);
+        unsigned top = 0;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) top = max(top, magnitude(v[e]));
+        for (int offset = lanes_per_group / 2; offset > 0; offset /= 2)
+          top = max(top, __shfl_xor_sync(kAllLanes, top, offset));
+        if (!mine) continue;
+        const float scale = scale_of(p.output_dtype, top);
+        if (lane % lanes_per_group == 0 && p.scale != nullptr)
+          p.scale[row.position * p.scale_row_stride + column / p.group] = scale;
+        store_quantized<kVec>(p, row.position, column, v, scale, inverse_of(scale));
+      }
+    }
+  }
+}
+
+// Any other group size or alignment: one warp per group, element by element.
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1) quantize_odd_groups(QuantizeParams p) {
+  begin_kernel();
+  const int lane = threadIdx.x % 32;
+  const std::int64_t items = item_count(p) * p.groups;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < items;
+       i += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+    QuantizeRow row;
+    if (!find_row(p, i / p.groups, &row)) continue;
+    const std::int64_t g = i % p.groups, begin = g * p.group, end = min(begin + p.group, p.columns);
+    const In* in = static_cast<const In*>(p.input) + row.source * p.input_stride;
+    unsigned top = 0;
+    float v[1];
+    for (std::int64_t c = begin + lane; c < end; c += 32) {
+      v[0] = to_float(in[c]);
+      apply_factors<1>(p, row, c, v);
+      top = max(top, magnitude(v[0]));
+    }
+    const float scale = scale_of(p.output_dtype, __reduce_max_sync(kAllLanes, top));
+    if (lane == 0 && p.scale != nullptr) p.scale[row.position * p.scale_row_stride + g] = scale;
+    const float inverse = inverse_of(scale);
+    for (std::int64_t c = begin + lane; c < end; c += 32) {
+      v[0] = to_float(in[c]);
+      apply_factors<1>(p, row, c, v);
+      store_quantized<1>(p, row.position, c, v, scale, inverse);
+    }
+  }
+}
+
+// --- the host's side ------------------------------------------------------------------------------
+QuantizeParams make_params(const QuantizeStage& s) {
+  QuantizeParams p{.input = s.input.data,
+                   .input_rows = s.input.shape[0],
+                   .input_stride = s.input.strides[0],
+                   .columns = s.input.shape[1],
+                   .input_scale = s.input_scale,
+                   .top_k = s.top_k,
+                   .source = s.source,
+                   .row_weights = s.row_weights,
+                   .round_to = s.round_to,
+                   .output = s.output.data,
+                   .output_dtype = s.output.dtype,
+                   .output_stride = s.output.strides[0],
+                   .granularity = s.granularity,
+                   .int8_rounding = s.int8_rounding,
+                   .group = s.group > 0 ? s.group : s.input.shape[1],
+                   .scale = s.scale,
+                   .scale_row_stride = s.scale_row_stride,
+                   .partial = static_cast<float*>(s.scratch),
+                   .per_expert = s.per_expert_absmax && s.rows != nullptr};
+  if (s.rows != nullptr) {
+    p.tiles = s.rows->tiles;
+    p.num_tiles = s.rows->num_tiles;
+    p.row_slot = s.rows->row_slot;
+    p.tile_rows = s.rows->tile_rows;
+    p.max_tiles = s.rows->max_tiles;
+    p.positions = s.rows->positions;
+    p.slot_count = s.rows->slot_count;
+  }
+  if (s.prequant.defined()) {
+    p.prequant = s.prequant.data;
+    p.prequant_dtype = s.prequant.dtype;
+    const bool one = s.prequant.rank == 1 || s.prequant.shape[0] == 1;
+    p.prequant_expert_stride = one ? 0 : s.prequant.strides[0];
+    p.prequant_stride = s.prequant.strides[s.prequant.rank - 1];
+  }
+  if (s.static_scale.defined()) {
+    p.static_scale = s.static_scale.as<float>();
+    p.static_scales = s.static_scale.shape[0];
+    p.static_stride = s.static_scale.strides[0];
+  }
+  p.groups = s.granularity == ActScale::kGroup ? ceil_div(p.columns, p.group) : 1;
+  return p;
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+template <int kA, int kB, typename F>
+void pick(bool first, F&& f) {
+  if (first) return f(Constant<kA>{});
+  f(Constant<kB>{});
+}
+
+}  // namespace
+
+std::size_t quantize_scratch(std::int64_t rows, std::int64_t experts) {
+  // One float per block of the first pass, or per tile: never more of those than rows and experts.
+  return static_cast<std::size_t>(std::max<std::int64_t>(kMaxPartials, rows + experts)) * sizeof(float);
+}
+
+void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaStream_t stream) {
+  QuantizeParams p = make_params(stage);
+  const std::int64_t rows = p.tiles != nullptr ? p.max_tiles * p.tile_rows : p.input_rows;
+  if (rows == 0 || p.columns == 0) return;
+  const bool wide = eight_wide(p.input, p.columns, p.input_stride, size_of(stage.input.dtype)) &&
+                    eight_wide(p.output, p.columns, p.output_stride, size_of(stage.output.dtype));
+  const Dependency dependency = overlap(device);
+  const auto go = [&](const char* what, auto kernel, std::int64_t blocks, auto... more) {
+    launch(what, kernel,
+           {.grid = strided_grid(blocks, device, kBlocksPerSm), .block = dim3(kThreads),
+            .dependency = dependency},
+           stream, p, more...);
+  };
+  // A block per row while rows are few or very wide; a warp per row when there are plenty.
+  const std::int64_t live = std::min(rows, p.tiles != nullptr ? p.positions : rows);
+  const bool warp_rows = p.columns <= 32 * (wide ? 8 : 1) ||
+                         (live > device.sm_count * 16 && p.columns <= 8192);
+  const std::int64_t row_blocks = warp_rows ? ceil_div(rows, kWarps) : rows;
+
+  const int row_threads = warp_rows ? 32 : kThreads;
+  const auto move = [&](auto in) {
+    using In = decltype(in);
+    pick<8, 1>(wide, [&](auto vec) {
+      go("quantize: move", move_rows<In, decltype(vec)::value>, row_blocks, row_threads);
+    });
+  };
+  if (!is_float(stage.input.dtype)) return move(std::int8_t{});
+  if (p.granularity == ActScale::kDefault) return for_float_type(stage.input.dtype, move);
+  for_float_type(stage.input.dtype, [&](auto in) {
+    using In = decltype(in);
+    if (p.granularity == ActScale::kGroup) {
+      const std::int64_t lanes = p.group / 8;
+      const bool even = wide && p.group % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
+      if (!even) return go("quantize: groups", quantize_odd_groups<In>, ceil_div(rows * p.groups, kWarps));
+      const std::int64_t all = ceil_div(p.columns, 256);
+      const int segments = live > device.sm_count * 16 ? static_cast<int>(std::min<std::int64_t>(all, 8)) : 1;
+      const std::int64_t pieces = ceil_div(all, segments);
+      return go("quantize: groups", quantize_groups<In>, ceil_div(rows * pieces, kWarps),
+                static_cast<int>(lanes), segments, pieces);
+    }
+    pick<8, 1>(wide, [&](auto vec) {
+      constexpr int kVec = decltype(vec)::value;
+      if (p.granularity == ActScale::kTensorDynamic) {
+        const dim3 grid = p.per_expert ? strided_grid(p.max_tiles, device, kBlocksPerSm)
+                                       : strided_grid(ceil_div(rows, kWarps), device, kBlocksPerSm);
+        p.partials = static_cast<int>(std::min<unsigned>(grid.x, kMaxPartials));
+        launch("quantize: absmax", tensor_absmax<In, kVec>,
+               {.grid = dim3(p.per_expert ? grid.x : static_cast<unsigned>(p.partials)),
+                .block = dim3(kThreads),
+                .dependency = dependency},
+               stream, p);
+      }
+      go("quantize", quantize_rows<In, kVec>, row_blocks, row_threads);
+    });
+  });
+}
+
+}  // namespace moesaic::cuda

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device side of the quantizers: which row an item of work is, what its elements are, and what an
+// 8-bit number is. The formulas are numeric.h's: element for element the bits of the CPU backend.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "backend.h"
+#include "cuda/element.h"
+
+namespace moesaic::cuda {
+
+struct QuantizeParams {
+  const void* input = nullptr;
+  std::int64_t input_rows = 0, input_stride = 0, columns = 0;
+  ActScaleView input_scale;
+  // Which rows: all of the input (tiles null), or the live positions of the tiles.
+  const Tile* tiles = nullptr;
+  const std::int32_t* num_tiles = nullptr;
+  const std::int32_t* row_slot = nullptr;
+  std::int64_t tile_rows = 1, max_tiles = 0, positions = 0, slot_count = 0, top_k = 1;
+  RowOf source = RowOf::kPosition;
+  // Factors.
+  const float* row_weights = nullptr;
+  const void* prequant = nullptr;
+  DType prequant_dtype = DType::kF32, round_to = DType::kBF16;
+  std::int64_t prequant_expert_stride = 0, prequant_stride = 1;
+  // The result.
+  void* output = nullptr;
+  DType output_dtype = DType::kF8E4M3;
+  std::int64_t output_stride = 0;
+  ActScale granularity = ActScale::kDefault;
+  Int8Rounding int8_rounding = Int8Rounding::kNearest;
+  std::int64_t group = 0, groups = 1;
+  const float* static_scale = nullptr;
+  std::int64_t static_scales = 0, static_stride = 0;
+  float* scale = nullptr;
+  std::int64_t scale_row_stride = 0;
+  // Dynamic per tensor: one absmax per block of the first pass, or per tile when they are per expert.
+  float* partial = nullptr;
+  int partials = 0;
+  bool per_expert = false;
+};
+
+struct QuantizeRow {
+  std::int64_t position = 0;  // row of the output
+  std::int64_t source = 0;    // row of the input
+  std::int64_t tile = 0;
+  std::int64_t expert = 0;
+  float weight = 1.0f;
+};
+
+__device__ __forceinline__ std::int64_t item_count(const QuantizeParams& p) {
+  if (p.tiles == nullptr) return p.input_rows;
+  const std::int64_t tiles = *p.num_tiles;
+  return (tiles < p.max_tiles ? tiles : p.max_tiles) * p.tile_rows;
+}
+
+// False: item `i` is no live row.
+__device__ __forceinline__ bool find_row(const QuantizeParams& p, std::int64_t i, QuantizeRow* row) {
+  if (p.tiles == nullptr) {
+    *row = {.position = i, .source = i};
+    return true;
+  }
+  row->tile = i / p.tile_rows;
+  const Tile tile = p.tiles[row->tile];
+  const std::int64_t r = i - row->tile * p.tile_rows;
+  if (r >= tile.rows || tile.expert < 0) return false;
+  row->expert = tile.expert;
+  row->position = row->source = tile.first + r;
+  if (row->position >= p.positions) return false;
+  if (p.row_slot != nullptr) {
+    const std::int64_t slot = p.row_slot[row->position];
+    if (slot < 0 || slot >= p.slot_count) return false;
+    if (p.source == RowOf::kSlot) row->source = slot;
+    if (p.source == RowOf::kToken) row->source = slot / p.top_k;
+    if (p.row_weights != nullptr) row->weight = p.row_weights[slot];
+  }
+  return row->source < p.input_rows;
+}
+
+// The factors on eight (or one) neighbouring elements, rounded once behind both.
+template <int kVec>
+__device__ __forceinline__ void apply_factors(const QuantizeParams& p, const QuantizeRow& row,
+                                              std::int64_t column, float (&v)[kVec]) {
+  if (p.row_weights == nullptr && p.prequant == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    v[i] *= row.weight;
+    if (p.prequant != nullptr)
+      v[i] *= load_float(p.prequant, p.prequant_dtype,
+                         row.expert * p.prequant_expert_stride + (column + i) * p.prequant_stride);
+    v[i] = round_to(p.round_to, v[i]);
+  }
+}
+
+template <int kVec, typename In>
+__device__ __forceinline__ void unpack(const Pack<In, kVec>& pack, float (&v)[kVec]) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) v[i] = to_float(pack.element[i]);
+}
+
+// Calls f(column, values) for the packs of one row that thread `lane` of `threads` owns. The loads of
+// a batch are issued together: a row is read at the speed of the memory, not of its latency.
+template <typename In, int kVec, typename F>
+__device__ __forceinline__ void for_row(const QuantizeParams& p, const QuantizeRow& row, int lane,
+                                        int threads, F&& f) {
+  constexpr int kBatch = 4;
+  const In* in = static_cast<const In*>(p.input) + row.source * p.input_stride;
+  const std::int64_t step = static_cast<std::int64_t>(threads) * kVec;
+  for (std::int64_t first = static_cast<std::int64_t>(lane) * kVec; first < p.columns;
+       first += step * kBatch) {
+    Pack<In, kVec> raw[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (first + b * step < p.columns) raw[b] = load_pack<kVec>(in + first + b * step);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const std::int64_t column = first + b * step;
+      if (column >= p.columns) break;
+      float v[kVec];
+      unpack<kVec>(raw[b], v);
+      apply_factors<kVec>(p, row, column, v);
+      f(column, v);
+    }
+  }
+}
+
+// --- 8-bit numbers ---------------------------------------------------------------------------------
+// Magnitudes compare as integers, and a NaN is the largest of them.
+__device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }
+__device__ __forceinline__ unsigned finite_magnitude(float v) {
+  const unsigned m = magnitude(v);
+  return m < 0x7f800000u ? m : 0u;
+}
+
+__device__ __forceinline__ float scale_of(DType to, unsigned absmax) {
+  const float a = __uint_as_float(absmax);
+  return (a < 1e-10f ? 1e-10f : a) / (to == DType::kF8E4M3 ? 448.0f : 127.0f);
+}
+__device__ __forceinline__ float inverse_of(float scale) {
+  if (scale == 0.0f) return 0.0f;
+  const float inverse = 1.0f / scale;
+  constexpr float kMax = 3.402823466e38f;
+  return inverse > kMax ? kMax : inverse < -kMax ? -kMax : inverse;
+}
+
+// To the nearest, halves away from zero; saturated; NaN becomes 0.
+__device__ __forceinline__ std::int8_t to_i8(float scaled) {
+  if (!(scaled > -128.0f)) return scaled == scaled ? -128 : 0;
+  if (scaled >= 127.0f) return 127;
+  const float whole = truncf(scaled), rest = scaled - whole;
+  return static_cast<std::int8_t>(static_cast<int>(whole) + (rest >= 0.5f) - (rest <= -0.5f));
+}
+__device__ __forceinline__ std::int8_t to_i8_truncated(float x, float scale) {
+  const float quotient = scale == 0.0f ? 0.0f : x / scale;
+  if (!(quotient > -128.0f)) return quotient == quotient ? -128 : 0;
+  return quotient >= 127.0f ? 127 : static_cast<std::int8_t>(static_cast<int>(quotient));
+}
+
+template <int kVec>
+__device__ __forceinline__ void store_quantized(const QuantizeParams& p, std::int64_t position,
+                                                std::int64_t column, const float (&v)[kVec],
+                                                float scale, float inverse) {
+  const std::int64_t at = position * p.output_stride + column;
+  if (p.output_dtype == DType::kF8E4M3) {
+    float scaled[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) scaled[i] = v[i] * inverse;
+    return store_pack<kVec>(static_cast<__nv_fp8_e4m3*>(p.output) + at, scaled);
+  }
+  Pack<std::int8_t, kVec> pack;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i)
+    pack.element[i] = p.int8_rounding == Int8Rounding::kTruncate ? to_i8_truncated(v[i], scale)
+                                                                 : to_i8(v[i] * inverse);
+  *reinterpret_cast<Pack<std::int8_t, kVec>*>(static_cast<std::int8_t*>(p.output) + at) = pack;
+}
+
+}  // namespace moesaic::cuda

@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0
+// Routing: one warp per token, its experts in registers, k picks of the largest key. Every sum has a
+// fixed tree, so a token's experts and weights do not depend on the batch.
+//
+// Where a score is a monotone function of the logit and nothing is added to it, the logits themselves
+// are compared: a saturated sigmoid would make ties of numbers that differ.
+#include <algorithm>
+
+#include "cuda/device.h"
+#include "cuda/element.h"
+#include "cuda/stages.h"
+
+namespace moesaic::cuda {
+namespace {
+
+enum class Score : std::uint8_t { kLogit, kSoftmax, kSigmoid, kSqrtSoftplus };
+enum class Divisor : std::uint8_t { kPlain, kTiny, kFloor };  // sum; sum + 1e-20; max(sum, floor)
+
+struct RouteParams {
+  const void* logits = nullptr;
+  DType logits_dtype = DType::kF32;
+  std::int64_t logits_stride = 0;
+  const void* bias = nullptr;
+  DType bias_dtype = DType::kF32;
+  const void* selection_bias = nullptr;
+  DType selection_dtype = DType::kF32;
+  std::int32_t* ids = nullptr;
+  float* weights = nullptr;
+  std::int64_t ids_stride = 0, weights_stride = 0;
+  int experts = 0, top_k = 0;
+  Score selection = Score::kLogit;  // what is compared, before the selection bias
+  Score weight = Score::kLogit;
+  bool renormalize = false, sparsemixer = false;
+  Divisor divisor = Divisor::kPlain;
+  int groups = 1, topk_groups = 1;
+  int group_best = 1;               // a group's score: the sum of its best 1 or 2
+  float scale = 1.0f, sum_floor = 0.0f, threshold = 0.0f;
+};
+
+__device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
+__device__ __forceinline__ float softplus(float z) { return fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z))); }
+
+// Order as of floats, -0 equal to 0; NaN below all numbers; 0 is free for "not to be chosen".
+__device__ __forceinline__ unsigned order_key(float v) {
+  if (v != v) return 1u;
+  const unsigned u = __float_as_uint(v + 0.0f);
+  return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+struct SoftmaxSums {
+  float top = 0.0f, sum = 1.0f;  // of exp(z - top) over all experts
+};
+
+// A call, not inlined: it would be unrolled for every expert of a lane, and compile for a minute.
+__device__ __noinline__ float score(Score kind, float z, const SoftmaxSums& softmax) {
+  switch (kind) {
+    case Score::kSoftmax: return expf(z - softmax.top) / softmax.sum;
+    case Score::kSigmoid: return sigmoid(z);
+    case Score::kSqrtSoftplus: return sqrtf(softplus(z));
+    default: return z;
+  }
+}
+
+__device__ __forceinline__ float logit(const RouteParams& p, std::int64_t token, int expert) {
+  const float z = load_float(p.logits, p.logits_dtype, token * p.logits_stride + expert);
+  return p.bias != nullptr ? z + load_float(p.bias, p.bias_dtype, expert) : z;
+}
+
+// Which groups stay: kept[g] in shared memory. A group's score is the sum of its best one or two.
+__device__ __forceinline__ void choose_groups(const RouteParams& p, const float* choice, float* group_score,
+                                              bool* kept) {
+  const int lane = threadIdx.x, size = p.experts / p.groups;
+  for (int g = lane; g < p.groups; g += 32) {
+    float first = -INFINITY, second = -INFINITY;
+    int i = g % size;  // lanes begin at different members: no bank conflicts
+    for (int n = 0; n < size; ++n) {
+      const float c = choice[g * size + i];
+      if (c > first) {
+        second = first;
+        first = c;
+      } else if (c > second) {
+        second = c;
+      }
+      if (++i == size) i = 0;
+    }
+    group_score[g] = p.group_best == 2 && size > 1 ? first + second : first;
+  }
+  __syncwarp();
+  for (int g = lane; g < p.groups; g += 32) {
+    const unsigned mine = order_key(group_score[g]);
+    int better = 0;
+    for (int h = 0; h < p.groups; ++h) {
+      const unsigned other = order_key(group_score[h]);
+      better += other > mine || (other == mine && h < g);
+    }
+    kept[g] = better < p.topk_groups;
+  }
+  __syncwarp();
+}
+
+// Phi-3.5's weight of the best expert that is left: a softmax over the experts near it. `chosen` is
+// the pick of lane j for j < picks: those are masked out.
+__device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, std::int64_t token, float top,
+                                                    int chosen, int picks) {
+  float sum = 0.0f;
+  for (int first = 0; first < p.experts; first += 32) {
+    const int expert = first + static_cast<int>(threadIdx.x);
+    bool out = expert >= p.experts;
+    for (int j = 0; j < picks; ++j) out |= __shfl_sync(kAllLanes, chosen, j) == expert;
+    if (!out) {
+      const float z = logit(p, token, expert);
+      if (!((top - z) / fmaxf(fabsf(z), top) > p.threshold)) sum += expf(z - top);
+    }
+  }
+  return 1.0f / warp_sum(sum);
+}
+
+template <int kPerLane>
+__global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
+  begin_kernel();
+  extern __shared__ float shared[];  // grouped only: choice [E], group scores [G], kept [G]
+  const std::int64_t token = blockIdx.x;
+  const int lane = threadIdx.x;
+  float z[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = i * 32 + lane;
+    z[i] = -INFINITY;
+    if (expert < p.experts) z[i] = load_float(p.logits, p.logits_dtype, token * p.logits_stride + expert);
+  }
+  if (p.bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (i * 32 + lane < p.experts) z[i] += load_float(p.bias, p.bias_dtype, i * 32 + lane);
+  }
+  SoftmaxSums softmax;
+  if (p.selection == Score::kSoftmax || (p.weight == Score::kSoftmax && !p.renormalize) ||
+      p.divisor == Divisor::kFloor) {
+    float top = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, z[i]);
+    softmax.top = warp_max(top);
+    if (softmax.top == -INFINITY) softmax.top = 0.0f;  // all -inf: -inf - -inf would be NaN
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (i * 32 + lane < p.experts) sum += expf(z[i] - softmax.top);
+    softmax.sum = warp_sum(sum);
+  }
+  // Keys to choose by.
+  unsigned key[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = i * 32 + lane;
+    key[i] = 0;
+    if (expert >= p.experts) continue;
+    float choice = p.selection == Score::kLogit ? z[i] : score(p.selection, z[i], softmax);
+    if (p.selection_bias != nullptr) choice += load_float(p.selection_bias, p.selection_dtype, expert);
+    key[i] = order_key(choice);
+    if (p.groups > 1) shared[expert] = choice;
+  }
+  if (p.groups > 1) {
+    __syncwarp();
+    float* group_score = shared + p.experts;
+    bool* kept = reinterpret_cast<bool*>(group_score + p.groups);
+    choose_groups(p, shared, group_score, kept);
+    const int size = p.experts / p.groups;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int expert = i * 32 + lane;
+      if (expert < p.experts && !kept[expert / size]) key[i] = 0;
+    }
+  }
+  // Lane j keeps pick j.
+  int chosen = -1;
+  float weight = 0.0f;
+  for (int j = 0; j < p.top_k; ++j) {
+    unsigned best = 0;
+    int at = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (key[i] > best) {
+        best = key[i];
+        at = i * 32 + lane;
+      }
+    }
+    const unsigned top = __reduce_max_sync(kAllLanes, best);
+    const unsigned mine = best == top && top > 0 ? static_cast<unsigned>(at) : 0x7fffffffu;
+    const int pick = static_cast<int>(__reduce_min_sync(kAllLanes, mine));
+    const int expert = top > 0 ? pick : -1;
+    if (p.sparsemixer && expert >= 0) {
+      const float w = sparsemixer_weight(p, token, logit(p, token, expert), chosen, j);
+      if (lane == j) weight = w;
+    }
+    if (lane == j) chosen = expert;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (i * 32 + lane == expert) key[i] = 0;
+  }
+  // Weights.
+  const bool mine = lane < p.top_k && chosen >= 0;
+  const float chosen_z = mine ? logit(p, token, chosen) : -INFINITY;
+  if (!p.sparsemixer) {
+    if (p.weight == Score::kSoftmax && p.renormalize && p.divisor != Divisor::kFloor)
+      softmax = {.top = warp_max(chosen_z), .sum = 1.0f};  // the sum over S divides below
+    weight = mine ? score(p.weight, chosen_z, softmax) : 0.0f;
+  }
+  if (p.renormalize) {
+    float sum = warp_sum(weight);
+    if (p.divisor == Divisor::kTiny) sum += 1e-20f;
+    if (p.divisor == Divisor::kFloor) sum = sum < p.sum_floor ? p.sum_floor : sum;
+    weight /= sum;
+  }
+  if (lane < p.top_k) {
+    p.ids[token * p.ids_stride + lane] = chosen;
+    p.weights[token * p.weights_stride + lane] = chosen >= 0 ? weight * p.scale : 0.0f;
+  }
+}
+
+// --- logits from hidden states ----------------------------------------------------------------------
+struct LogitsParams {
+  const void* x = nullptr;
+  DType x_dtype = DType::kF32;
+  std::int64_t x_stride = 0;
+  const void* w = nullptr;
+  DType w_dtype = DType::kF32;
+  std::int64_t w_stride = 0;
+  std::int64_t tokens = 0, experts = 0, hidden = 0;
+  bool x_wide = false, w_wide = false;
+  float* logits = nullptr;  // [tokens, experts]
+};
+
+template <typename T>
+__device__ __forceinline__ void load_eight(const T* at, std::int64_t left, bool wide, float (&v)[8]) {
+  if (wide) {
+    const Pack<T, 8> pack = load_pack<8>(at);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = to_float(pack.element[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = i < left ? to_float(at[i]) : 0.0f;
+}
+__device__ __forceinline__ void load_eight(const void* data, DType dtype, std::int64_t at,
+                                           std::int64_t left, bool wide, float (&v)[8]) {
+  if (dtype == DType::kBF16)
+    return load_eight(static_cast<const __nv_bfloat16*>(data) + at, left, wide, v);
+  if (dtype == DType::kF16) return load_eight(static_cast<const __half*>(data) + at, left, wide, v);
+  load_eight(static_cast<const float*>(data) + at, left, wide, v);
+}
+
+// One warp per kTokens x kExperts products. Lane l adds the elements of eights l, l + 32, ... in
+// ascending order, then the lanes are added in a fixed tree: the same bits for every tile and T.
+template <int kTokens, int kExperts>
+__global__ void __launch_bounds__(128) router_logits(LogitsParams p) {
+  begin_kernel();
+  const int lane = threadIdx.x % 32;
+  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  const std::int64_t columns = (p.experts + kExperts - 1) / kExperts;
+  const std::int64_t token = warp / columns * kTokens, expert = warp % columns * kExperts;
+  if (token >= p.tokens) return;
+  float sum[kTokens][kExperts] = {};
+#pragma unroll 2
+  for (std::int64_t h = lane * 8; h < p.hidden; h += 256) {
+    float x[kTokens][8];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t)
+      load_eight(p.x, p.x_dtype, min(token + t, p.tokens - 1) * p.x_stride + h, p.hidden - h, p.x_wide, x[t]);
+#pragma unroll
+    for (int e = 0; e < kExperts; ++e) {
+      float w[8];
+      load_eight(p.w, p.w_dtype, min(expert + e, p.experts - 1) * p.w_stride + h, p.hidden - h, p.w_wide, w);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[t][e] = fmaf(x[t][i], w[i], sum[t][e]);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+    for (int e = 0; e < kExperts; ++e) {
+      const float total = warp_sum(sum[t][e]);
+      if (lane == 0 && token + t < p.tokens && expert + e < p.experts)
+        p.logits[(token + t) * p.experts + expert + e] = total;
+    }
+}
+
+void run_logits(const RouteStage& s, const DeviceTraits& device, cudaStream_t stream) {
+  const Tensor &x = s.hidden_states, &w = s.router.weight;
+  const LogitsParams p{.x = x.data,
+                       .x_dtype = x.dtype,
+                       .x_stride = x.strides[0],
+                       .w = w.data,
+                       .w_dtype = w.dtype,
+                       .w_stride = w.strides[0],
+                       .tokens = x.shape[0],
+                       .experts = w.shape[0],
+                       .hidden = x.shape[1],
+                       .x_wide = eight_wide(x.data, x.shape[1], x.strides[0], size_of(x.dtype)),
+                       .w_wide = eight_wide(w.data, w.shape[1], w.strides[0], size_of(w.dtype)),
+                       .logits = s.logits_scratch.as<float>()};
+  const auto go = [&](auto kernel, int tokens, int experts) {
+    const std::int64_t warps = ceil_div(p.tokens, tokens) * ceil_div(p.experts, experts);
+    launch("route: logits", kernel,
+           {.grid = dim3(static_cast<unsigned>(ceil_div(warps, 4))), .block = dim3(128),
+            .dependency = overlap(device)},
+           stream, p);
+  };
+  if (p.tokens <= 4) return go(router_logits<1, 1>, 1, 1);
+  go(router_logits<4, 4>, 4, 4);
+}
+
+RouteParams make_params(const RouteStage& s, const Tensor& logits) {
+  const RoutingSpec& spec = s.spec;
+  RouteParams p{.logits = logits.data,
+                .logits_dtype = logits.dtype,
+                .logits_stride = logits.strides[0],
+                .ids = s.topk_ids.as<std::int32_t>(),
+                .weights = s.topk_weights.as<float>(),
+                .ids_stride = s.topk_ids.strides[0],
+                .weights_stride = s.topk_weights.strides[0],
+                .experts = static_cast<int>(logits.shape[1]),
+                .top_k = static_cast<int>(s.topk_ids.shape[1]),
+                .scale = spec.scale,
+                .sum_floor = spec.sum_floor,
+                .threshold = 2.0f * spec.jitter};
+  if (s.router.bias.defined()) {
+    p.bias = s.router.bias.data;
+    p.bias_dtype = s.router.bias.dtype;
+  }
+  if (s.router.selection_bias.defined()) {
+    p.selection_bias = s.router.selection_bias.data;
+    p.selection_dtype = s.router.selection_bias.dtype;
+  }
+  switch (spec.method) {
+    case RoutingMethod::kSoftmaxTopK:
+      p.weight = Score::kSoftmax;
+      break;
+    case RoutingMethod::kRenormalize:
+      p.weight = Score::kSoftmax;
+      p.renormalize = true;
+      break;
+    case RoutingMethod::kDeepSeekV3:
+      p.weight = Score::kSigmoid;
+      p.renormalize = true;
+      p.divisor = Divisor::kTiny;
+      p.groups = spec.groups;
+      p.group_best = 2;
+      break;
+    case RoutingMethod::kDeepSeekV2:
+      p.weight = Score::kSoftmax;
+      p.groups = spec.groups;
+      break;
+    case RoutingMethod::kTopK:
+      break;
+    case RoutingMethod::kSigmoidRenorm:
+    case RoutingMethod::kMiniMax2:
+      p.weight = Score::kSigmoid;
+      p.renormalize = true;
+      p.divisor = Divisor::kTiny;
+      break;
+    case RoutingMethod::kLlama4:
+    case RoutingMethod::kSigmoid:
+      p.weight = Score::kSigmoid;
+      p.divisor = Divisor::kTiny;
+      break;
+    case RoutingMethod::kSqrtSoftplus:
+      p.weight = Score::kSqrtSoftplus;
+      p.renormalize = true;
+      break;
+    case RoutingMethod::kSparseMixer:
+      p.sparsemixer = true;
+      break;
+    case RoutingMethod::kSoftmaxBias:
+      p.weight = Score::kSoftmax;
+      p.renormalize = true;
+      p.divisor = Divisor::kFloor;
+      break;
+  }
+  p.topk_groups = spec.topk_groups;
+  if (spec.renormalize == Renormalize::kNever) p.renormalize = false;
+  if (spec.renormalize == Renormalize::kAlways) p.renormalize = true;
+  // The score itself decides only where something is added to it, or to other scores of its group.
+  if (p.topk_groups >= p.groups) p.groups = 1;
+  if (p.selection_bias != nullptr || (p.groups > 1 && p.group_best == 2)) p.selection = p.weight;
+  if (p.sparsemixer) p.renormalize = false;
+  return p;
+}
+
+}  // namespace
+
+void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream) {
+  const std::int64_t tokens = stage.topk_ids.shape[0];
+  if (tokens == 0) return;
+  Tensor logits = stage.logits;
+  if (!logits.defined()) {
+    run_logits(stage, device, stream);
+    logits = stage.logits_scratch;
+  }
+  const RouteParams p = make_params(stage, logits);
+  const std::size_t shared =
+      p.groups > 1 ? static_cast<std::size_t>(p.experts + p.groups) * 4 + static_cast<std::size_t>(p.groups) : 0;
+  const auto go = [&](auto kernel) {
+    launch("route", kernel,
+           {.grid = dim3(static_cast<unsigned>(tokens)), .block = dim3(32), .shared_bytes = shared,
+            .dependency = overlap(device)},
+           stream, p);
+  };
+  const int per_lane = (p.experts + 31) / 32;
+  if (per_lane <= 4) return go(route_tokens<4>);
+  if (per_lane <= 8) return go(route_tokens<8>);
+  if (per_lane <= 16) return go(route_tokens<16>);
+  go(route_tokens<64>);
+}
+
+}  // namespace moesaic::cuda

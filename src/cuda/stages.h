@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The stages that are not products: one function and one .cu file each, in the order of the data.
+// None allocates or synchronizes; all kernels wait for their predecessors themselves (begin_kernel).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.h"
+#include "cuda/launch.h"
+
+namespace moesaic::cuda {
+
+void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream);
+void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream);
+void run_tiles(const TileStage& stage, const DeviceTraits& device, cudaStream_t stream);
+void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaStream_t stream);
+void run_activate(const ActivateStage& stage, const DeviceTraits& device, cudaStream_t stream);
+void run_combine(const CombineStage& stage, const DeviceTraits& device, cudaStream_t stream);
+
+// What AlignStage::scratch and QuantizeStage::scratch must hold.
+std::size_t align_scratch(std::int64_t slots, std::int64_t experts);
+std::size_t quantize_scratch(std::int64_t rows, std::int64_t experts);
+
+}  // namespace moesaic::cuda

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/backend_cuda.h"
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+
+#include "check.h"
+#include "cuda/device.h"
+#include "cuda/family.h"
+#include "cuda/stages.h"
+#include "cuda/weights.h"
+
+namespace moesaic::cuda {
+
+DeviceInfo CudaBackend::info() const {
+  return {.device = {DeviceType::kCuda, device_.index},
+          .name = name_,
+          .kernels = device_.use_sm90 ? "sm90a" : "sm80",
+          .note = note_};
+}
+
+Support CudaBackend::supports(const LayerConfig& config, Format) const {
+  for (const Product product : {Product::kFc1, Product::kFc2}) {
+    const WeightSpec spec = weight_spec(config, product);
+    if (find_family(spec, device_) == nullptr) return {.supported = false, .reason = refusal(spec)};
+  }
+  return {.supported = true, .reason = {}};
+}
+
+// --- memory ---------------------------------------------------------------------------------------
+void* CudaBackend::allocate(std::size_t bytes) const {
+  const DeviceGuard guard(device_.index);
+  void* data = nullptr;
+  check_cuda(cudaMalloc(&data, bytes > 0 ? bytes : 1), "cudaMalloc");
+  return data;
+}
+
+void CudaBackend::deallocate(void* data) const noexcept {
+  // Not through DeviceGuard, which may throw; cudaFree finds the device by the address.
+  if (data != nullptr) (void)cudaFree(data);
+}
+
+void CudaBackend::copy(void* dst, const void* src, std::size_t bytes, Stream stream) const {
+  if (bytes == 0) return;
+  const DeviceGuard guard(device_.index);
+  check_cuda(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, native(stream)), "cudaMemcpyAsync");
+}
+
+std::unique_ptr<PackedWeights> CudaBackend::make_packed(const WeightSpec& spec) const {
+  return make_cuda_weights(spec, family_for(spec, device_), device_);
+}
+
+// --- what the plan is made from -----------------------------------------------------------------------
+Fusions CudaBackend::fusions(const WeightSpec&, const WeightSpec&, Format) const {
+  // Both families write 16-bit rows behind the activation: the separate quantizer reads them from L2.
+  return {};
+}
+
+DType CudaBackend::slot_dtype(const WeightSpec& fc2) const { return fc2.dtype16; }
+
+std::int64_t CudaBackend::tile_rows(const WeightSpec& fc1, std::int64_t slots) const {
+  return family_for(fc1, device_).tile_rows(fc1, slots, device_);
+}
+std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
+  return align_scratch(slots, experts);
+}
+std::size_t CudaBackend::quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const {
+  return quantize_scratch(rows, experts);
+}
+std::size_t CudaBackend::gemm_scratch_bytes(const WeightSpec&, std::int64_t) const { return 0; }
+
+std::vector<Tactic> CudaBackend::tactics(const WeightSpec& spec) const {
+  return family_for(spec, device_).tactics(spec, device_);
+}
+
+// --- the stages -----------------------------------------------------------------------------------
+void CudaBackend::route(const RouteStage& stage, Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  run_route(stage, device_, native(stream));
+}
+void CudaBackend::align(const AlignStage& stage, Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  run_align(stage, device_, native(stream));
+}
+void CudaBackend::tiles(const TileStage& stage, Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  run_tiles(stage, device_, native(stream));
+}
+void CudaBackend::quantize(const QuantizeStage& stage, Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  run_quantize(stage, device_, native(stream));
+}
+void CudaBackend::gemm(const GemmStage& stage, Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  family_for(stage.b->spec, device_).run(stage, device_, native(stream));
+}
+void CudaBackend::activate(const ActivateStage& stage, Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  run_activate(stage, device_, native(stream));
+}
+void CudaBackend::combine(const CombineStage& stage, Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  run_combine(stage, device_, native(stream));
+}
+
+// --- which backends there are ----------------------------------------------------------------------
+namespace {
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
+  return value;
+}
+
+DeviceTraits read_traits(int index) {
+  return {.index = index,
+          .sm_count = attribute(cudaDevAttrMultiProcessorCount, index),
+          .compute_capability = attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
+                                attribute(cudaDevAttrComputeCapabilityMinor, index),
+          .shared_per_block =
+              static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)),
+          .l2_bytes = static_cast<std::size_t>(attribute(cudaDevAttrL2CacheSize, index))};
+}
+
+// The library holds SASS for sm_80 (which every 8.x part runs) and 9.0, and PTX for what is newer.
+bool has_sass(int compute_capability) {
+  return (compute_capability >= 80 && compute_capability < 90) || compute_capability == 90;
+}
+
+struct DeviceBackends {
+  std::unique_ptr<CudaBackend> sm80, sm90;  // sm90 only where wgmma is
+};
+
+DeviceBackends make_backends(int index) {
+  DeviceTraits device = read_traits(index);
+  DeviceBackends made;
+  if (device.compute_capability < 80) return made;
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  const std::string note =
+      has_sass(device.compute_capability)
+          ? std::string()
+          : "no machine code for this part in the library: the driver compiles its PTX once and caches it";
+  made.sm80 = std::make_unique<CudaBackend>(device, properties.name, note);
+  if (device.compute_capability == 90) {
+    device.use_sm90 = true;
+    made.sm90 = std::make_unique<CudaBackend>(device, properties.name, note);
+  }
+  return made;
+}
+
+// Made once for all devices, when the first of them is asked for; contexts are not created here.
+const std::vector<DeviceBackends>& all_backends() {
+  static const std::vector<DeviceBackends> all = [] {
+    std::vector<DeviceBackends> made;
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) {  // no driver, or no device: not an error here
+      (void)cudaGetLastError();
+      return made;
+    }
+    for (int index = 0; index < count; ++index) made.push_back(make_backends(index));
+    return made;
+  }();
+  return all;
+}
+
+enum class Level : int { kBest, kSm80, kSm90 };
+
+Level parse_level(std::string_view text, std::string_view argument) {
+  if (text.empty()) return Level::kBest;
+  if (text == "sm80") return Level::kSm80;
+  if (text == "sm90a") return Level::kSm90;
+  invalid(std::string(argument) + ": unknown CUDA kernels '" + std::string(text) + "'; known: sm80, sm90a");
+}
+
+std::atomic<Level>& level() {
+  static std::atomic<Level> current = [] {
+    const char* text = std::getenv("MOESAIC_CUDA_ARCH");
+    return parse_level(text != nullptr ? text : "", "MOESAIC_CUDA_ARCH");
+  }();
+  return current;
+}
+
+}  // namespace
+}  // namespace moesaic::cuda
+
+namespace moesaic {
+
+const Backend* cuda_backend(int index) {
+  const auto& all = cuda::all_backends();
+  if (index < 0 || index >= static_cast<int>(all.size())) return nullptr;
+  const cuda::DeviceBackends& device = all[static_cast<std::size_t>(index)];
+  const cuda::Level level = cuda::level();
+  if (level != cuda::Level::kSm80 && device.sm90) return device.sm90.get();
+  if (level == cuda::Level::kSm90 && device.sm80)
+    unsupported("kernels: sm90a kernels run on compute capability 9.0 only, and " +
+                to_string(Device{DeviceType::kCuda, index}) + " is another part; use sm80");
+  return device.sm80.get();
+}
+
+void set_cuda_kernels(std::string_view level) {
+  cuda::level() = cuda::parse_level(level, "set_kernels");
+}
+
+std::vector<std::string> available_cuda_kernels() {
+  std::vector<std::string> levels;
+  for (const cuda::DeviceBackends& device : cuda::all_backends()) {
+    if (device.sm80 && levels.empty()) levels.push_back("sm80");
+    if (device.sm90 && levels.size() < 2) levels.push_back("sm90a");
+  }
+  return levels;
+}
+
+}  // namespace moesaic

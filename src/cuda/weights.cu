@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/weights.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cuda/device.h"
+#include "cuda/element.h"
+#include "numeric.h"
+
+namespace moesaic::cuda {
+namespace {
+
+// Vector loads of a last row may reach past it, inside the allocation.
+constexpr std::size_t kSlackBytes = 256;
+
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  explicit DeviceMemory(std::size_t bytes) : bytes_(bytes) {
+    check_cuda(cudaMalloc(&data_, bytes + kSlackBytes), "cudaMalloc (weights)");
+  }
+  DeviceMemory(DeviceMemory&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~DeviceMemory() {
+    if (data_ != nullptr) (void)cudaFree(data_);
+  }
+  char* data() const { return static_cast<char*>(data_); }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// A [1, rows, columns] view that is to become dense.
+struct Source {
+  const char* data = nullptr;
+  std::int64_t rows = 0, columns = 0, row_stride = 0, column_stride = 0;  // elements
+};
+Source source_of(const Tensor& t) {
+  return {.data = static_cast<const char*>(t.data),
+          .rows = t.shape[1],
+          .columns = t.shape[2],
+          .row_stride = t.strides[1],
+          .column_stride = t.strides[2]};
+}
+
+// Reads along the fast dimension of the source or writes along that of the copy: a transposed
+// checkpoint is read once at load, so the plain loop will do.
+template <typename Element>
+__global__ void copy_strided(Source source, Element* dense) {
+  begin_kernel();
+  const std::int64_t count = source.rows * source.columns;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    const std::int64_t row = i / source.columns, column = i % source.columns;
+    dense[i] = reinterpret_cast<const Element*>(
+        source.data)[row * source.row_stride + column * source.column_stride];
+  }
+}
+
+__global__ void convert_strided(Source source, DType dtype, float* dense) {
+  begin_kernel();
+  const std::int64_t count = source.rows * source.columns;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    const std::int64_t row = i / source.columns, column = i % source.columns;
+    dense[i] = load_float(source.data, dtype, row * source.row_stride + column * source.column_stride);
+  }
+}
+
+void to_device(void* to, const std::vector<char>& from) {
+  check_cuda(cudaMemcpyAsync(to, from.data(), from.size(), cudaMemcpyHostToDevice, nullptr), "cudaMemcpy");
+  check_cuda(cudaStreamSynchronize(nullptr), "cudaMemcpy");  // `from` is about to go away
+}
+
+class Loader {
+ public:
+  explicit Loader(const DeviceTraits& device) : device_(device) {}
+
+  // Bytes as they are.
+  void copy(const Tensor& from, void* to) const {
+    const Source source = source_of(from);
+    const std::size_t element = size_of(from.dtype);
+    const std::size_t row_bytes = static_cast<std::size_t>(source.columns) * element;
+    if (source.column_stride == 1 && (source.row_stride >= source.columns || source.rows == 1)) {
+      const std::size_t pitch =
+          source.rows == 1 ? row_bytes : static_cast<std::size_t>(source.row_stride) * element;
+      check_cuda(cudaMemcpy2DAsync(to, row_bytes, source.data, pitch, row_bytes,
+                                   static_cast<std::size_t>(source.rows), cudaMemcpyDefault, nullptr),
+                 "cudaMemcpy2D (weights)");
+    } else if (from.device.type == DeviceType::kCpu) {
+      std::vector<char> dense(row_bytes * static_cast<std::size_t>(source.rows));
+      char* out = dense.data();
+      for (std::int64_t r = 0; r < source.rows; ++r)
+        for (std::int64_t c = 0; c < source.columns; ++c, out += element)
+          std::memcpy(out, source.data + static_cast<std::size_t>(r * source.row_stride + c * source.column_stride) * element,
+                      element);
+      to_device(to, dense);
+    } else if (element == 1) {
+      run(copy_strided<std::uint8_t>, source, static_cast<std::uint8_t*>(to));
+    } else if (element == 2) {
+      run(copy_strided<std::uint16_t>, source, static_cast<std::uint16_t*>(to));
+    } else {
+      run(copy_strided<std::uint32_t>, source, static_cast<std::uint32_t*>(to));
+    }
+  }
+
+  // Scales of any float dtype as f32.
+  void convert(const Tensor& from, float* to) const {
+    if (from.dtype == DType::kF32) return copy(from, to);
+    const Source source = source_of(from);
+    if (from.device.type != DeviceType::kCpu) return run(convert_strided, source, from.dtype, to);
+    std::vector<char> dense(static_cast<std::size_t>(source.rows * source.columns) * sizeof(float));
+    char* out = dense.data();
+    for (std::int64_t r = 0; r < source.rows; ++r) {
+      for (std::int64_t c = 0; c < source.columns; ++c, out += sizeof(float)) {
+        const std::uint16_t half = reinterpret_cast<const std::uint16_t*>(
+            source.data)[r * source.row_stride + c * source.column_stride];
+        const float value = from.dtype == DType::kBF16 ? bf16_to_float(half) : f16_to_float(half);
+        std::memcpy(out, &value, sizeof value);
+      }
+    }
+    to_device(to, dense);
+  }
+
+ private:
+  template <typename Kernel, typename... Args>
+  void run(Kernel kernel, const Source& source, Args... args) const {
+    launch("weights: copy", kernel,
+           {.grid = strided_grid(ceil_div(source.rows * source.columns, 256), device_, 8),
+            .block = dim3(256)},
+           nullptr, source, args...);
+  }
+  DeviceTraits device_;
+};
+
+class DenseWeights final : public CudaWeights {
+ public:
+  DenseWeights(const WeightSpec& spec, const GemmFamily& family, const DeviceTraits& device)
+      : spec_(spec), family_(&family), device_(device) {
+    const DeviceGuard guard(device.index);
+    reordered_ = family.reorders(spec);
+    const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
+    view_.weight = take(weight_memory_, weight_dtype(spec.format), spec.n, four_bit ? spec.k / 2 : spec.k);
+    if (spec.scale.has_scale)
+      view_.scale = take(scale_memory_, spec.e8m0_scales ? DType::kE8M0 : DType::kF32, spec.scale.grid_n,
+                         spec.scale.grid_k);
+    if (spec.zero_points)
+      view_.zero_point = take(zero_memory_, DType::kU8, spec.format == WeightFormat::kU4 ? spec.n / 2 : spec.n,
+                              spec.scale.grid_k);
+  }
+
+  void load(std::int64_t local_expert, const GemmWeights& one) override {
+    const DeviceGuard guard(device_.index);
+    const Loader loader(device_);
+    const Tensor weight = view_.weight.slice(local_expert, 1);
+    if (reordered_) {
+      // The one expert that is held twice, while it is packed.
+      const DeviceMemory dense(weight_memory_.bytes() / static_cast<std::size_t>(spec_.experts));
+      loader.copy(one.weight, dense.data());
+      family_->reorder(spec_, dense.data(), weight.data, nullptr);
+      check_cuda(cudaStreamSynchronize(nullptr), "weights: reorder");
+    } else {
+      loader.copy(one.weight, weight.data);
+    }
+    if (spec_.scale.has_scale) {
+      void* scale = view_.scale.slice(local_expert, 1).data;
+      if (spec_.e8m0_scales)
+        loader.copy(one.scale, scale);
+      else
+        loader.convert(one.scale, static_cast<float*>(scale));
+    }
+    if (spec_.zero_points) loader.copy(one.zero_point, view_.zero_point.slice(local_expert, 1).data);
+    // The caller's tensors may go away, and forward may run on any stream.
+    check_cuda(cudaStreamSynchronize(nullptr), "weights: load");
+  }
+
+  std::size_t bytes() const override {
+    return weight_memory_.bytes() + scale_memory_.bytes() + zero_memory_.bytes();
+  }
+
+ private:
+  Tensor take(DeviceMemory& memory, DType dtype, std::int64_t rows, std::int64_t columns) {
+    memory = DeviceMemory(static_cast<std::size_t>(spec_.experts * rows * columns) * size_of(dtype));
+    return Tensor::contiguous(memory.data(), dtype, {spec_.experts, rows, columns},
+                              {DeviceType::kCuda, device_.index});
+  }
+
+  WeightSpec spec_;
+  const GemmFamily* family_;
+  DeviceTraits device_;
+  DeviceMemory weight_memory_, scale_memory_, zero_memory_;
+};
+
+}  // namespace
+
+std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const GemmFamily& family,
+                                               const DeviceTraits& device) {
+  return std::make_unique<DenseWeights>(spec, family, device);
+}
+
+}  // namespace moesaic::cuda

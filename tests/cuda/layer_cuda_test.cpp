@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a layer promises on a CUDA device beside right numbers (verify_cuda_test), with both kernel families: the
+// same bits in large batches and with every tactic, graphs, streams and threads.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "backend.h"
+#include "harness/execute.h"
+#include "harness/verify.h"
+
+namespace moesaic::harness {
+namespace {
+
+constexpr Device kGpu{DeviceType::kCuda, 0};
+
+class OnCuda : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    const std::vector<std::string> levels = available_kernels(DeviceType::kCuda);
+    if (levels.empty()) GTEST_SKIP() << "no CUDA device of compute capability 8.0 or above";
+    if (std::find(levels.begin(), levels.end(), GetParam()) == levels.end())
+      GTEST_SKIP() << GetParam() << " kernels do not run on this device";
+    set_kernels(DeviceType::kCuda, GetParam());
+  }
+  void TearDown() override { set_kernels(DeviceType::kCuda, ""); }
+};
+
+// verify_cuda_test does this at few tokens; here the tiles of prefill are in it.
+TEST_P(OnCuda, BitsDependOnTheTokenAloneInLargeBatches) {
+  for (const Variant& variant : variants()) {
+    Case c;
+    c.variant = variant;
+    c.shape = {"tp192", 8, 256, 192, 2};
+    c.tokens = 1500;
+    c.load = Load::kZipf;
+    c.activation.kind = Activation::kGeluTanh;
+    c.seed = 5;
+    if (!supported(c, kGpu).supported) continue;
+    const VerifyResult r = check_bits(c, kGpu);
+    EXPECT_EQ(r.status, Status::kPassed) << r.name << ": " << r.reason;
+  }
+}
+
+// --- a layer and its tensors on the device ---------------------------------------------------------------
+struct Loaded {
+  explicit Loaded(const Case& c) : config(layer_config(c)), layer(config, kGpu), batch(make_batch(config, batch_options(c))) {
+    const WeightData weights = make_weights(config, weight_options(c));
+    layer.load(weights.weights);
+  }
+  LayerConfig config;
+  Layer layer;
+  Batch batch;
+};
+
+struct Call {
+  Call(const Loaded& loaded, const Batch& batch)
+      : x(DeviceTensor::from(batch.hidden_states, kGpu)), scale(DeviceTensor::from(batch.hidden_scale, kGpu)),
+        ids(DeviceTensor::from(batch.topk_ids, kGpu)), weights(DeviceTensor::from(batch.topk_weights, kGpu)),
+        y(kGpu, loaded.config.output_dtype, {x.view().shape[0], loaded.config.hidden}),
+        workspace(kGpu, loaded.layer.workspace_bytes(x.view().shape[0])) {}
+  ForwardArgs args(Stream stream = {}) const {
+    return {.hidden_states = x.view(), .hidden_scale = scale.view(), .topk_ids = ids.view(), .topk_weights = weights.view(),
+            .output = y.view(), .workspace = workspace.view(), .stream = stream};
+  }
+  DeviceTensor x, scale, ids, weights, y;
+  WorkspaceBuffer workspace;
+};
+
+Case small_case(const Variant& variant, std::int64_t tokens) {
+  Case c;
+  c.variant = variant;
+  c.shape = {"graph", 16, 256, 192, 4};
+  c.tokens = tokens;
+  c.seed = 77;
+  return c;
+}
+
+// Captured once, replayed with other routings and inputs of the same T: the bits of a plain forward.
+TEST_P(OnCuda, GraphsReplayWithOtherRoutings) {
+  for (const Variant& variant : variants()) {
+    for (const std::int64_t tokens : {1, 40}) {
+      Case c = small_case(variant, tokens);
+      if (!supported(c, kGpu).supported) continue;
+      SCOPED_TRACE(name(c));
+      const Loaded loaded(c);
+      Call call(loaded, loaded.batch);
+      cudaStream_t stream = nullptr;
+      ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+      cudaGraph_t graph = nullptr;
+      cudaGraphExec_t exec = nullptr;
+      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+      loaded.layer.forward(call.args({stream}));
+      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+      for (const std::uint64_t seed : {1, 2, 3}) {
+        c.seed = seed;
+        c.load = static_cast<Load>(seed);
+        const Batch other = make_batch(loaded.config, batch_options(c));
+        call.x.assign(other.hidden_states.view());
+        call.ids.assign(other.topk_ids.view());
+        call.weights.assign(other.topk_weights.view());
+        if (other.hidden_scale.defined()) call.scale.assign(other.hidden_scale.view());
+        call.y.poison();
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+        ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+        Call fresh(loaded, other);
+        loaded.layer.forward(fresh.args());
+        EXPECT_EQ(call.y.to_host().bytes(), fresh.y.to_host().bytes()) << "seed " << seed;
+        EXPECT_TRUE(call.y.guards_intact());
+      }
+      cudaGraphExecDestroy(exec);
+      cudaGraphDestroy(graph);
+      cudaStreamDestroy(stream);
+    }
+  }
+}
+
+// One layer, many threads, a stream and a workspace each.
+TEST_P(OnCuda, ManyThreadsAndStreams) {
+  const Case c = small_case(default_variant(Scheme::kBF16), 64);
+  const Loaded loaded(c);
+  const Call alone(loaded, loaded.batch);
+  loaded.layer.forward(alone.args());
+  const std::vector<std::byte> expected = alone.y.to_host().bytes();
+  std::vector<std::thread> threads;
+  std::vector<int> right(6, 0);
+  for (int i = 0; i < 6; ++i)
+    threads.emplace_back([&, i] {
+      const Call call(loaded, loaded.batch);
+      cudaStream_t stream = nullptr;
+      if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return;
+      for (int turn = 0; turn < 30; ++turn) loaded.layer.forward(call.args({stream}));
+      if (cudaStreamSynchronize(stream) != cudaSuccess) return;
+      cudaStreamDestroy(stream);
+      right[static_cast<std::size_t>(i)] = call.y.to_host().bytes() == expected;
+    });
+  for (std::thread& t : threads) t.join();
+  EXPECT_EQ(right, std::vector<int>(6, 1));
+}
+
+// Every tactic of every product gives the bits of the policy's choice.
+TEST_P(OnCuda, TacticsGiveTheSameBits) {
+  for (const Variant& variant : variants())
+    for (const std::int64_t tokens : {1, 16, 300}) {
+      const Case c = small_case(variant, tokens);
+      if (!supported(c, kGpu).supported) continue;
+      SCOPED_TRACE(name(c));
+      Loaded loaded(c);
+      const Call call(loaded, loaded.batch);
+      loaded.layer.forward(call.args());
+      const std::vector<std::byte> expected = call.y.to_host().bytes();
+      for (const Tactic& first : loaded.layer.tactics_gemm1()) {
+        loaded.layer.set_tactics({first.id, -1});
+        loaded.layer.forward(call.args());
+        EXPECT_EQ(call.y.to_host().bytes(), expected) << "gemm1 " << first.description;
+      }
+      for (const Tactic& second : loaded.layer.tactics_gemm2()) {
+        loaded.layer.set_tactics({-1, second.id});
+        loaded.layer.forward(call.args());
+        EXPECT_EQ(call.y.to_host().bytes(), expected) << "gemm2 " << second.description;
+      }
+    }
+}
+
+TEST_P(OnCuda, NoTokens) {
+  Case c = small_case(default_variant(Scheme::kBF16), 0);
+  const Loaded loaded(c);
+  const Call call(loaded, loaded.batch);
+  loaded.layer.forward(call.args());
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, OnCuda, testing::Values("sm80", "sm90a"), [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace moesaic::harness

@@ -71,20 +71,22 @@ void premultiply_row(DType round_to, float weight, const float* factor, std::int
   }
 }
 
+// Magnitudes compare as integers, and every NaN is above infinity and so survives. Signed: that is
+// one instruction where the unsigned maximum is a comparison and a blend.
+MOESAIC_LANE I magnitude(const F& v) { return reinterpret_cast<I>(bits(v) & 0x7fffffffu); }
+MOESAIC_LANE I larger(const I& a, const I& b) { return a > b ? a : b; }
+
 float absmax_row(const float* x, std::int64_t n) {
-  // Magnitudes compare as integers; every NaN is above infinity and so survives.
-  U top{};
+  I top[4] = {};  // four chains hide the latency of one
   std::int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const U a = bits(absolute(load<F>(x + i)));
-    top = a > top ? a : top;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int c = 0; c < 4; ++c) top[c] = larger(magnitude(load<F>(x + i + c * kWidth)), top[c]);
+  for (; i < n; i += kWidth) {
+    const F v = i + kWidth <= n ? load<F>(x + i) : get_tail<F32Storage>(x + i, n - i);
+    top[0] = larger(magnitude(v), top[0]);
   }
-  if (i < n) {
-    const U a = bits(absolute(get_tail<F32Storage>(x + i, n - i)));
-    top = a > top ? a : top;
-  }
-  std::uint32_t lane[kWidth];
-  store(lane, top);
+  std::int32_t lane[kWidth];
+  store(lane, larger(larger(top[0], top[1]), larger(top[2], top[3])));
   for (int l = 1; l < kWidth; ++l) lane[0] = lane[l] > lane[0] ? lane[l] : lane[0];
   float result;
   std::memcpy(&result, lane, sizeof result);
@@ -112,20 +114,20 @@ void to_e4m3_row(const float* x, float inverse, std::int64_t n, std::uint8_t* ou
   }
 }
 
-// Saturated to [-128, 127], NaN to 0, before the conversion: no lane overflows.
+// Saturated to [-128, 127]; NaN goes through, and its conversion to a byte is 0.
 MOESAIC_LANE F saturated(const F& v) {
-  const F clamped = minimum(maximum(v, splat(-128.0f)), splat(127.0f));
-  return v == v ? clamped : F{};
-}
-MOESAIC_LANE I8 nearest_i8(const F& scaled) {
-  const F v = saturated(scaled);
-  const I whole = __builtin_convertvector(v, I);         // toward zero
-  const F rest = v - __builtin_convertvector(whole, F);  // exact
-  const I up = rest >= 0.5f, down = rest <= -0.5f;       // -1 where true
-  return __builtin_convertvector(whole - up + down, I8);
+  const F low = splat(-128.0f), high = splat(127.0f);
+  const F raised = low > v ? low : v;
+  return high < raised ? high : raised;
 }
 MOESAIC_LANE I8 truncated_i8(const F& quotient) {
   return __builtin_convertvector(__builtin_convertvector(saturated(quotient), I), I8);
+}
+// Halves away from zero: adding the number before 0.5 and truncating. (0.5 itself would carry
+// 0.49999997 up to 1.)
+MOESAIC_LANE I8 nearest_i8(const F& scaled) {
+  const U half = (bits(scaled) & 0x80000000u) | 0x3effffffu;
+  return truncated_i8(scaled + from_bits(half));
 }
 
 void to_i8_row(const float* x, float inverse, std::int64_t n, std::int8_t* out) {

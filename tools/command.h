@@ -22,6 +22,8 @@ class UsageError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+inline constexpr std::int64_t kMaxCount = 1'000'000'000;  // what a count on the command line may be
+
 struct Common {
   std::string backend = "cpu";
   int threads = 0;

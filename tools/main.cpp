@@ -42,7 +42,8 @@ int run(int argc, char** argv) {
   CLI::App app("Moesaic: the Mixture-of-Experts feed-forward layer at inference.", "moesaic");
   app.set_version_flag("--version", "moesaic " + version());
   app.require_subcommand(1);
-  const Command commands[] = {add_info(app), add_verify(app), add_bench(app)};
+  const Command commands[] = {add_info(app),   add_inspect(app), add_run(app),
+                              add_verify(app), add_bench(app),   add_quantize(app)};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -107,7 +107,7 @@ Command add_verify(CLI::App& parent) {
   app->add_option("--shape", flags->shape, "only this shape: a name or E,H,I,k");
   app->add_option("--tokens", flags->tokens, "only these token counts, e.g. 1,17");
   app->add_option("--limit", flags->limit, "an even sample of this many cases")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(std::int64_t{1}, kMaxCount));
   app->add_flag("--bits", flags->bits, "check instead that bits depend on the token alone");
   add_common(*app, *common);
   return {app, [common, flags] { return verify(*flags, *common); }};

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// The moesaic command as its users meet it: exit codes, one sentence per mistake, JSON fields, files
+// in and out. Runs the built command.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "moesaic/checkpoint.h"
+#include "moesaic/version.h"
+
+namespace {
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+const std::string kTiny = std::string(MOESAIC_SOURCE_DIR) + "/examples/data/qwen3-moe-tiny";
+
+std::string read(const fs::path& path) {
+  std::ostringstream out;
+  out << std::ifstream(path).rdbuf();
+  return out.str();
+}
+
+class Cli : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() / ("moesaic_cli_" + std::to_string(getpid()));
+    fs::create_directories(folder_);
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+  std::string file(const std::string& name) const { return (folder_ / name).string(); }
+
+  struct Result {
+    int code = -1;
+    std::string out, err;
+  };
+  Result run(const std::string& arguments) const {
+    const std::string line = std::string(MOESAIC_COMMAND) + " " + arguments + " >" + file("out") +
+                             " 2>" + file("err") + " </dev/null";
+    const int status = std::system(line.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read(file("out")), read(file("err"))};
+  }
+  json run_json(const std::string& arguments, int code = 0) const {
+    const Result r = run(arguments + " --json -");
+    EXPECT_EQ(r.code, code) << r.err;
+    json parsed = json::parse(r.out, nullptr, false);
+    EXPECT_FALSE(parsed.is_discarded()) << r.out;
+    return parsed;
+  }
+  // Exit code 2 and one sentence that holds `word`.
+  void expect_usage(const std::string& arguments, const std::string& word) const {
+    const Result r = run(arguments);
+    EXPECT_EQ(r.code, 2) << arguments << ": " << r.err;
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+    EXPECT_TRUE(r.err.starts_with("moesaic: ")) << r.err;
+    EXPECT_NE(r.err.find(word), std::string::npos) << arguments << ": " << r.err;
+    EXPECT_EQ(r.out, "") << arguments;
+  }
+
+  fs::path folder_;
+};
+
+TEST_F(Cli, VersionIsTheHeaders) {
+  const Result r = run("--version");
+  EXPECT_EQ(r.code, 0);
+  EXPECT_EQ(r.out, "moesaic " MOESAIC_VERSION_STRING "\n");
+  const std::string parts = std::to_string(MOESAIC_VERSION_MAJOR) + "." +
+                            std::to_string(MOESAIC_VERSION_MINOR) + "." +
+                            std::to_string(MOESAIC_VERSION_PATCH);
+  EXPECT_EQ(parts, MOESAIC_VERSION_STRING);
+}
+
+TEST_F(Cli, HelpNamesTheCommands) {
+  const Result r = run("--help");
+  EXPECT_EQ(r.code, 0);
+  for (const char* command : {"info", "inspect", "run", "verify", "bench", "quantize"})
+    EXPECT_NE(r.out.find(command), std::string::npos) << command;
+}
+
+TEST_F(Cli, InfoHoldsTheWholeMatrix) {
+  const json info = run_json("info");
+  EXPECT_EQ(info["version"], MOESAIC_VERSION_STRING);
+  std::set<std::string> cells;
+  for (const json& cell : info["matrix"]) {
+    cells.insert(cell["backend"].get<std::string>() + cell["scheme"].get<std::string>() +
+                 cell["format"].get<std::string>());
+    if (cell["backend"] == "cpu") EXPECT_TRUE(cell["supported"]) << cell;
+    if (!cell["supported"]) EXPECT_NE(cell["reason"], "") << cell;
+  }
+  EXPECT_EQ(cells.size(), 2u * 14u * 3u);
+}
+
+TEST_F(Cli, MistakesExitWithTwoAndOneSentence) {
+  expect_usage("", "subcommand");
+  expect_usage("dance", "dance");
+  expect_usage("info --colour", "--colour");
+  expect_usage("info --backend tpu", "tpu");
+  expect_usage("info --threads 0", "--threads");
+  expect_usage("info --kernels mmx", "mmx");
+  expect_usage("inspect", "checkpoint");
+  expect_usage("inspect " + file("missing"), "missing");
+  expect_usage("run --checkpoint " + kTiny, "--layer");
+  expect_usage("run --checkpoint " + kTiny + " --layer 99", "99");
+  expect_usage("run --checkpoint " + kTiny + " --layer 0 --tokens -1", "--tokens");
+  expect_usage("run --checkpoint " + kTiny + " --layer 0 --format heap", "heap");
+  expect_usage("run --checkpoint " + kTiny + " --layer 0 --top-k 999", "top_k");
+  expect_usage("run --checkpoint " + kTiny + " --layer 0 --input " + file("none"), "none");
+  expect_usage("verify --scheme int3", "int3");
+  expect_usage("verify --tokens many", "many");
+  expect_usage("bench --shape 8,64,64", "64");
+  expect_usage("bench --shape 2,64,64,3 --tokens 1", "top_k");
+  expect_usage("bench --tokens 0", "--tokens");
+  expect_usage("bench --shape 4,64,64,2 --load heavy", "heavy");
+  expect_usage("quantize " + kTiny + " " + file("q") + " --layer 0 --scheme int5", "int5");
+}
+
+TEST_F(Cli, GarbageFilesFailCleanly) {
+  std::ofstream(file("short.safetensors")) << "abc";
+  std::ofstream(file("noise.safetensors")) << std::string(4096, '\xff');
+  std::ofstream(file("empty.safetensors"));
+  for (const char* name : {"short.safetensors", "noise.safetensors", "empty.safetensors"}) {
+    expect_usage("inspect " + file(name), name);
+    expect_usage("run --checkpoint " + file(name) + " --layer 0", name);
+  }
+}
+
+TEST_F(Cli, VerifyListsItsCases) {
+  const json verified = run_json("verify --scheme int8_channel --limit 4");
+  ASSERT_EQ(verified["cases"].size(), 4u);
+  for (const json& c : verified["cases"]) {
+    EXPECT_EQ(c["status"], "passed") << c;
+    EXPECT_LE(c["ratio"].get<double>(), 1.0);
+  }
+  EXPECT_EQ(verified["failed"], 0);
+}
+
+TEST_F(Cli, BenchRowsHoldEveryField) {
+  const json bench = run_json("bench --shape 4,64,64,2 --tokens 1,3 --seconds 0.01 --scheme int8_channel");
+  ASSERT_EQ(bench["rows"].size(), 2u);
+  for (const json& row : bench["rows"]) {
+    for (const char* field :
+         {"backend", "device", "scheme", "format", "shape", "experts", "hidden", "intermediate",
+          "top_k", "tokens", "load", "ms_median", "ms_min", "ms_max", "runs", "active_experts",
+          "weight_bytes", "floor_ms", "floor_bound", "ratio_to_floor", "fraction_of_roof", "gflops",
+          "gbytes_s"})
+      EXPECT_TRUE(row.contains(field)) << field;
+    EXPECT_LE(row["ms_min"], row["ms_median"]);
+    EXPECT_LE(row["ms_median"], row["ms_max"]);
+    EXPECT_GT(row["floor_ms"].get<double>(), 0);
+    // One expert: fc1 [128, 64] and fc2 [64, 64] int8 with a scale per row.
+    const double expert = 192.0 * 64 + 192.0 * 4;
+    EXPECT_DOUBLE_EQ(row["weight_bytes"].get<double>(), row["active_experts"].get<double>() * expert);
+    EXPECT_NEAR(row["ratio_to_floor"].get<double>() * row["fraction_of_roof"].get<double>(), 1, 1e-9);
+  }
+  EXPECT_GT(bench["machine"]["probes"]["before"]["read_gbytes_s"].get<double>(), 0);
+  EXPECT_GT(bench["machine"]["probes"]["after"]["fma_gflops"].get<double>(), 0);
+}
+
+TEST_F(Cli, EveryFormatCanBeTimed) {
+  for (const char* format : {"sorted", "batched"}) {
+    const json bench = run_json(std::string("bench --shape 4,64,64,2 --tokens 5 --seconds 0.01 --load zipf --format ") + format);
+    EXPECT_EQ(bench["rows"][0]["format"], format);
+    EXPECT_EQ(bench["rows"][0]["load"], "zipf");
+  }
+}
+
+TEST_F(Cli, InspectTellsWhatIsThere) {
+  const json seen = run_json("inspect " + kTiny);
+  ASSERT_FALSE(seen["layers"].empty());
+  const json& layer = seen["layers"][0];
+  EXPECT_EQ(layer["scheme"], "bf16");
+  EXPECT_GT(layer["experts"].get<int>(), 1);
+  EXPECT_TRUE(layer["router"]);
+}
+
+TEST_F(Cli, RunIsRightAndRepeatable) {
+  const std::string base = "run --checkpoint " + kTiny + " --layer 0 --tokens 9 --seed 3";
+  const json first = run_json(base + " --output " + file("a.safetensors"));
+  EXPECT_EQ(first["checked_tokens"], 9);
+  EXPECT_LE(first["bound_ratio"].get<double>(), 1);
+  EXPECT_LE(first["relative_error"].get<double>(), 6e-3);
+  std::int64_t slots = 0;
+  for (const json& load : first["tokens_per_expert"]) slots += load.get<std::int64_t>();
+  EXPECT_EQ(slots, 9 * first["top_k"].get<std::int64_t>());
+
+  for (const char* format : {"standard", "sorted", "batched"}) {
+    run_json(base + " --threads 1 --format " + format + " --output " + file("b.safetensors"));
+    EXPECT_EQ(read(file("a.safetensors")), read(file("b.safetensors"))) << format;
+  }
+}
+
+TEST_F(Cli, RunTakesTensorsFromAFile) {
+  using namespace moesaic;
+  const json layer = run_json("inspect " + kTiny)["layers"][0];
+  const std::int64_t hidden = layer["hidden"], experts = layer["experts"], top_k = layer["top_k"];
+  std::vector<float> x(static_cast<std::size_t>(2 * hidden));
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = 0.01f * static_cast<float>(i % 97) - 0.5f;
+  // Token 0 wants the last experts, token 1 the first.
+  std::vector<float> logits(static_cast<std::size_t>(2 * experts));
+  for (std::int64_t e = 0; e < experts; ++e) {
+    logits[static_cast<std::size_t>(e)] = static_cast<float>(e);
+    logits[static_cast<std::size_t>(experts + e)] = -static_cast<float>(e);
+  }
+  const NamedTensor named[] = {
+      {"hidden_states", Tensor::contiguous(x.data(), DType::kF32, {2, hidden})},
+      {"router_logits", Tensor::contiguous(logits.data(), DType::kF32, {2, experts})}};
+  save_safetensors(file("x.safetensors"), named);
+  const std::string base = "run --checkpoint " + kTiny + " --layer 0 --input ";
+  run_json(base + file("x.safetensors") + " --output " + file("y.safetensors"));
+  const TensorFile y = TensorFile::open(file("y.safetensors"));
+  const Tensor output = y.tensor("output"), ids = y.tensor("topk_ids"), weights = y.tensor("topk_weights");
+  EXPECT_EQ(output.dtype, DType::kF32);  // of hidden_states
+  EXPECT_EQ(ids.as<std::int32_t>()[0], experts - 1);
+  EXPECT_EQ(ids.as<std::int32_t>()[top_k], 0);
+
+  // The same routing, given as ids and weights.
+  const NamedTensor again[] = {named[0], {"topk_ids", ids}, {"topk_weights", weights}};
+  save_safetensors(file("z.safetensors"), again);
+  run_json(base + file("z.safetensors") + " --output " + file("w.safetensors"));
+  EXPECT_EQ(read(file("y.safetensors")), read(file("w.safetensors")));
+
+  const NamedTensor lonely[] = {{"router_logits", named[1].tensor}};
+  save_safetensors(file("lonely.safetensors"), lonely);
+  expect_usage(base + file("lonely.safetensors"), "hidden_states");
+}
+
+TEST_F(Cli, NoTokensAreFine) {
+  const json none = run_json("run --checkpoint " + kTiny + " --layer 0 --tokens 0");
+  EXPECT_EQ(none["tokens"], 0);
+}
+
+TEST_F(Cli, QuantizedLayersRun) {
+  for (const char* scheme : {"fp8_block", "int8_channel", "int4_w4a16+g32+zp", "mxfp4_w4a16"}) {
+    const json made = run_json("quantize " + kTiny + " " + file("q.safetensors") +
+                               " --layer 0 --scheme " + scheme);
+    EXPECT_LT(made["bytes_after"].get<double>(), made["bytes_before"].get<double>());
+    const json ran = run_json("run --checkpoint " + file("q.safetensors") + " --layer 0 --tokens 4");
+    EXPECT_EQ(ran["scheme"], made["scheme"]);
+    EXPECT_LE(ran["bound_ratio"].get<double>(), 1) << ran;
+  }
+}
+
+TEST_F(Cli, NoColourAndNoProgressInAPipe) {
+  for (const std::string command :
+       {std::string("info"), "run --checkpoint " + kTiny + " --layer 0", "inspect " + kTiny}) {
+    const Result r = run(command);
+    EXPECT_EQ(r.code, 0) << r.err;
+    EXPECT_EQ(r.out.find('\x1b'), std::string::npos);
+    EXPECT_EQ(r.err, "");
+  }
+}
+
+}  // namespace

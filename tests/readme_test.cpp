@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// README.md tells the truth: its C++ example is examples/quickstart.cpp (which is compiled and run),
+// and its support matrix is the one that the command prints.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::string read(const std::string& name) {
+  std::ostringstream out;
+  out << std::ifstream(std::string(MOESAIC_SOURCE_DIR) + "/" + name).rdbuf();
+  return out.str();
+}
+
+// The text of the first block fenced with ```language that holds `word`.
+std::string block(const std::string& text, const std::string& language, const std::string& word) {
+  const std::string fence = "```" + language + "\n";
+  for (std::size_t at = text.find(fence); at != std::string::npos; at = text.find(fence, at)) {
+    at += fence.size();
+    const std::size_t end = text.find("```", at);
+    const std::string body = text.substr(at, end - at);
+    if (body.find(word) != std::string::npos) return body;
+    at = end + 3;
+  }
+  return {};
+}
+
+std::vector<std::string> lines(const std::string& text) {
+  std::vector<std::string> out;
+  std::istringstream stream(text);
+  for (std::string line; std::getline(stream, line);) out.push_back(line);
+  return out;
+}
+
+std::string output_of(const std::string& command) {
+  const std::unique_ptr<FILE, int (*)(FILE*)> pipe(popen(command.c_str(), "r"), pclose);
+  std::string out;
+  std::array<char, 4096> buffer;
+  while (const std::size_t n = std::fread(buffer.data(), 1, buffer.size(), pipe.get()))
+    out.append(buffer.data(), n);
+  return out;
+}
+
+// "bf16  yes  yes  yes  -  -  -" -> {"bf16", "yes", "yes", "yes", "-", ...}
+std::vector<std::string> words(const std::string& line) {
+  std::vector<std::string> out;
+  std::istringstream stream(line);
+  for (std::string word; stream >> word;)
+    if (word != "*") out.push_back(word);
+  return out;
+}
+
+TEST(Readme, ExampleIsTheOneThatIsCompiled) {
+  const std::string shown = block(read("README.md"), "cpp", "int main");
+  ASSERT_FALSE(shown.empty());
+  EXPECT_NE(read("examples/quickstart.cpp").find(shown), std::string::npos)
+      << "README.md's example differs from examples/quickstart.cpp";
+}
+
+TEST(Readme, CommandsAreThere) {
+  const std::string readme = read("README.md");
+  EXPECT_NE(readme.find("make demo"), std::string::npos);
+  EXPECT_NE(readme.find("make test"), std::string::npos);
+}
+
+// The CPU's columns; the CUDA columns depend on the machine that prints them.
+TEST(Readme, MatrixIsWhatTheCodePrints) {
+  const std::vector<std::string> shown = lines(block(read("README.md"), "text", "cpu: standard"));
+  int compared = 0;
+  for (const std::string& line : lines(output_of(std::string(MOESAIC_COMMAND) + " info"))) {
+    const std::vector<std::string> cells = words(line);
+    if (cells.size() != 7 || cells[1] == "cpu:") continue;
+    ++compared;
+    bool found = false;
+    for (const std::string& row : shown) {
+      const std::vector<std::string> theirs = words(row);
+      if (theirs.size() != 7 || theirs[0] != cells[0]) continue;
+      found = true;
+      for (int c = 1; c <= 3; ++c) EXPECT_EQ(theirs[c], cells[c]) << cells[0] << ", column " << c;
+    }
+    EXPECT_TRUE(found) << "README.md's matrix lacks " << cells[0];
+  }
+  EXPECT_EQ(compared, 14);
+}
+
+// Every page that README.md and docs/ point to exists.
+TEST(Readme, LinksLeadSomewhere) {
+  for (const std::string page : {"README.md", "docs/layer.md", "docs/schemes.md", "docs/errors.md",
+                                 "docs/environment.md", "docs/design.md", "docs/performance.md",
+                                 "docs/adding_a_scheme.md"}) {
+    const std::string text = read(page);
+    ASSERT_FALSE(text.empty()) << page;
+    const std::string folder = page.find('/') == std::string::npos ? "" : "docs/";
+    for (std::size_t at = text.find("]("); at != std::string::npos; at = text.find("](", at + 2)) {
+      const std::string link = text.substr(at + 2, text.find(')', at) - at - 2);
+      if (link.find("://") != std::string::npos || link.starts_with("#")) continue;
+      const std::string target = link.substr(0, link.find('#'));
+      EXPECT_TRUE(std::ifstream(std::string(MOESAIC_SOURCE_DIR) + "/" + folder + target).good())
+          << page << " points to " << target;
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// moesaic quantize: one layer into any scheme, in a layout that `run` and `inspect` read.
+#include <fmt/format.h>
+
+#include <filesystem>
+
+#include "tools/checkpoint_flags.h"
+#include "tools/command.h"
+
+namespace moesaic::tool {
+namespace {
+
+struct QuantizeFlags {
+  CheckpointFlags checkpoint;
+  std::string out, scheme;
+  std::int64_t layer = 0, group = -1;
+  bool zero_points = false;
+};
+
+int quantize(const QuantizeFlags& flags, const Common& common) {
+  apply(common);
+  const Output out(common);
+  QuantSpec quant = parse_quant(flags.scheme);
+  if (flags.group >= 0) quant.group_size = flags.group;
+  if (flags.zero_points) quant.zero_points = true;
+  const Checkpoint checkpoint = open(flags.checkpoint);
+  const CheckpointLayer& layer = checkpoint.layer(flags.layer);
+  {
+    Progress progress;
+    quantize_layer(checkpoint, flags.layer, quant, flags.out,
+                   [&](std::int64_t done, std::int64_t total) {
+                     progress.show(fmt::format("expert {} of {}", done, total));
+                   });
+  }
+  std::error_code error;
+  const std::uintmax_t size = std::filesystem::file_size(flags.out, error);
+  out.line(fmt::format("{} ({}): {} -> {}", layer.name, shape_text(layer), quant_text(layer.quant),
+                       quant_text(quant)));
+  out.line(fmt::format("{}: {} -> {}", flags.out, bytes_text(static_cast<double>(layer.bytes)),
+                       bytes_text(static_cast<double>(size))));
+  out.write_json({{"layer", flags.layer},
+                  {"from", quant_text(layer.quant)},
+                  {"scheme", name(quant.scheme)},
+                  {"quantization", quant_text(quant)},
+                  {"path", flags.out},
+                  {"bytes_before", layer.bytes},
+                  {"bytes_after", size}});
+  return 0;
+}
+
+}  // namespace
+
+Command add_quantize(CLI::App& parent) {
+  CLI::App* app = parent.add_subcommand("quantize", "Convert a checkpoint's layer into a scheme");
+  auto common = std::make_shared<Common>();
+  auto flags = std::make_shared<QuantizeFlags>();
+  app->add_option("checkpoint", flags->checkpoint.path,
+                  "a folder, a .safetensors file or an index.json")
+      ->required();
+  app->add_option("out", flags->out, "the .safetensors file to write")->required();
+  app->add_option("--layer", flags->layer, "the model's own number of the layer")->required();
+  app->add_option("--scheme", flags->scheme, "scheme, or a variant such as int4_w4a16+g64+zp")
+      ->required();
+  app->add_option("--group", flags->group, "elements of K per scale; 0: the whole of K")
+      ->check(CLI::Range(std::int64_t{0}, kMaxCount));
+  app->add_flag("--zero-points", flags->zero_points, "asymmetric, where the scheme can");
+  add_reading(*app, flags->checkpoint);
+  add_common(*app, *common);
+  return {app, [common, flags] { return quantize(*flags, *common); }};
+}
+
+}  // namespace moesaic::tool

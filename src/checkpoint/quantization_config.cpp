@@ -145,7 +145,8 @@ QuantizationConfig read_quantization(const ModelConfig& config) {
     return q;
   }
   q.refusal = fmt::format(
-      "{}: quant_method {} is not read; known: fp8, compressed-tensors, gptq, awq, mxfp4",
+      "{}: quant_method {} is not read; known: fp8, compressed-tensors, gptq, awq, mxfp4. If the "
+      "experts are stored as one of these stores them, name their scheme (--scheme)",
       config.file(), show_name(q.method));
   return q;
 }

@@ -84,6 +84,9 @@ StoredLayout detect_layout(const TensorFile& files, const ExpertNames& names,
                            CheckpointOptions::FusedLayout orientation,
                            const QuantizationConfig& quantization);
 
+// The second half of detect_layout: numbers, advertised, refusal and description, from the scales.
+void describe_numbers(const TensorFile& files, StoredLayout& layout);
+
 // One expert as `layout.numbers` describes it: views where the bytes are already right, copies in
 // `arena` where they are not. `fc1` and `fc2` resolve layout.numbers.
 struct ProductSpecs {

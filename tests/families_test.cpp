@@ -406,6 +406,30 @@ TEST(Families, IncompleteOrContradictoryFiles) {
   EXPECT_THROW(Checkpoint::open("/nowhere/at/all"), Error);
 }
 
+// The format does not promise alignment; only the official writer does.
+TEST(Families, MisalignedTensorsAreCopied) {
+  Model m;
+  m.per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
+  m.router("model.layers.0.mlp.gate.weight");
+  m.open();
+  const std::string path = m.path() + "/model.safetensors";
+  std::string bytes;
+  {
+    std::ifstream in(path, std::ios::binary);
+    bytes.assign(std::istreambuf_iterator<char>(in), {});
+  }
+  std::uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), 8);
+  bytes.insert(8 + header, 1, ' ');  // one more space ends the header
+  ++header;
+  std::memcpy(bytes.data(), &header, 8);
+  std::ofstream(path, std::ios::binary) << bytes;
+  const Checkpoint c = Checkpoint::open(m.path());
+  expect_same_layer(m, c, 0);
+  const HostRouter router = c.router(0);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(router.weights.weight.data) % 2, 0u);
+}
+
 // What the native layout says about itself must fit its tensors.
 TEST(Families, NativeMetadataIsChecked) {
   Model m;

@@ -159,6 +159,7 @@ class MOESAIC_API Checkpoint {
                                          const QuantSpec& quant, const std::string& out_path,
                                          const LoadProgress& progress);
   struct Impl;
+  struct Kept;
   std::shared_ptr<const Impl> impl_;
 };
 

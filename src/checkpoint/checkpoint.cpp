@@ -12,6 +12,7 @@
 #include "checkpoint/files.h"
 #include "checkpoint/layer_source.h"
 #include "checkpoint/native.h"
+#include "checkpoint/slice.h"
 #include "checkpoint/writer.h"
 
 namespace moesaic {
@@ -157,21 +158,22 @@ struct Checkpoint::Impl {
             .activation = {}};
   }
 
-  RouterWeights router(const LayerSource& s) const {
-    const auto vector = [&](const std::string& name) {
-      if (name.empty()) return Tensor{};
-      const Tensor t = files.tensor(name);  // ERNIE keeps [1, E]
-      return Tensor::contiguous(t.data, t.dtype, {t.numel()});
+  RouterWeights router(const LayerSource& s, Arena& arena) const {
+    const auto read = [&](const std::string& name) {
+      return name.empty() ? Tensor{} : read_floats(files, name, arena);
     };
-    return {.weight = s.router.weight.empty() ? Tensor{} : files.tensor(s.router.weight),
-            .bias = vector(s.router.bias),
-            .selection_bias = vector(s.router.selection_bias)};
+    return {.weight = read(s.router.weight),
+            .bias = flat(read(s.router.bias)),
+            .selection_bias = flat(read(s.router.selection_bias))};
   }
 
-  Tensor shared_gate(const LayerSource& s) const {
-    if (s.shared_gate.empty()) return {};
-    const Tensor t = files.tensor(s.shared_gate);
-    return Tensor::contiguous(t.data, t.dtype, {t.numel()});
+  Tensor shared_gate(const LayerSource& s, Arena& arena) const {
+    return s.shared_gate.empty() ? Tensor{} : flat(read_floats(files, s.shared_gate, arena));
+  }
+
+  // [1, E] (ERNIE's bias, Qwen's gate) as [E].
+  static Tensor flat(const Tensor& t) {
+    return t.defined() ? Tensor::contiguous(t.data, t.dtype, {t.numel()}) : Tensor{};
   }
 
   void check_config(const LayerSource& s, const LayerConfig& c) const {
@@ -188,6 +190,13 @@ struct Checkpoint::Impl {
                           name(c.activation.kind), is_gated(c.activation.kind) ? "" : "not ",
                           s.experts.gated ? "gated" : "not"));
   }
+};
+
+// What host weights point into: the map, and what had to be copied.
+struct Checkpoint::Kept {
+  explicit Kept(std::shared_ptr<const Impl> i) : impl(std::move(i)) {}
+  std::shared_ptr<const Impl> impl;
+  Arena arena;
 };
 
 Checkpoint Checkpoint::open(const std::string& path, const CheckpointOptions& options) {
@@ -292,12 +301,11 @@ void Checkpoint::load(std::int64_t index, Layer& layer, const LoadProgress& prog
     if (!impl_->native) release_expert(impl_->files, s.experts, e);
     if (progress) progress(i + 1, count);
   }
-  if (c.shared_experts > 0) {
-    Arena arena;
+  Arena arena;
+  if (c.shared_experts > 0)
     layer.load_shared(impl_->shared(s, c.quant, intermediate_dtype(c), arena),
-                      impl_->shared_gate(s));
-  }
-  const RouterWeights router = impl_->router(s);
+                      impl_->shared_gate(s, arena));
+  const RouterWeights router = impl_->router(s, arena);
   if (router.weight.defined() || router.bias.defined() || router.selection_bias.defined())
     layer.set_router(router);
 }
@@ -306,11 +314,7 @@ HostWeights Checkpoint::expert(std::int64_t index, const LayerConfig& config,
                                std::int64_t global_expert) const {
   const LayerSource& s = impl_->source(index);
   impl_->check_config(s, config);
-  struct Kept {
-    std::shared_ptr<const Impl> impl;
-    Arena arena;
-  };
-  const auto kept = std::make_shared<Kept>(Kept{impl_, {}});
+  const auto kept = std::make_shared<Kept>(impl_);
   HostWeights out{.weights = impl_->expert(s, config.quant, intermediate_dtype(config),
                                            global_expert, kept->arena),
                   .storage = kept};
@@ -333,19 +337,18 @@ HostWeights Checkpoint::experts(std::int64_t index, const LayerConfig& config) c
 
 HostShared Checkpoint::shared(std::int64_t index, const LayerConfig& config) const {
   const LayerSource& s = impl_->source(index);
-  struct Kept {
-    std::shared_ptr<const Impl> impl;
-    Arena arena;
-  };
-  const auto kept = std::make_shared<Kept>(Kept{impl_, {}});
+  const auto kept = std::make_shared<Kept>(impl_);
   HostShared out{.weights = impl_->shared(s, config.quant, intermediate_dtype(config), kept->arena),
-                 .gate = impl_->shared_gate(s),
+                 .gate = impl_->shared_gate(s, kept->arena),
                  .storage = kept};
   return out;
 }
 
 HostRouter Checkpoint::router(std::int64_t index) const {
-  return {.weights = impl_->router(impl_->source(index)), .storage = impl_};
+  const LayerSource& s = impl_->source(index);
+  const auto kept = std::make_shared<Kept>(impl_);
+  HostRouter out{.weights = impl_->router(s, kept->arena), .storage = kept};
+  return out;
 }
 
 void quantize_layer(const Checkpoint& checkpoint, std::int64_t index, const QuantSpec& quant,
@@ -361,14 +364,14 @@ void quantize_layer(const Checkpoint& checkpoint, std::int64_t index, const Quan
   // What is written beside the experts is small and kept; the experts come one by one.
   Arena arena;
   std::vector<NamedTensor> small;
-  const RouterWeights router = impl.router(s);
+  const RouterWeights router = impl.router(s, arena);
   for (const auto& [name, tensor] : {std::pair{"router.weight", &router.weight},
                                      {"router.bias", &router.bias},
                                      {"router.selection_bias", &router.selection_bias}})
     if (tensor->defined()) small.push_back({name, *tensor});
   if (s.layer.shared_experts > 0)
     append_native("shared.", impl.shared(s, quant, dtype, arena), small);
-  if (const Tensor gate = impl.shared_gate(s); gate.defined())
+  if (const Tensor gate = impl.shared_gate(s, arena); gate.defined())
     small.push_back({"shared.gate", gate});
 
   const auto expert_tensors = [&](std::int64_t e, Arena& memory) {

@@ -100,7 +100,8 @@ std::string first_there(const TensorFile& files, const std::string& prefix,
 
 void expect_shape(const TensorFile& files, const std::string& name, std::int64_t numel,
                   std::optional<std::int64_t> rows) {
-  const Tensor t = files.tensor(name);
+  Arena arena;
+  const Tensor t = read_floats(files, name, arena);
   const bool ok =
       is_float(t.dtype) && t.numel() == numel && (!rows || (t.rank == 2 && t.shape[0] == *rows));
   if (!ok)

@@ -103,6 +103,23 @@ Slice require_slice(const TensorFile& files, const ExpertNames& names, std::stri
       show_name(base_name(names, projection, expert)), kWhat[static_cast<int>(role)]));
 }
 
+Tensor read_floats(const TensorFile& files, const std::string& name, Arena& arena) {
+  const StoredTensor* stored = files.find(name);
+  const auto dtype = find_stored_dtype(stored->dtype)->view;
+  if (!dtype || !is_float(*dtype) || stored->shape.empty() ||
+      stored->shape.size() > static_cast<std::size_t>(Tensor::kMaxRank))
+    corrupt(fmt::format("tensor {}: expected floats of up to {} dimensions, got {}",
+                        show_name(name), Tensor::kMaxRank, stored->dtype));
+  const std::byte* data = stored->data;
+  if (reinterpret_cast<std::uintptr_t>(data) % size_of(*dtype) != 0) {
+    std::byte* copy = arena.allocate(stored->bytes);
+    std::memcpy(copy, data, stored->bytes);
+    data = copy;
+  }
+  return Tensor::contiguous(data, *dtype, stored->shape.data(),
+                            static_cast<int>(stored->shape.size()));
+}
+
 std::vector<std::int64_t> load_integers(const Slice& slice) {
   if (slice.dtype != DType::kI32 && slice.dtype != DType::kI64)
     corrupt(fmt::format("tensor {}: expected I32 or I64", show_name(slice.stored->name)));

@@ -33,6 +33,10 @@ std::optional<Slice> find_slice(const TensorFile& files, const ExpertNames& name
 Slice require_slice(const TensorFile& files, const ExpertNames& names, std::string_view projection,
                     Role role, std::int64_t expert);
 
+// A whole tensor of floats: a view, or an aligned copy in `arena`. The safetensors library always
+// aligns; others may not.
+Tensor read_floats(const TensorFile& files, const std::string& name, Arena& arena);
+
 std::vector<std::int64_t> load_integers(const Slice& slice);  // I32 or I64; small tensors
 // Whether column k belongs to group k / group_size (0: all to group 0): no act-order.
 bool in_order(const Slice& order, std::int64_t group_size);

@@ -138,16 +138,13 @@ Selection Selector::select() {
   if (spec_.method == RoutingMethod::kSparseMixer) return sparse_mixer();
   const bool grouped = is_grouped(spec_);
   // Softmax and sigmoid are monotone: where neither a bias nor a sum of two comes in, z itself is
-  // compared, which does not saturate. Two methods select by z in any case.
-  const bool by_z =
-      spec_.method == RoutingMethod::kRenormalize || spec_.method == RoutingMethod::kLlama4;
-  const bool by_score =
-      !by_z && (biased_ || (grouped && spec_.method == RoutingMethod::kDeepSeekV3));
+  // compared, which does not saturate.
+  const bool by_score = biased_ || (grouped && spec_.method == RoutingMethod::kDeepSeekV3);
   const float factor = score();
   const float* c = z_.data();
-  if (by_score || biased_) {
+  if (by_score) {
     for (std::int64_t e = 0; e < experts_; ++e)
-      c_[e] = (by_score ? p_[e] * factor : z_[e]) + (biased_ ? bias_[e] : 0.0f);
+      c_[e] = p_[e] * factor + (biased_ ? bias_[e] : 0.0f);
     c = c_.data();
   }
   if (grouped) keep_groups(c);
@@ -188,7 +185,6 @@ Selection Selector::sparse_mixer() {
   std::copy_n(z_.data(), experts_, c_.data());  // what is left; picked: -inf
   std::fill_n(eligible_.data(), experts_, true);
   Selection out;
-  float total = 0.0f;
   for (std::int64_t j = 0; j < top_k_; ++j) {
     Best best(1);
     for (std::int64_t e = 0; e < experts_; ++e)
@@ -203,14 +199,9 @@ Selection Selector::sparse_mixer() {
       const bool masked = (top - z_[e]) / reach > 2.0f * spec_.jitter;
       p_[e] = masked ? kLowest : c_[e];
     }
-    out.weights[j] = 1.0f / kernels_.exponentials(p_.data(), top, experts_, p_.data());
-    total += out.weights[j];
+    out.weights[j] = spec_.scale / kernels_.exponentials(p_.data(), top, experts_, p_.data());
     eligible_[id] = false;
     c_[id] = kLowest;
-  }
-  for (std::int64_t j = 0; j < top_k_; ++j) {
-    if (spec_.renormalize == Renormalize::kAlways) out.weights[j] /= total;
-    out.weights[j] *= spec_.scale;
   }
   return out;
 }

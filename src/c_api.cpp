@@ -488,6 +488,19 @@ moesaic_status moesaic_set_kernels(moesaic_device_type type, const char* level) 
       [&] { set_kernels(to_enum<DeviceType>("type", type, 2), &needed("level", level)); });
 }
 
+moesaic_status moesaic_available_kernels(moesaic_device_type type, char* out, size_t size) {
+  return guarded([&] {
+    std::string text;
+    for (const std::string& level : available_kernels(to_enum<DeviceType>("type", type, 2)))
+      text += (text.empty() ? "" : ",") + level;
+    needed("out", out);
+    if (text.size() >= size)
+      invalid("size: expected " + std::to_string(text.size() + 1) + " bytes or more, got " +
+              std::to_string(size));
+    copy_text(text, out, size);
+  });
+}
+
 moesaic_status moesaic_set_log_sink(moesaic_log_sink sink, void* user) {
   return guarded([&] {
     if (sink == nullptr) return set_log_sink({});

@@ -5,10 +5,77 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 
 #include "check.h"
 
 namespace moesaic::c {
+namespace {
+
+// The C enumerations are the C++ ones, number by number.
+template <typename E>
+constexpr bool counts_up(std::initializer_list<E> cpp, std::initializer_list<int> c) {
+  int i = 0;
+  for (const E e : cpp)
+    if (static_cast<int>(e) != i++) return false;
+  i = 0;
+  for (const int v : c)
+    if (v != i++) return false;
+  return cpp.size() == c.size();
+}
+using enum DType;
+static_assert(counts_up({kF32, kF16, kBF16, kF8E4M3, kE8M0, kI8, kU8, kI32, kI64},
+                        {MOESAIC_F32, MOESAIC_F16, MOESAIC_BF16, MOESAIC_FP8_E4M3, MOESAIC_E8M0,
+                         MOESAIC_I8, MOESAIC_U8, MOESAIC_I32, MOESAIC_I64}));
+static_assert(
+    counts_up({Scheme::kF32, Scheme::kF16, Scheme::kBF16, Scheme::kFp8Tensor, Scheme::kFp8Channel,
+               Scheme::kFp8Block, Scheme::kFp8W8A16, Scheme::kInt8Channel, Scheme::kInt8Block,
+               Scheme::kInt8W8A16, Scheme::kInt4W4A16, Scheme::kInt4W4A8Fp8, Scheme::kInt4W4A8Int8,
+               Scheme::kMxfp4W4A16},
+              {MOESAIC_SCHEME_F32, MOESAIC_SCHEME_F16, MOESAIC_SCHEME_BF16,
+               MOESAIC_SCHEME_FP8_TENSOR, MOESAIC_SCHEME_FP8_CHANNEL, MOESAIC_SCHEME_FP8_BLOCK,
+               MOESAIC_SCHEME_FP8_W8A16, MOESAIC_SCHEME_INT8_CHANNEL, MOESAIC_SCHEME_INT8_BLOCK,
+               MOESAIC_SCHEME_INT8_W8A16, MOESAIC_SCHEME_INT4_W4A16, MOESAIC_SCHEME_INT4_W4A8_FP8,
+               MOESAIC_SCHEME_INT4_W4A8_INT8, MOESAIC_SCHEME_MXFP4_W4A16}));
+static_assert(counts_up({WeightScale::kDefault, WeightScale::kTensor, WeightScale::kChannel,
+                         WeightScale::kBlock, WeightScale::kGroup},
+                        {MOESAIC_WEIGHT_SCALE_DEFAULT, MOESAIC_WEIGHT_SCALE_TENSOR,
+                         MOESAIC_WEIGHT_SCALE_CHANNEL, MOESAIC_WEIGHT_SCALE_BLOCK,
+                         MOESAIC_WEIGHT_SCALE_GROUP}));
+static_assert(counts_up({ActScale::kDefault, ActScale::kTensorStatic, ActScale::kTensorDynamic,
+                         ActScale::kToken, ActScale::kGroup},
+                        {MOESAIC_ACT_SCALE_DEFAULT, MOESAIC_ACT_SCALE_TENSOR_STATIC,
+                         MOESAIC_ACT_SCALE_TENSOR_DYNAMIC, MOESAIC_ACT_SCALE_TOKEN,
+                         MOESAIC_ACT_SCALE_GROUP}));
+static_assert(counts_up({Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
+                         Activation::kRelu, Activation::kRelu2, Activation::kIdentity,
+                         Activation::kSwiglu, Activation::kGeglu, Activation::kGegluTanh,
+                         Activation::kSwigluOai, Activation::kSwigluClamp, Activation::kSwigluStep},
+                        {MOESAIC_SILU, MOESAIC_GELU, MOESAIC_GELU_TANH, MOESAIC_RELU, MOESAIC_RELU2,
+                         MOESAIC_IDENTITY, MOESAIC_SWIGLU, MOESAIC_GEGLU, MOESAIC_GEGLU_TANH,
+                         MOESAIC_SWIGLU_OAI, MOESAIC_SWIGLU_CLAMP, MOESAIC_SWIGLU_STEP}));
+static_assert(counts_up(
+    {RoutingMethod::kSoftmaxTopK, RoutingMethod::kRenormalize, RoutingMethod::kDeepSeekV3,
+     RoutingMethod::kDeepSeekV2, RoutingMethod::kLlama4, RoutingMethod::kTopK,
+     RoutingMethod::kSigmoidRenorm, RoutingMethod::kMiniMax2, RoutingMethod::kSigmoid,
+     RoutingMethod::kSqrtSoftplus, RoutingMethod::kSparseMixer, RoutingMethod::kSoftmaxBias},
+    {MOESAIC_ROUTING_SOFTMAX_TOPK, MOESAIC_ROUTING_RENORMALIZE, MOESAIC_ROUTING_DEEPSEEK_V3,
+     MOESAIC_ROUTING_DEEPSEEK_V2, MOESAIC_ROUTING_LLAMA4, MOESAIC_ROUTING_TOPK,
+     MOESAIC_ROUTING_SIGMOID_RENORM, MOESAIC_ROUTING_MINIMAX2, MOESAIC_ROUTING_SIGMOID,
+     MOESAIC_ROUTING_SQRTSOFTPLUS, MOESAIC_ROUTING_SPARSEMIXER, MOESAIC_ROUTING_SOFTMAX_BIAS}));
+static_assert(static_cast<int>(ErrorCode::kInvalidArgument) == MOESAIC_INVALID_ARGUMENT &&
+              static_cast<int>(ErrorCode::kInternal) == MOESAIC_INTERNAL);
+static_assert(static_cast<int>(Format::kBatched) == MOESAIC_BATCHED &&
+              static_cast<int>(Accumulate::kAdd) == MOESAIC_ADD &&
+              static_cast<int>(RowOrder::kSorted) == MOESAIC_BY_POSITION &&
+              static_cast<int>(WeightOn::kInput) == MOESAIC_WEIGHT_ON_INPUT &&
+              static_cast<int>(GateOrder::kUpFirst) == MOESAIC_UP_FIRST &&
+              static_cast<int>(GateLayout::kInterleaved) == MOESAIC_INTERLEAVED &&
+              static_cast<int>(Int8Rounding::kTruncate) == MOESAIC_INT8_TRUNCATE &&
+              static_cast<int>(Renormalize::kAlways) == MOESAIC_NORMALIZE_ALWAYS &&
+              static_cast<int>(DeviceType::kCuda) == MOESAIC_CUDA);
+
+}  // namespace
 
 void read_struct(const char* argument, const void* given, std::size_t known, void* out) {
   if (given == nullptr) invalid(fmt::format("{}: expected a struct, got NULL", argument));

@@ -433,6 +433,7 @@ static void serial_hook(void* user, int32_t n, moesaic_parallel_body body, void*
 static void test_process(void) {
   moesaic_device_info info = MOESAIC_DEVICE_INFO;
   int32_t count = 0;
+  char levels[256];
   EXPECT(strcmp(moesaic_version(), MOESAIC_VERSION_STRING) == 0);
   EXPECT_OK(moesaic_device_count(&count));
   EXPECT(count >= 1);
@@ -445,6 +446,9 @@ static void test_process(void) {
   EXPECT_OK(moesaic_set_parallel_hook(serial_hook, &hook_calls));
   test_layer();
   EXPECT_OK(moesaic_set_parallel_hook(NULL, NULL));
+  EXPECT_OK(moesaic_available_kernels(MOESAIC_CPU, levels, sizeof levels));
+  EXPECT(strncmp(levels, "scalar", 6) == 0);
+  EXPECT(moesaic_available_kernels(MOESAIC_CPU, levels, 3) == MOESAIC_INVALID_ARGUMENT);
   EXPECT(moesaic_set_kernels(MOESAIC_CPU, "abacus") != MOESAIC_OK);
   EXPECT_OK(moesaic_set_kernels(MOESAIC_CPU, "scalar"));
   test_layer();

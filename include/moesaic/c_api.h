@@ -622,6 +622,9 @@ MOESAIC_C_API moesaic_status moesaic_set_parallel_hook(moesaic_parallel_hook hoo
 
 /* "scalar", "avx2", "avx512", ... or "sm80", "sm90a"; "": the best. Layers made afterwards. */
 MOESAIC_C_API moesaic_status moesaic_set_kernels(moesaic_device_type type, const char* level);
+/* The levels of this machine, best last, as "scalar,avx2,avx512" in out[0 .. size). */
+MOESAIC_C_API moesaic_status moesaic_available_kernels(moesaic_device_type type, char* out,
+                                                       size_t size);
 
 /* Where the library says what it has to say; it never prints. NULL: nowhere. */
 typedef void (*moesaic_log_sink)(void* user, const char* message);

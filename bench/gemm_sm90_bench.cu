@@ -79,7 +79,7 @@ class Bench {
     if (fp8_) {
       const std::size_t cells = s_.experts * (2 * s_.intermediate / 128 + 1) * (s_.hidden / 128 + 1);
       scale_ = floats(cells, 1.0f / 64);
-      a_scale_ = floats(8192 * s_.top_k * (s_.hidden / 128 + 1), 1.0f / 64);
+      a_scale_ = floats(8192 * s_.top_k * (std::max(s_.hidden, s_.intermediate) / 128 + 1), 1.0f / 64);
     }
   }
 

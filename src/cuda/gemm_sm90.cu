@@ -19,7 +19,9 @@ enum class Kernel : int { kNarrow, kMiddle, kWide, kWidest, kNarrowHalf };
 constexpr int kKernels = 5;
 
 struct KernelTraits {
-  int tokens, rows, stage_rows;  // stage_rows: weight rows that a stage has room for
+  int tokens, rows;  // of a task
+  int pair;          // CTAs that run it together
+  int per_sm;        // CTAs that fit into an SM
   void (*launch)(const Params&, int, cudaStream_t);
   const char* text;
 };
@@ -27,19 +29,13 @@ struct KernelTraits {
 template <Element E>
 KernelTraits traits_of(Kernel kernel) {
   switch (kernel) {
-    case Kernel::kNarrow: return {16, 64, 64, launch_gemm<Narrow<E>>, "16 tokens x 64 rows"};
-    case Kernel::kNarrowHalf: return {16, 32, 64, launch_gemm<Narrow<E>>, "16 tokens x 32 rows"};
-    case Kernel::kMiddle: return {64, 128, 128, launch_gemm<Middle<E>>, "64 tokens x 128 rows"};
-    default: break;
+    case Kernel::kNarrow: return {16, 64, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 64 rows"};
+    case Kernel::kNarrowHalf: return {16, 32, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 32 rows"};
+    case Kernel::kMiddle: return {64, 128, 1, 1, launch_gemm<Middle<E>>, "64 tokens x 128 rows"};
+    case Kernel::kWide: return {128, 128, 1, 1, launch_gemm<Wide<E>>, "128 tokens x 128 rows"};
+    case Kernel::kWidest: return {256, 256, 2, 1, launch_gemm<Widest<E>>, "256 tokens x 256 rows, CTA pairs"};
   }
-  if constexpr (E == Element::kE4M3) {
-    return {128, 256, 256, launch_gemm<WidestFp8<E>>, "128 tokens x 256 rows"};
-  } else {
-    if (kernel == Kernel::kWide) {
-      return {128, 128, 128, launch_gemm<Wide<E>>, "128 tokens x 128 rows"};
-    }
-    return {256, 128, 128, launch_gemm<Widest<E>>, "256 tokens x 128 rows"};
-  }
+  return {};
 }
 
 KernelTraits traits_of(Element element, Kernel kernel) {
@@ -83,11 +79,11 @@ std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTr
   const std::int64_t mean = slots / (fc1.experts > 0 ? fc1.experts : 1);
   if (mean <= 9) return 16;
   if (mean <= 50) return 64;
-  if (mean <= 108 || fc1.format == WeightFormat::kE4M3) return 128;
+  if (mean <= 108) return 128;
   return 256;
 }
 
-// The 256-row e4m3 kernel takes one scale for two blocks of 64 weight rows: they must share it.
+// The widest kernel takes one scale for its two blocks of 64 weight rows.
 bool blocks_share_scales(const WeightSpec& spec, std::int64_t columns, bool gated) {
   if (!block_scaled(spec) || spec.scale.group_n >= spec.n) return true;
   return spec.scale.group_n % 128 == 0 && (!gated || columns % 64 == 0);
@@ -95,11 +91,9 @@ bool blocks_share_scales(const WeightSpec& spec, std::int64_t columns, bool gate
 
 Kernel kernel_for(const GemmStage& stage, Element element, std::int64_t columns, bool gated,
                   const DeviceTraits& device) {
-  const bool wide = element != Element::kE4M3 || blocks_share_scales(stage.b->spec, columns, gated);
-  const int forced = stage.tactic == static_cast<int>(Kernel::kWide) && !wide ? -1 : stage.tactic;
-  if (forced >= 0 && forced < kKernels && !(element == Element::kE4M3 && forced == 3)) {
-    return static_cast<Kernel>(forced);
-  }
+  const bool widest = element != Element::kE4M3 || blocks_share_scales(stage.b->spec, columns, gated);
+  const int forced = stage.tactic == static_cast<int>(Kernel::kWidest) && !widest ? -1 : stage.tactic;
+  if (forced >= 0 && forced < kKernels) return static_cast<Kernel>(forced);
   const std::int64_t rows = stage.rows.tile_rows;
   if (rows <= 16) {
     // Too few tasks to occupy the machine: halve them. The idle half of the instruction costs nothing
@@ -108,16 +102,14 @@ Kernel kernel_for(const GemmStage& stage, Element element, std::int64_t columns,
     const std::int64_t tasks = stage.rows.max_tiles * ceil_div(weight_rows, 64);
     return tasks * 4 <= device.sm_count * 3 ? Kernel::kNarrowHalf : Kernel::kNarrow;
   }
-  if (rows <= 64 || !wide) return Kernel::kMiddle;
-  if (rows <= 128 || element == Element::kE4M3) return Kernel::kWide;
-  return Kernel::kWidest;
+  if (rows <= 64) return Kernel::kMiddle;
+  return rows <= 128 || !widest ? Kernel::kWide : Kernel::kWidest;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
   std::vector<Tactic> list;
   const Element element = element_of(spec.format);
   for (int i = 0; i < kKernels; ++i) {
-    if (element == Element::kE4M3 && static_cast<Kernel>(i) == Kernel::kWidest) continue;
     list.push_back({i, std::string("wgmma ") + traits_of(element, static_cast<Kernel>(i)).text});
   }
   return list;
@@ -166,13 +158,14 @@ void encode(CUtensorMap& map, const void* data, Element element, const Extent<kR
 
 // Gate and up rows are brought together by the map: 8 rows of gate, 8 of up, and so on, whichever way
 // the caller's N lies. So a thread's accumulators hold gate and up of the same column.
-void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std::int64_t k, int chunk_k) {
+void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std::int64_t k, int chunk_k,
+                int box_rows) {
   const std::int64_t bytes = element == Element::kE4M3 ? 1 : 2;
   const auto row = static_cast<cuuint64_t>(w.strides[1] * bytes);
   const auto expert = static_cast<cuuint64_t>(w.shape[0] > 1 ? w.strides[0] * bytes : n * w.strides[1] * bytes);
   const auto size_k = static_cast<cuuint64_t>(k), experts = static_cast<cuuint64_t>(p.experts);
   const auto half = static_cast<cuuint64_t>(p.columns);
-  const auto box_k = static_cast<cuuint32_t>(chunk_k), rows = static_cast<cuuint32_t>(p.task_rows);
+  const auto box_k = static_cast<cuuint32_t>(chunk_k), rows = static_cast<cuuint32_t>(box_rows);
   Extent<5> extent;
   if (!p.gated) {
     extent = {{size_k, static_cast<cuuint64_t>(n), 1, 1, experts},
@@ -287,9 +280,9 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const Kernel kernel = kernel_for(stage, element, p.columns, p.gated, device);
   const KernelTraits traits = traits_of(element, kernel);
   p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, traits.tokens));
+  p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows % 16 == 0;
   p.task_rows = traits.rows;
   p.row_tasks = static_cast<std::int32_t>(ceil_div(p.gated ? 2 * p.columns : p.columns, traits.rows));
-  p.group_tiles = 16;
   p.settled = stage.tile_age == TileAge::kSettled;
   p.a_row = stage.a_row;
   p.c_row = stage.c_row;
@@ -303,7 +296,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   set_output(p, stage.c);
 
   const auto chunk_k = static_cast<int>(128 / bytes);
-  weight_map(p, w, element, spec.n, spec.k, chunk_k);
+  weight_map(p, w, element, spec.n, spec.k, chunk_k, traits.rows / traits.pair);
   // Consecutive rows come by TMA, but for the narrow tiles: a box would bring rows that nobody wants.
   const std::int64_t a_rows = stage.a.rank == 3 ? stage.a.shape[0] * stage.a.shape[1] : stage.a.shape[0];
   p.token_load = stage.a_row == RowOf::kPosition && p.a_rows.inner == 0 && traits.tokens >= 64
@@ -313,13 +306,16 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
     encode<2>(p.tokens, stage.a.data, element,
               {{static_cast<cuuint64_t>(spec.k), static_cast<cuuint64_t>(a_rows)},
                {static_cast<cuuint64_t>(p.a_rows.stride * 16)},
-               {static_cast<cuuint32_t>(chunk_k), 64}},
+               {static_cast<cuuint32_t>(chunk_k), kTokenBox}},
               "a");
   } else if (a_rows * (p.a_rows.inner ? p.a_rows.outer : p.a_rows.stride) > 0xffffffffLL) {
     unsupported("a: rows beyond 64 GiB cannot be gathered; split the tokens over several calls");
   }
   const std::int64_t tasks = stage.rows.max_tiles * p.sub_tiles * p.row_tasks;
-  traits.launch(p, static_cast<int>(tasks < device.sm_count ? tasks : device.sm_count), stream);
+  const std::int64_t teams = device.sm_count * traits.per_sm / traits.pair;
+  const std::int64_t group = ceil_div(teams, p.row_tasks);
+  p.group_tiles = static_cast<std::int32_t>(group < 16 ? group : 16);
+  traits.launch(p, static_cast<int>(tasks < teams ? tasks : teams) * traits.pair, stream);
 }
 
 bool never(const WeightSpec&) { return false; }

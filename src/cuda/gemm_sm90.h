@@ -20,8 +20,10 @@ using ptx::Element;
 
 // --- shapes of the kernels ------------------------------------------------------------------------
 // A stage holds kChunks chunks of 128 bytes of K for kBlocks * 64 weight rows of each consumer
-// warpgroup and for kTokens tokens.
-template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_, int kStages_>
+// warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each loads
+// half and sends it to both) and halve its tokens: L2 then delivers two thirds of the bytes.
+template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_, int kStages_,
+          int kPair_ = 1>
 struct Shape {
   static constexpr Element kElement = kElement_;
   static constexpr int kTokens = kTokens_;
@@ -29,42 +31,53 @@ struct Shape {
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kChunks = kChunks_;
   static constexpr int kStages = kStages_;
+  static constexpr int kPair = kPair_;
 
   static constexpr bool kPromotes = kElement == Element::kE4M3;
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
   static constexpr int kChunkK = 128 / kElementBytes;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kPerSm = kWarpgroups == 1 ? 2 : 1;
 
   // Shared memory. Matrices are aligned to the swizzle atom.
   static constexpr int kWeightBytes = kRows * 128;  // of one chunk
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
   static constexpr int kScaleBytes = kPromotes ? kChunks * kTokens * 4 : 0;  // of one stage
-  // Epilogue of one warpgroup: two buffers of up to 32 tokens x 64 rows, what it must know of its
-  // tokens (offset of the C row; two factors), and of its rows (factor, bias).
+  // Epilogue of one warpgroup: two buffers of up to 32 tokens x 64 rows of 16 bits, or 16 tokens in fp32;
+  // and what it must know of its weight rows (factor, bias), of this task and of the next.
   static constexpr int kPitch = 144;  // bytes per token: 128 and 16, so that eight rows hit all banks
-  static constexpr int kBufferBytes = 32 * kPitch;
-  static constexpr int kEpilogueBytes = 2 * kBufferBytes + kTokens * 16 + kBlocks * 64 * 8;
+  static constexpr int kBufferBytes = kTokens < 32 ? 16 * 68 * 4 : 32 * kPitch;
+  static constexpr int kEpilogueBytes = 2 * (kBufferBytes + kBlocks * 64 * 8);
+  // A task on its way to the multiplying warps, and its tokens: offset of the C row and two factors. Every
+  // task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
   static constexpr int kTaskBytes = 32;
-  static constexpr int kGatherBytes = (kTokens + 15) / 12 * 12 * 4;  // offsets of gathered rows
-  static constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + kScaleBytes) +
-                                      kWarpgroups * kEpilogueBytes + (kStages + 1) * kTaskBytes +
-                                      2 * kStages * 8 + kGatherBytes;
-  static_assert(kSharedBytes <= 227 * 1024);
+  static constexpr int kTableBytes = kTokens * 16;
+  static constexpr int kRing = kStages + 1;
+  // Offsets of gathered rows: for each of 8 rows of a pass those of all passes, in fours.
+  static constexpr int kPasses = kTokens / 8;
+  static constexpr int kPassRoom = kPasses < 4 ? 4 : kPasses;
+  static constexpr int kGatherBytes = 8 * kPassRoom * 4;
+  static constexpr int kSharedBytes = kStages * (kStageBytes + kScaleBytes) +
+                                      kWarpgroups * kEpilogueBytes + kRing * (kTableBytes + kTaskBytes) +
+                                      kGatherBytes + 2 * kStages * 8;
+  static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
   static_assert(kTokenBytes % 1024 == 0);
 };
 
 // Element-independent names of the kernels, in the order of their tactics.
-//                                             tokens  wg  blocks  chunks  stages
-template <Element E> using Narrow = Shape<E,       16,  1,      1,      2,     10>;
-template <Element E> using Middle = Shape<E,       64,  2,      1,      1,      8>;
-template <Element E> using Wide = Shape<E,        128,  2,      1,      1,      6>;
-template <Element E> using Widest = Shape<E,      256,  2,      1,      1,      4>;  // 16-bit only
-// e4m3: promoted sums need a second set of accumulators, so 256 rows x 128 tokens, not 128 x 256.
-template <Element E> using WidestFp8 = Shape<E,   128,  2,      2,      1,      4>;
+// Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half after
+// another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
+//                                           tokens  wg  blocks  chunks  stages  pair
+template <Element E> using Narrow = Shape<E,     16,  1,      1,      2,      5>;
+template <Element E> using Middle = Shape<E,     64,  2,      1,      1,      8>;
+template <Element E> using Wide = Shape<E,      128,  2,      1,      1,      E == Element::kE4M3 ? 5 : 6>;
+template <Element E> using Widest = Shape<E,    128,  2,      2,      1,      4,     2>;
 
 // --- arguments ------------------------------------------------------------------------------------
+inline constexpr int kTokenBox = 32;  // tokens of one TMA load
+
 // Offset of row r: r * stride, or with inner > 0: (r / inner) * outer + (r % inner) * stride.
 struct RowLayout {
   std::int64_t stride = 0, inner = 0, outer = 0;
@@ -92,7 +105,8 @@ struct Params {
   std::int32_t experts, sub_tiles;  // sub_tiles: pieces of kTokens rows that one tile may have
   std::int32_t row_tasks;           // tasks along the weight rows
   std::int32_t task_rows;           // weight rows of a task: kRows, or 32 of 64
-  std::int32_t group_tiles;         // tiles that are walked together: see Schedule
+  std::int32_t group_tiles;         // tiles that are walked together, if experts allow: see Schedule
+  bool even_tiles;                  // give the tiles of an expert the same number of rows
   bool settled;                     // the tile list is older than the previous kernel
 
   TokenLoad token_load;

@@ -32,11 +32,13 @@ __device__ __forceinline__ void store_element(const Params& p, std::int64_t at, 
   else static_cast<__half*>(p.c)[at] = __float2half_rn(v);
 }
 
-// Slot of a position that holds a live row, else -1: padding of a sorted list, or a hostile value.
-__device__ __forceinline__ std::int64_t slot_of(const Params& p, std::int64_t position) {
-  if (p.rows.row_slot == nullptr) return position;
-  const std::int64_t slot = __ldcg(p.rows.row_slot + position);
-  return slot >= 0 && slot < p.rows.slot_count ? slot : -1;
+// Slot of a position. Without a list every row is live, and only positions count.
+__device__ __forceinline__ std::int32_t slot_of(const Params& p, std::int64_t position) {
+  return p.rows.row_slot ? __ldcg(p.rows.row_slot + position) : 0;
+}
+// Not so: padding of a sorted list, or a hostile value.
+__device__ __forceinline__ bool is_live(const Params& p, std::int32_t slot) {
+  return slot >= 0 && (slot < p.rows.slot_count || p.rows.row_slot == nullptr);
 }
 __device__ __forceinline__ std::int64_t row_of(const Params& p, RowOf rule, std::int64_t position,
                                                std::int64_t slot) {
@@ -53,26 +55,54 @@ __device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task
   return p.interleaved ? 2 * output + half : output + half * p.columns;
 }
 
+// A task's table: where its tokens' rows of C begin (elements; -1: not stored), and their factors, in
+// front of the bias and behind everything.
+template <typename S, typename Byte>
+__device__ __forceinline__ auto token_offsets(Byte* table) {
+  using T = std::conditional_t<std::is_const_v<Byte>, const std::int64_t, std::int64_t>;
+  return reinterpret_cast<T*>(table);
+}
+template <typename S, typename Byte>
+__device__ __forceinline__ auto token_factors(Byte* table) {
+  using T = std::conditional_t<std::is_const_v<Byte>, const float2, float2>;
+  return reinterpret_cast<T*>(table + S::kTokens * 8);
+}
+
 template <typename S>
 class Epilogue {
  public:
   static constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks;
 
-  __device__ Epilogue(const Params& p, unsigned char* shared, int warpgroup)
-      : p_(p), shared_(shared), warpgroup_(warpgroup), thread_(threadIdx.x % 128),
-        lane_(threadIdx.x % 32), warp_(thread_ / 32) {}
+  // `table`: of this task's tokens, kTableBytes, written by the loading warps.
+  __device__ Epilogue(const Params& p, unsigned char* shared, const unsigned char* table, int warpgroup,
+                      int flip)
+      : p_(p), shared_(shared), table_(table), warpgroup_(warpgroup), flip_(flip),
+        thread_(ptx::thread_index() % 128), lane_(thread_ % 32), warp_(thread_ / 32) {}
 
-  // Before the main loop: starts the loads whose latency it hides.
+  // Before the main loop, which hides the latency. Tasks alternate between two places, so nobody can still
+  // read what is overwritten.
   __device__ void begin(const Task& task) {
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const int token = thread_ + i * 128;
-      slot_[i] = token < task.rows ? slot_of(p_, task.first + token) : -1;
+    if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
+  }
+
+  // Factor and bias of this thread's weight row.
+  __device__ float2 row_terms_of(const Task& task) const {
+    float2 row{p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
+    const bool scaled = p_.weight_scale != nullptr && !p_.block_scaled;
+    if (!scaled && p_.bias.data == nullptr) return row;
+    const std::int64_t n = weight_row(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
+    if (n >= (p_.gated ? 2 * p_.columns : p_.columns)) return row;
+    if (scaled) {
+      row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
     }
+    if (p_.bias.data) {
+      row.y = load_small(p_.bias.data, p_.bias.type, task.expert * p_.bias.expert_stride + n * p_.bias.stride);
+    }
+    return row;
   }
 
   __device__ void finish(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
-    prepare(task);
+    sync();  // the rows' terms are there, and nobody reads the previous task's buffers any more
     const bool fused = p_.activates;
     if (p_.store == StorePath::kMatrix && !fused) {
       store_matrix<Activation::kIdentity>(task, sum, {});
@@ -90,8 +120,9 @@ class Epilogue {
     const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
     const std::int64_t first = (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
     for (int token = warp_; token < task.rows; token += 4) {
-      const std::int64_t position = task.first + token, slot = slot_of(p_, position);
-      if (slot < 0) continue;
+      const std::int64_t position = task.first + token;
+      const std::int32_t slot = slot_of(p_, position);
+      if (!is_live(p_, slot)) continue;
       const std::int64_t row = p_.c_rows(row_of(p_, p_.c_row, position, slot));
       for (int i = lane_; i < width && first + i < p_.columns; i += 32) {
         store_element(p_, row + (first + i) * p_.c_column, 0.0f);
@@ -100,63 +131,16 @@ class Epilogue {
   }
 
  private:
-  static constexpr int kSlots = (kTokens + 127) / 128;
-
   // --- shared memory of this warpgroup ---
   __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
-  __device__ std::int64_t* offsets() const {
-    return reinterpret_cast<std::int64_t*>(shared_ + 2 * S::kBufferBytes);
+  __device__ float2* row_terms() const {
+    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes) + flip_ * kBlocks * 64;
   }
-  __device__ float2* factors() const {  // before the bias, behind everything
-    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes + kTokens * 8);
-  }
-  __device__ float2* row_terms() const {  // factor, bias
-    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes + kTokens * 16);
-  }
+  __device__ const std::int64_t* offsets() const { return token_offsets<S>(table_); }
+  __device__ const float2* factors() const { return token_factors<S>(table_); }
   __device__ void sync() const {
     if (S::kWarpgroups == 1 || warpgroup_ == 0) ptx::warpgroup_sync<1>();
     else ptx::warpgroup_sync<2>();
-  }
-
-  __device__ void prepare(const Task& task) {
-    const bool row_scaled = p_.weight_scale != nullptr && !p_.block_scaled;
-    const bool token_scaled = p_.a_scale != nullptr && !p_.block_scaled;
-    const float alpha = p_.alpha ? p_.alpha[task.expert] : 1.0f;
-    float2 row{alpha, 0.0f};
-    if (thread_ < kBlocks * 64) {
-      const std::int64_t n = weight_row(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
-      const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
-      if (n < rows) {
-        if (row_scaled) {
-          row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
-        }
-        if (p_.bias.data) {
-          row.y = load_small(p_.bias.data, p_.bias.type,
-                             task.expert * p_.bias.expert_stride + n * p_.bias.stride);
-        }
-      }
-    }
-    sync();  // nobody reads the previous task's tables any more
-    if (thread_ < kBlocks * 64) row_terms()[thread_] = row;
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const int token = thread_ + i * 128;
-      if (kTokens % 128 != 0 && token >= kTokens) break;
-      std::int64_t offset = -1;
-      float2 factor{1.0f, 1.0f};
-      if (slot_[i] >= 0) {
-        const std::int64_t position = task.first + token;
-        offset = p_.c_rows(row_of(p_, p_.c_row, position, slot_[i]));
-        if (token_scaled) {
-          factor.x = p_.a_scale[row_of(p_, p_.a_row, position, slot_[i]) * p_.a_scale_row +
-                                task.expert * p_.a_scale_expert];
-        }
-        if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
-      }
-      offsets()[token] = offset;
-      factors()[token] = factor;
-    }
-    sync();
   }
 
   // First column of C that block b of this warpgroup makes, and the first that is not this task's.
@@ -323,8 +307,8 @@ class Epilogue {
 
   const Params& p_;
   unsigned char* shared_;
-  int warpgroup_, thread_, lane_, warp_;
-  std::int64_t slot_[kSlots];
+  const unsigned char* table_;
+  int warpgroup_, flip_, thread_, lane_, warp_;
 };
 
 }  // namespace moesaic::cuda::sm90

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped product on SM90a: persistent CTAs of one loading warpgroup (warp 0: weights by TMA;
-// warps 1 to 3: tokens, gathered by cp.async or by TMA) and one or two multiplying warpgroups. A ring of
+// warps 1 and 2: tokens, gathered by cp.async or by TMA) and one or two multiplying warpgroups. A ring of
 // stages runs through all tasks of a CTA and never drains between them.
 //
 // Every sum is one chain of fp32 accumulations in ascending K, in chunks of 128 bytes, whatever the
@@ -13,33 +13,34 @@
 
 namespace moesaic::cuda::sm90 {
 
-inline constexpr int kLoaders = 96;  // threads that gather tokens
+inline constexpr int kLoaders = 64;  // threads that gather tokens: eight rows at a time
+
+extern __shared__ __align__(1024) unsigned char shared_bytes[];  // it begins aligned so: no padding
 
 template <typename S>
 struct SharedMemory {
-  unsigned char* base;  // aligned to 1024
 
-  __device__ unsigned char* weights(int stage) const { return base + stage * S::kStageBytes; }
+  __device__ unsigned char* weights(int stage) const { return shared_bytes + stage * S::kStageBytes; }
   __device__ unsigned char* tokens(int stage) const {
     return weights(stage) + S::kChunks * S::kWeightBytes;
   }
   __device__ float* scales(int stage) const {
-    return reinterpret_cast<float*>(base + S::kStages * S::kStageBytes + stage * S::kScaleBytes);
+    return reinterpret_cast<float*>(shared_bytes + S::kStages * S::kStageBytes + stage * S::kScaleBytes);
   }
   __device__ unsigned char* epilogue(int warpgroup) const {
-    return base + S::kStages * (S::kStageBytes + S::kScaleBytes) + warpgroup * S::kEpilogueBytes;
+    return shared_bytes + S::kStages * (S::kStageBytes + S::kScaleBytes) + warpgroup * S::kEpilogueBytes;
   }
-  // Tasks on their way from warp 0 to the consumers. Every task fills at least one stage, so a ring of
-  // one more than the stages cannot be overtaken.
-  __device__ Task* tasks() const { return reinterpret_cast<Task*>(epilogue(S::kWarpgroups)); }
+  __device__ unsigned char* table(int ring) const {
+    return epilogue(S::kWarpgroups) + ring * S::kTableBytes;
+  }
+  __device__ std::uint32_t* gathered() const {
+    return reinterpret_cast<std::uint32_t*>(table(S::kRing));
+  }
+  __device__ Task* tasks() const { return reinterpret_cast<Task*>(table(S::kRing) + S::kGatherBytes); }
   __device__ std::uint32_t full(int stage) const {
-    return ptx::shared_address(tasks() + S::kStages + 1) + stage * 8;
+    return ptx::shared_address(tasks() + S::kRing) + stage * 8;
   }
   __device__ std::uint32_t empty(int stage) const { return full(S::kStages + stage); }
-  __device__ std::uint32_t* gathered() const {
-    return reinterpret_cast<std::uint32_t*>(reinterpret_cast<unsigned char*>(tasks() + S::kStages + 1) +
-                                            2 * S::kStages * 8);
-  }
 };
 
 // A position in the ring of stages and the parity of its round.
@@ -64,16 +65,20 @@ __device__ int stages_of(const Params& p, const Task& task) {
 template <typename S>
 __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   if (!p.settled) ptx::wait_for_earlier_kernels();
-  Schedule schedule(p, S::kTokens);
+  const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
+  Schedule<S::kTokens * S::kPair, S::kPair> schedule(p);
   Cursor<S::kStages> cursor;
-  int ring = 0;
+  int ring = 0, flip = 0;
   for (;;) {
-    const Task task = schedule.next();
+    Task task = part_of<S::kPair>(schedule.next(), rank);
+    task.flip = flip;
+    flip ^= 1;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task);
       const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p.task_rows;
-      const int y = p.gated ? 0 : static_cast<int>(row);
-      const int u = p.gated ? static_cast<int>(row / 16) : 0;
+      const std::int64_t mine = row + rank * (S::kRows / S::kPair);
+      const int y = p.gated ? 0 : static_cast<int>(mine);
+      const int u = p.gated ? static_cast<int>(mine / 16) : 0;
       for (int i = 0; i < stages; ++i) {
         ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
         if (i == 0) shared.tasks()[ring] = task;
@@ -86,133 +91,211 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
           ptx::barrier_arrive_expect(full, static_cast<std::uint32_t>(S::kChunks * p.task_rows * 128));
 #pragma unroll
           for (int c = 0; c < S::kChunks; ++c) {
-            ptx::tma_load_5d(ptx::shared_address(shared.weights(cursor.stage)) + c * S::kWeightBytes,
-                             &p.weights, full, (i * S::kChunks + c) * S::kChunkK, y, 0, u, task.expert);
+            const std::uint32_t to =
+                ptx::shared_address(shared.weights(cursor.stage)) + c * S::kWeightBytes;
+            const int x = (i * S::kChunks + c) * S::kChunkK;
+            if constexpr (S::kPair == 2) {
+              ptx::tma_load_5d_pair(to + rank * (S::kWeightBytes / 2), &p.weights, full, x, y, 0, u,
+                                    task.expert);
+            } else {
+              ptx::tma_load_5d(to, &p.weights, full, x, y, 0, u, task.expert);
+            }
           }
         }
         cursor.advance();
       }
     }
     __syncwarp();
-    if (++ring == S::kStages + 1) ring = 0;
+    if (++ring == S::kRing) ring = 0;
     if (task.expert == kEndOfTasks) return;
   }
 }
 
-// --- warps 1 to 3 ---------------------------------------------------------------------------------
-// Rows are gathered in 16-byte pieces: eight threads to a row, twelve rows at a time. Rows behind the
-// tile's last are not loaded: what lies there spoils only columns that nobody stores.
+// --- warps 1 and 2 --------------------------------------------------------------------------------
+// Rows are gathered in 16-byte pieces, eight threads to a row. Rows behind the tile's last are not read:
+// what lies there spoils only columns that nobody stores.
 template <typename S>
-__device__ void load_tokens(const Params& p, const SharedMemory<S>& shared) {
-  ptx::wait_for_earlier_kernels();
-  // Only behind our own wait: so a kernel that has started may rely on everything that was written two
-  // kernels before it. See Params::settled.
-  ptx::let_next_kernel_start();
-  constexpr int kPasses = (S::kTokens + 11) / 12;
-  constexpr int kScalePasses = (S::kTokens + kLoaders - 1) / kLoaders;
-  constexpr std::uint32_t kNone = 0xffffffffu;
-  const int thread = static_cast<int>(threadIdx.x) - 32;
-  const int lane = thread % 32, piece = thread % 8, lead = thread / 8;
-  const bool gather = p.token_load == TokenLoad::kGather;
-  const bool scales = S::kPromotes && p.block_scaled;
-  // Where rows begin, in units of 16 bytes from p.a. Each warp keeps those of the rows that it loads
-  // itself; in registers they would not fit beside the rest.
-  std::uint32_t* const rows = shared.gathered();
-  Schedule schedule(p, S::kTokens);
-  Cursor<S::kStages> cursor;
-  for (;;) {
-    const Task task = schedule.next();
-    const int stages = stages_of<S>(p, task);
-    const float* scale[kScalePasses];
-    if (gather && task.expert >= 0) {
-      for (int i = lane; i < kPasses * 4; i += 32) {
-        const int token = i / 4 * 12 + thread / 32 * 4 + i % 4;
-        std::uint32_t row = kNone;
-        if (token < task.rows) {
-          const std::int64_t position = task.first + token, slot = slot_of(p, position);
-          if (slot >= 0) row = static_cast<std::uint32_t>(p.a_rows(row_of(p, p.a_row, position, slot)));
-        }
-        rows[token] = row;
+class TokenLoader {
+ public:
+  __device__ TokenLoader(const Params& p, const SharedMemory<S>& shared)
+      : p_(p), shared_(shared) {}
+
+  __device__ void run() {
+    const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
+    Schedule<S::kTokens * S::kPair, S::kPair> schedule(p_);
+    Task task = part_of<S::kPair>(schedule.next(), rank);
+    fetch_slots(task);
+    for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
+      // With its first stage free, its place in the ring is, too.
+      ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
+      prepare(task, shared_.table(ring));
+      // All that is left to know: registers are scarce here, too.
+      const Load load{task.expert >= 0 ? task.rows : 0, stages_of<S>(p_, task), static_cast<int>(task.first)};
+      const bool last = task.expert == kEndOfTasks;
+      if (!last) {
+        // The next task's slots are on their way while this one's rows are loaded.
+        task = part_of<S::kPair>(schedule.next(), rank);
+        fetch_slots(task);
       }
-      __syncwarp();
+      load_stages(load);
+      if (last) return;
     }
-    const int passes = task.expert >= 0 ? (task.rows + 11) / 12 : 0;
-    if (scales) {
+  }
+
+ private:
+  static constexpr std::uint32_t kNone = 0xffffffffu;
+  // Lane l of warp w looks after rows l % 4 + 4w of passes l / 4 (+ 8): those that its own warp loads.
+  static constexpr int kEntries = (S::kPassRoom * 4 + 31) / 32;
+  static constexpr int kScalePasses = (S::kTokens + kLoaders - 1) / kLoaders;
+  __device__ static int me() { return ptx::thread_index() - 32; }
+  struct Load {
+    int rows, stages, first;
+  };
+  __device__ int pass_of(int entry) const { return (me() % 32 + entry * 32) / 4; }
+  __device__ int row_in_pass() const { return me() / 32 * 4 + me() % 4; }
+  __device__ bool block_scales() const { return S::kPromotes && p_.block_scaled; }
+
+  __device__ void fetch_slots(const Task& task) {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const int token = pass_of(i) * 8 + row_in_pass();
+      slot_[i] = task.expert >= 0 && token < task.rows ? slot_of(p_, task.first + token) : -1;
+    }
+  }
+
+  __device__ void prepare(const Task& task, unsigned char* table) {
+    std::uint32_t* const rows = shared_.gathered();
+    __syncwarp();  // all have read the previous task's rows
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const int pass = pass_of(i), token = pass * 8 + row_in_pass();
+      if (pass >= S::kPassRoom) break;
+      std::uint32_t row = kNone;
+      std::int64_t offset = -1;
+      float2 factor{1.0f, 1.0f};
+      if (is_live(p_, slot_[i]) && token < task.rows) {
+        const std::int64_t position = task.first + token;
+        const std::int64_t a_row = row_of(p_, p_.a_row, position, slot_[i]);
+        row = static_cast<std::uint32_t>(p_.a_rows(a_row));
+        offset = p_.c_rows(row_of(p_, p_.c_row, position, slot_[i]));
+        if (p_.a_scale && !p_.block_scaled) {
+          factor.x = p_.a_scale[a_row * p_.a_scale_row + task.expert * p_.a_scale_expert];
+        }
+        if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
+      }
+      rows[row_in_pass() * S::kPassRoom + pass] = row;
+      if (token < S::kTokens) {
+        token_offsets<S>(table)[token] = offset;
+        token_factors<S>(table)[token] = factor;
+      }
+    }
+    if (block_scales()) {
 #pragma unroll
       for (int i = 0; i < kScalePasses; ++i) {
-        const int token = i * kLoaders + thread;
-        scale[i] = nullptr;
-        if (token < task.rows && task.expert >= 0) {
-          const std::int64_t position = task.first + token, slot = slot_of(p, position);
-          if (slot >= 0) {
-            scale[i] = p.a_scale + row_of(p, p.a_row, position, slot) * p.a_scale_row +
-                       task.expert * p.a_scale_expert;
+        const int token = i * kLoaders + me();
+        scale_[i] = 0;
+        if (task.expert >= 0 && token < task.rows) {
+          const std::int64_t position = task.first + token;
+          const std::int32_t slot = slot_of(p_, position);
+          if (is_live(p_, slot)) {
+            scale_[i] = static_cast<std::uint32_t>(row_of(p_, p_.a_row, position, slot) * p_.a_scale_row +
+                                                   task.expert * p_.a_scale_expert);
           }
         }
       }
-    }
-    for (int i = 0; i < stages; ++i) {
-      ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
-      const std::uint32_t full = shared.full(cursor.stage);
-      const std::uint32_t to = ptx::shared_address(shared.tokens(cursor.stage));
-      if (gather) {
-#pragma unroll
-        for (int c = 0; c < S::kChunks; ++c) {
-          const std::int64_t at = static_cast<std::int64_t>(i * S::kChunks + c) * 128 + piece * 16;
-          const bool inside = at < p.k_bytes;  // behind the end of K: zeros
-          const char* const from = p.a + (inside ? at : 0);
-          // Twelve rows further the swizzle flips bit 2 of the piece.
-          const std::uint32_t even = to + c * S::kTokenBytes + lead * 128 + ((piece ^ (lead & 7)) << 4);
-          const std::uint32_t odd = to + c * S::kTokenBytes + lead * 128 + ((piece ^ (lead & 7) ^ 4) << 4);
-#pragma unroll 4
-          for (int j = 0; j < passes; ++j) {
-            const std::uint32_t row = rows[j * 12 + lead];
-            if (row != kNone) {
-              ptx::copy_async_16((j % 2 ? odd : even) + j * (12 * 128),
-                                 from + static_cast<std::uint64_t>(row) * 16, inside ? 16 : 0);
-            }
-          }
-        }
-      }
-      if (scales) {
-        const std::uint32_t at = ptx::shared_address(shared.scales(cursor.stage));
-#pragma unroll
-        for (int c = 0; c < S::kChunks; ++c) {
-          const int chunk = i * S::kChunks + c;
-          const int group = chunk < p.k_chunks ? chunk : p.k_chunks - 1;
-#pragma unroll
-          for (int j = 0; j < kScalePasses; ++j) {
-            if (scale[j] != nullptr) {
-              ptx::copy_async_4(at + (c * S::kTokens + j * kLoaders + thread) * 4,
-                                scale[j] + group * p.a_scale_group);
-            }
-          }
-        }
-      }
-      if (gather || scales) ptx::copy_async_arrive(full);
-      if (!gather && thread == 0) {
-        if (task.expert < 0) {
-          ptx::barrier_arrive(full);
-        } else {
-          // Boxes of 64 tokens: rows of the next expert may come along, and nobody stores their sums.
-          constexpr int kBox = S::kTokens < 64 ? S::kTokens : 64;
-          const int boxes = (task.rows + kBox - 1) / kBox;
-          ptx::barrier_arrive_expect(full, static_cast<std::uint32_t>(S::kChunks * boxes * kBox * 128));
-#pragma unroll
-          for (int c = 0; c < S::kChunks; ++c) {
-            for (int b = 0; b < boxes; ++b) {
-              ptx::tma_load_2d(to + c * S::kTokenBytes + b * kBox * 128, &p.tokens, full,
-                               (i * S::kChunks + c) * S::kChunkK, static_cast<int>(task.first) + b * kBox);
-            }
-          }
-        }
-      }
-      cursor.advance();
     }
     __syncwarp();
-    if (task.expert == kEndOfTasks) return;
   }
-}
+
+  __device__ void load_stages(const Load& load) {
+    const bool gather = p_.token_load == TokenLoad::kGather;
+    for (int i = 0; i < load.stages; ++i) {
+      ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
+      const std::uint32_t full = shared_.full(cursor_.stage);
+      const std::uint32_t to = ptx::shared_address(shared_.tokens(cursor_.stage));
+      if (gather) gather_rows(load.rows, i, to);
+      if (block_scales()) copy_scales(load.rows, i);
+      if (gather || block_scales()) ptx::copy_async_arrive(full);
+      if (!gather && me() == 0) load_boxes(load, i, to, full);
+      // The tables are there: one arrival per warp (the last sync was behind them).
+      if (ptx::thread_index() % 32 == 0) ptx::barrier_arrive(full);
+      cursor_.advance();
+    }
+    __syncwarp();
+  }
+
+  __device__ void gather_rows(int live, int stage, std::uint32_t to) {
+    const int piece = me() % 8, lead = me() / 8;
+    const int passes = (live + 7) / 8;
+    const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
+#pragma unroll
+    for (int c = 0; c < S::kChunks; ++c) {
+      const std::int64_t at = static_cast<std::int64_t>(stage * S::kChunks + c) * 128 + piece * 16;
+      const bool inside = at < p_.k_bytes;  // behind the end of K: zeros
+      const char* from = p_.a + (inside ? at : 0);
+      ptx::opaque(from);  // so that row * 16 + from stays one instruction
+      // Several addresses, then as many copies: one warp alone has no other way to hide its latencies.
+      // (e4m3 rows are quantized into consecutive positions and come by TMA; there registers are scarcer.)
+      constexpr int kBatch = S::kPromotes || S::kPasses == 2 ? 2 : 4;
+      using Batch = std::conditional_t<kBatch == 2, uint2, uint4>;
+      const auto* const batches = reinterpret_cast<const Batch*>(shared_.gathered() + lead * S::kPassRoom);
+#pragma unroll 1
+      for (int g = 0; g * kBatch < passes; ++g) {
+        const Batch row = batches[g];
+        const char* src[kBatch];
+        std::uint32_t bytes[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const std::uint32_t r = reinterpret_cast<const std::uint32_t*>(&row)[i];
+          const bool reads = r != kNone && inside;
+          src[i] = from + static_cast<std::uint64_t>(reads ? r : 0) * 16;
+          bytes[i] = reads ? 16 : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          ptx::copy_async_16(dst + c * S::kTokenBytes + (g * kBatch + i) * 1024, src[i], bytes[i]);
+        }
+      }
+    }
+  }
+
+  __device__ void copy_scales(int live, int stage) {
+    const std::uint32_t at = ptx::shared_address(shared_.scales(cursor_.stage));
+#pragma unroll
+    for (int c = 0; c < S::kChunks; ++c) {
+      const int chunk = stage * S::kChunks + c;
+      const int group = chunk < p_.k_chunks ? chunk : p_.k_chunks - 1;
+#pragma unroll
+      for (int j = 0; j < kScalePasses; ++j) {
+        const int token = j * kLoaders + me();
+        if (token < live) {
+          ptx::copy_async_4(at + (c * S::kTokens + token) * 4, p_.a_scale + scale_[j] + group * p_.a_scale_group);
+        }
+      }
+    }
+  }
+
+  // Whole boxes: rows of the next expert may come along, and nobody stores their sums.
+  __device__ void load_boxes(const Load& load, int stage, std::uint32_t to, std::uint32_t full) {
+    constexpr int kBox = S::kTokens < kTokenBox ? S::kTokens : kTokenBox;
+    const int boxes = (load.rows + kBox - 1) / kBox;
+    if (boxes == 0) return;
+    ptx::barrier_expect(full, static_cast<std::uint32_t>(S::kChunks * boxes * kBox * 128));
+#pragma unroll
+    for (int c = 0; c < S::kChunks; ++c) {
+      for (int b = 0; b < boxes; ++b) {
+        ptx::tma_load_2d(to + c * S::kTokenBytes + b * kBox * 128, &p_.tokens, full,
+                         (stage * S::kChunks + c) * S::kChunkK, load.first + b * kBox);
+      }
+    }
+  }
+
+  const Params& p_;
+  const SharedMemory<S>& shared_;
+  Cursor<S::kStages> cursor_;
+  std::int32_t slot_[kEntries];
+  std::uint32_t scale_[kScalePasses];  // from p.a_scale; padding takes that of row 0
+};
 
 // --- the multiplying warpgroups -------------------------------------------------------------------
 template <typename S>
@@ -220,51 +303,68 @@ class Multiplier {
  public:
   using Sums = float[S::kBlocks][S::kTokens / 2];
 
-  __device__ Multiplier(const Params& p, const SharedMemory<S>& shared, int warpgroup)
-      : p_(p), shared_(shared), warpgroup_(warpgroup) {}
+  __device__ Multiplier(const Params& p, const SharedMemory<S>& shared) : p_(p), shared_(shared) {}
 
   __device__ void run() {
     ptx::wait_for_earlier_kernels();
-    Epilogue<S> epilogue(p_, shared_.epilogue(warpgroup_), warpgroup_);
-    for (int ring = 0;; ring = ring == S::kStages ? 0 : ring + 1) {
+    for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
-      const Task task = shared_.tasks()[ring];
+      const Task task = load_task(ring);
       if (task.expert == kEndOfTasks) return;
       if (task.expert < 0) {
         release(cursor_.stage);
         cursor_.advance();
-        epilogue.zeros(task);
+        epilogue(ring, task).zeros(task);
         continue;
       }
-      epilogue.begin(task);
+      epilogue(ring, task).begin(task);
+      if (S::kPromotes && p_.block_scaled) find_scales(task);
       Sums sums;
-      multiply_rows<S::kTokens>(task, sums);
-      epilogue.finish(task, sums);
+      multiply_rows<S::kTokens>(task.rows, sums);
+      // The task is still there: its place is needed only when a stage of the next task is free again.
+      // Read twice, since registers are what the main loop is short of.
+      const Task again = load_task(ring);
+      epilogue(ring, again).finish(again, sums);
     }
   }
 
  private:
   // Fewer tokens than the tile has room for need a smaller instruction only.
   template <int N>
-  __device__ void multiply_rows(const Task& task, Sums& sums) {
-    constexpr int kSmaller = N == 256 ? 192 : N == 192 ? 128 : N == 128 ? 64 : N / 2;
-    constexpr bool kHasSmaller = S::kTokens == 256 ? N > 64 : S::kTokens == 16 ? N > 8 : N > 16;
-    if constexpr (kHasSmaller) {
-      if (task.rows <= kSmaller) return multiply_rows<kSmaller>(task, sums);
+  __device__ void multiply_rows(int rows, Sums& sums) {
+    constexpr int kSmaller = N > 64 ? N - 32 : N / 2;
+    if constexpr (kSmaller >= (S::kTokens > 16 ? 16 : 8)) {
+      if (rows <= kSmaller) return multiply_rows<kSmaller>(rows, sums);
     }
     if constexpr (S::kPromotes) {
-      multiply_promoted<N>(task, sums);
+      multiply_promoted<N>(sums);
     } else {
       multiply<N>(sums);
     }
   }
 
-  __device__ void release(int stage) {
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared_.empty(stage));
+  // A pair's stage is free when both have read it: each loads into both.
+  __device__ static int warpgroup() { return ptx::thread_index() / 128 - 1; }
+  __device__ Epilogue<S> epilogue(int ring, const Task& task) const {
+    const int mine = warpgroup();
+    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};
   }
-  __device__ std::uint64_t weights(int stage, int chunk, int block) const {
+  __device__ Task load_task(int ring) const {
+    Task task;
+    ptx::load_shared_32(ptx::shared_address(shared_.tasks() + ring), &task);
+    return task;
+  }
+  __device__ void release(int stage) {
+    if constexpr (S::kPair == 2) {
+      if (threadIdx.x % 32 < 2) ptx::barrier_arrive_at(shared_.empty(stage), threadIdx.x % 32);
+    } else {
+      if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared_.empty(stage));
+    }
+  }
+  // `mine`: of this warpgroup's weight rows in a stage.
+  __device__ std::uint64_t weights(int stage, int chunk, int block, int mine) const {
     return ptx::operand_descriptor(ptx::shared_address(shared_.weights(stage)) + chunk * S::kWeightBytes +
-                                   (warpgroup_ * S::kBlocks + block) * 8192);
+                                   mine + block * 8192);
   }
   __device__ std::uint64_t tokens(int stage, int chunk) const {
     return ptx::operand_descriptor(ptx::shared_address(shared_.tokens(stage)) + chunk * S::kTokenBytes);
@@ -274,6 +374,7 @@ class Multiplier {
   __device__ void multiply(Sums& sums) {
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
+    const int mine = warpgroup() * S::kBlocks * 8192;
     int last = 0;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
@@ -283,7 +384,7 @@ class Multiplier {
       for (int c = 0; c < S::kChunks; ++c) {
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b) {
-          const std::uint64_t a = weights(cursor_.stage, c, b), t = tokens(cursor_.stage, c);
+          const std::uint64_t a = weights(cursor_.stage, c, b, mine), t = tokens(cursor_.stage, c);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             ptx::wgmma<S::kElement, N>(sums[b], a + 2 * k, t + 2 * k, c + k == 0 ? i : 1);
@@ -300,8 +401,22 @@ class Multiplier {
     release(last);
   }
 
+  // Where the scales of this thread's two weight rows begin (a scale tensor has fewer than 2^32 cells);
+  // the rows are those of block 0: with two blocks the host has made sure that both lie in one cell.
+  __device__ void find_scales(const Task& task) {
+    const int thread = ptx::thread_index() % 128;
+    const int row = warpgroup() * S::kBlocks * 64 + thread / 32 * 16 + thread % 32 / 4;
+    const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      std::int64_t n = weight_row(p_, task.row_task, row + 8 * r);
+      if (n >= rows) n = rows - 1;
+      scale_[r] = static_cast<std::uint32_t>(task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row);
+    }
+  }
+
   template <int N>
-  __device__ void multiply_promoted(const Task& task, Sums& sums) {
+  __device__ void multiply_promoted(Sums& sums) {
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
@@ -309,38 +424,30 @@ class Multiplier {
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    // This thread's two weight rows (of block 0: with two blocks the host has made sure that both lie
-    // in the same cells) and where their scales begin.
-    const float* scale[2] = {nullptr, nullptr};
+    const int q = ptx::thread_index() % 4, mine = warpgroup() * S::kBlocks * 8192;
     float next[2] = {1.0f, 1.0f};
     if (p_.block_scaled) {
-      const int row = warpgroup_ * S::kBlocks * 64 + threadIdx.x % 128 / 32 * 16 + g;
-      const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        std::int64_t n = weight_row(p_, task.row_task, row + 8 * r);
-        if (n >= rows) n = rows - 1;
-        scale[r] = p_.weight_scale + task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row;
-        next[r] = __ldg(scale[r]);
-      }
+      next[0] = __ldg(p_.weight_scale + scale_[0]);
+      next[1] = __ldg(p_.weight_scale + scale_[1]);
     }
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();
 #pragma unroll
       for (int c = 0; c < S::kChunks; ++c) {
-        const float mine[2] = {next[0], next[1]};
+        const float now[2] = {next[0], next[1]};
         const int following = i * S::kChunks + c + 1;
         if (p_.block_scaled && following < p_.k_chunks) {
-          next[0] = __ldg(scale[0] + following * p_.scale_k);
-          next[1] = __ldg(scale[1] + following * p_.scale_k);
+          scale_[0] += static_cast<std::uint32_t>(p_.scale_k);
+          scale_[1] += static_cast<std::uint32_t>(p_.scale_k);
+          next[0] = __ldg(p_.weight_scale + scale_[0]);
+          next[1] = __ldg(p_.weight_scale + scale_[1]);
         }
         const float* const token_scale = shared_.scales(cursor_.stage) + c * S::kTokens + 2 * q;
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b) {
           float part[N / 2];
-          const std::uint64_t a = weights(cursor_.stage, c, b), t = tokens(cursor_.stage, c);
+          const std::uint64_t a = weights(cursor_.stage, c, b, mine), t = tokens(cursor_.stage, c);
           ptx::wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) ptx::wgmma<S::kElement, N>(part, a + 2 * k, t + 2 * k, k > 0);
@@ -350,10 +457,10 @@ class Multiplier {
 #pragma unroll
             for (int j = 0; j < N / 8; ++j) {
               const float2 s = *reinterpret_cast<const float2*>(token_scale + 8 * j);
-              sums[b][4 * j] = fmaf(part[4 * j], s.x * mine[0], sums[b][4 * j]);
-              sums[b][4 * j + 1] = fmaf(part[4 * j + 1], s.y * mine[0], sums[b][4 * j + 1]);
-              sums[b][4 * j + 2] = fmaf(part[4 * j + 2], s.x * mine[1], sums[b][4 * j + 2]);
-              sums[b][4 * j + 3] = fmaf(part[4 * j + 3], s.y * mine[1], sums[b][4 * j + 3]);
+              sums[b][4 * j] = fmaf(part[4 * j], s.x * now[0], sums[b][4 * j]);
+              sums[b][4 * j + 1] = fmaf(part[4 * j + 1], s.y * now[0], sums[b][4 * j + 1]);
+              sums[b][4 * j + 2] = fmaf(part[4 * j + 2], s.x * now[1], sums[b][4 * j + 2]);
+              sums[b][4 * j + 3] = fmaf(part[4 * j + 3], s.y * now[1], sums[b][4 * j + 3]);
             }
           } else {
 #pragma unroll
@@ -368,41 +475,47 @@ class Multiplier {
 
   const Params& p_;
   const SharedMemory<S>& shared_;
-  int warpgroup_;
   Cursor<S::kStages> cursor_;
+  std::uint32_t scale_[2];
 };
 
 // --- the kernel -----------------------------------------------------------------------------------
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const __grid_constant__ Params p) {
-  extern __shared__ unsigned char raw[];
-  const SharedMemory<S> shared{raw + (1024 - ptx::shared_address(raw) % 1024) % 1024};
+__global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, S::kPerSm) gemm_kernel(const __grid_constant__ Params p) {
+  const SharedMemory<S> shared;
   if (threadIdx.x == 0) {
     ptx::tensor_map_prefetch(&p.weights);
     const bool gather = p.token_load == TokenLoad::kGather;
     const bool scales = S::kPromotes && p.block_scaled;
-    const int arrivals = 1 + (gather || scales ? kLoaders : 0) + (gather ? 0 : 1);
+    const int arrivals = 3 + (gather || scales ? kLoaders : 0);  // one of each loading warp, and copies
     if (!gather) ptx::tensor_map_prefetch(&p.tokens);
     for (int i = 0; i < S::kStages; ++i) {
       ptx::barrier_init(shared.full(i), static_cast<std::uint32_t>(arrivals));
-      ptx::barrier_init(shared.empty(i), 4 * S::kWarpgroups);
+      ptx::barrier_init(shared.empty(i), 4 * S::kWarpgroups * S::kPair);
     }
     ptx::barrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (S::kPair == 2) ptx::cluster_sync();
+  else __syncthreads();
   // Registers: 64 Ki in all. With one consumer everybody already has what he needs.
-  constexpr int kForMultiplying = 224, kForLoading = 56;
+  constexpr int kForMultiplying = S::kPromotes && S::kBlocks == 2 ? 224 : 216;
+  constexpr int kForLoading = S::kPromotes && S::kBlocks == 2 ? 56 : 72;
   if (threadIdx.x < 128) {
     if constexpr (S::kWarpgroups == 2) ptx::give_registers<kForLoading>();
     if (threadIdx.x < 32) {
       load_weights<S>(p, shared);
-    } else {
-      load_tokens<S>(p, shared);
+    } else if (threadIdx.x < 32 + kLoaders) {
+      ptx::wait_for_earlier_kernels();
+      // Only behind our own wait: so a kernel that has started may rely on everything that was written
+      // two kernels before it. See Params::settled.
+      ptx::let_next_kernel_start();
+      TokenLoader<S>(p, shared).run();
     }
   } else {
     if constexpr (S::kWarpgroups == 2) ptx::take_registers<kForMultiplying>();
-    Multiplier<S>(p, shared, static_cast<int>(threadIdx.x) / 128 - 1).run();
+    Multiplier<S>(p, shared).run();
   }
+  if constexpr (S::kPair == 2) ptx::cluster_sync();  // the other may still write here
 }
 
 template <typename S>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/gemm_sm90.h"
+#include "cuda/ptx_sm90.h"
 
 namespace moesaic::cuda::sm90 {
 
@@ -13,25 +14,33 @@ inline constexpr int kFiltered = -1;
 struct Task {
   std::int32_t expert, rows;  // expert: kEndOfTasks, kFiltered, or a local expert
   std::int64_t first;         // position
-  std::int32_t row_task, unused;
+  std::int32_t row_task;
+  std::int32_t flip, unused[2];  // flip: 0 and 1 in turn
 };
+static_assert(sizeof(Task) == 32);
 
 // Order: tiles are walked in groups of consecutive tiles, and inside a group the weight rows are the
 // slow index. All token tiles of a group pass over the same weight rows at about the same time, so these
-// come from L2 but for the first; and a group's tokens fit L2, too. Groups end between experts wherever
-// possible: an expert that is split over two groups has its weights read twice.
+// come from L2 but for the first; and a group's tokens fit L2, too. A group is as many experts as occupy
+// the machine (group_tiles) and no more, and it ends between experts wherever possible: an expert that is
+// split over two groups has its weights read twice.
 //
 // Wave w of the grid takes tasks w * grid ...; inside a wave CTAs are rotated by a prime, for otherwise
 // a grid that is a multiple of the group would give one CTA nothing but full tiles and another nothing
 // but remainders. (A counter in memory would balance better, but somebody would have to zero it.)
 //
+// An expert's rows are divided evenly over its tiles: 257 rows would otherwise be 256 and 1, and the
+// CTAs that read the same weights would run apart, so far that L2 has forgotten them.
+//
 // A full warp runs this together: lane l holds tile l of the group's window.
+// kPair CTAs run the same tasks; kTokens is what they can take together.
+template <int kTokens, int kPair>
 class Schedule {
  public:
-  __device__ Schedule(const Params& p, int tokens)
-      : p_(p), tokens_(tokens), lane_(threadIdx.x % 32), rotation_(blockIdx.x) {
+  __device__ explicit Schedule(const Params& p) : p_(p), rotation_(blockIdx.x / kPair) {
+    const int here = lane();
     const int capacity = static_cast<int>(p.rows.max_tiles);
-    tile_ = load(lane_ < capacity ? lane_ : 0);  // not behind num_tiles: one latency, not two
+    tile_ = load(here < capacity ? here : 0);  // not behind num_tiles: one latency, not two
     const int count = __ldcg(p.rows.num_tiles);
     num_tiles_ = count < capacity ? count : capacity;
     measure();
@@ -39,15 +48,16 @@ class Schedule {
 
   __device__ Task next() {
     for (;;) {
-      const unsigned wanted = wave_ * gridDim.x + rotation_;
-      ++wave_;
-      rotation_ += 41 % gridDim.x;
-      if (rotation_ >= gridDim.x) rotation_ -= gridDim.x;
+      const unsigned stride = gridDim.x / kPair;
+      const unsigned wanted = wave_ + rotation_;
+      wave_ += stride;
+      rotation_ += 41 % stride;
+      if (rotation_ >= stride) rotation_ -= stride;
       while (wanted - base_ >= tasks()) {
-        if (first_ + size_ >= num_tiles_) return {kEndOfTasks, 0, 0, 0, 0};
+        if (first_ + size_ >= num_tiles_) return {.expert = kEndOfTasks};
         base_ += tasks();
         first_ += size_;
-        const int index = first_ + lane_;
+        const int index = first_ + lane();
         tile_ = load(index < num_tiles_ ? index : first_);
         measure();
       }
@@ -55,23 +65,24 @@ class Schedule {
       const unsigned row_task = (wanted - base_) / pieces;
       const int piece = static_cast<int>((wanted - base_) - row_task * pieces);
       const int source = p_.sub_tiles == 1 ? piece : piece / p_.sub_tiles;
-      const int skip = (piece - source * p_.sub_tiles) * tokens_;
-      Task task;
+      const int skip = (piece - source * p_.sub_tiles) * kTokens;
+      Task task{};
       task.expert = __shfl_sync(~0u, tile_.x, source);
       task.rows = __shfl_sync(~0u, tile_.y, source) - skip;
       const unsigned low = __shfl_sync(~0u, static_cast<unsigned>(tile_.z), source);
       const unsigned high = __shfl_sync(~0u, static_cast<unsigned>(tile_.w), source);
       if (task.rows <= 0) continue;
-      if (task.rows > tokens_) task.rows = tokens_;
+      if (task.rows > kTokens) task.rows = kTokens;
       task.first = static_cast<std::int64_t>(std::uint64_t{high} << 32 | low) + skip;
       task.row_task = static_cast<std::int32_t>(row_task);
-      task.unused = 0;
       if (task.expert < 0 || task.expert >= p_.experts) task.expert = kFiltered;
       return task;
     }
   }
 
  private:
+  __device__ static int lane() { return ptx::thread_index() % 32; }
+  static constexpr int kLongest = 12;  // tiles of one expert in a group
   // Through L2: with a programmatic launch a line of L1 may be older than the list.
   __device__ int4 load(int index) const {
     return __ldcg(reinterpret_cast<const int4*>(p_.rows.tiles) + index);
@@ -81,27 +92,62 @@ class Schedule {
   }
   // How many tiles the group that starts at first_ has.
   __device__ void measure() {
+    const int here = lane();
     const int before = __shfl_up_sync(~0u, tile_.x, 1);
-    const int index = first_ + lane_;
-    const bool ends = lane_ > 0 && index <= num_tiles_ && (index == num_tiles_ || tile_.x != before);
+    const int index = first_ + here;
+    const bool ends = here > 0 && index <= num_tiles_ && (index == num_tiles_ || tile_.x != before);
     const unsigned mask = __ballot_sync(~0u, ends);
-    const int most = p_.group_tiles;  // <= 16
-    const unsigned near = mask & ((2u << most) - 1);
-    if (near != 0) {
-      size_ = 31 - __clz(static_cast<int>(near));
-    } else if (mask != 0) {
-      size_ = (__ffs(static_cast<int>(mask))) / 2;  // a longer run, whose end is in sight: halve it
-      if (size_ > most) size_ = most;
-    } else {
-      size_ = num_tiles_ > 0 ? most : 0;
+    const int run = mask ? __ffs(static_cast<int>(mask)) - 1 : 32;  // tiles of the first expert
+    if (run <= kLongest) {
+      const unsigned near = mask & ((2u << p_.group_tiles) - 1);
+      size_ = near ? 31 - __clz(static_cast<int>(near)) : run;
+    } else if (num_tiles_ > 0) {
+      size_ = mask ? (run + 1) / 2 : kLongest;  // with its end in sight, halve it
+      if (size_ > kLongest) size_ = kLongest;
     }
+    if (p_.even_tiles) divide();
+  }
+  // Runs of adjacent tiles of one expert inside the group: equal shares, in multiples of 16 rows.
+  __device__ void divide() {
+    const int here = lane();
+    const long long first = static_cast<long long>(std::uint64_t{static_cast<unsigned>(tile_.w)} << 32 |
+                                                   static_cast<unsigned>(tile_.z));
+    const long long end = first + tile_.y;
+    const int expert_before = __shfl_up_sync(~0u, tile_.x, 1);
+    const long long end_before = __shfl_up_sync(~0u, end, 1);
+    const bool starts = here == 0 || here >= size_ || tile_.x != expert_before || first != end_before;
+    const unsigned heads = __ballot_sync(~0u, starts);
+    const unsigned up_to_me = (2u << here) - 1;
+    const int head = 31 - __clz(static_cast<int>(heads & up_to_me));
+    const unsigned later = heads & ~up_to_me;
+    const int last = later ? __ffs(static_cast<int>(later)) - 2 : 31;
+    const long long run_first = __shfl_sync(~0u, first, head);
+    const int rows = static_cast<int>(__shfl_sync(~0u, end, last) - run_first);
+    const int count = last - head + 1;
+    const int share = ((rows + count - 1) / count + 15) / 16 * 16;
+    const int before = (here - head) * share;
+    tile_.y = rows - before < share ? rows - before : share;  // not positive: no task
+    tile_.z = static_cast<int>(static_cast<unsigned long long>(run_first + before));
+    tile_.w = static_cast<int>(static_cast<unsigned long long>(run_first + before) >> 32);
   }
 
   const Params& p_;
-  int tokens_, lane_, num_tiles_ = 0;
+  int num_tiles_ = 0;
   int4 tile_;
   int first_ = 0, size_ = 0;
-  unsigned base_ = 0, wave_ = 0, rotation_;
+  unsigned base_ = 0, wave_ = 0, rotation_;  // wave_: its first task
 };
+
+// The part of a pair's task that CTA `rank` takes.
+template <int kPair>
+__device__ Task part_of(Task task, std::uint32_t rank) {
+  if constexpr (kPair == 2) {
+    const int half = (task.rows + 15) / 16 * 8;
+    task.first += rank ? half : 0;
+    task.rows = rank ? task.rows - half : (task.rows < half ? task.rows : half);
+    if (task.rows < 0) task.rows = 0;
+  }
+  return task;
+}
 
 }  // namespace moesaic::cuda::sm90

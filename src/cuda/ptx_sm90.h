@@ -28,6 +28,10 @@ __device__ __forceinline__ void barrier_arrive_expect(std::uint32_t barrier, std
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+__device__ __forceinline__ void barrier_expect(std::uint32_t barrier, std::uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{\n"
@@ -40,6 +44,28 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// The barrier at the same address in CTA `rank` of this cluster. (With .release.cluster spelled out, ptxas
+// puts a full memory barrier in front, which stalled the multiplying warps for a third of their time. What
+// this arrival orders are wgmma's reads, and they are complete.)
+__device__ __forceinline__ void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ std::uint32_t cluster_rank() {
+  std::uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // --- copies ---------------------------------------------------------------------------------------
@@ -75,11 +101,31 @@ __device__ __forceinline__ void tma_load_5d(std::uint32_t dst, const CUtensorMap
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
       : "memory");
 }
+// The same into the same place of both CTAs of a pair, each of whose barriers counts the bytes.
+__device__ __forceinline__ void tma_load_5d_pair(std::uint32_t dst, const CUtensorMap* map,
+                                                 std::uint32_t barrier, int x, int y, int z, int u,
+                                                 int v) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "h"(std::uint16_t{3})
+      : "memory");
+}
 // What generic-proxy writes (cp.async among them) put into shared memory becomes visible to wgmma.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// 32 bytes; volatile, so that the compiler reads again and does not keep them.
+__device__ __forceinline__ void load_shared_32(std::uint32_t from, void* to) {
+  auto* const out = static_cast<std::uint32_t*>(to);
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[4]), "=r"(out[5]), "=r"(out[6]), "=r"(out[7])
+               : "r"(from + 16));
+}
 // Stores 8x8 matrices of 16-bit elements transposed: lane l gives the address of row l.
 __device__ __forceinline__ void store_matrix_x2_transposed(std::uint32_t dst, std::uint32_t a,
                                                            std::uint32_t b) {
@@ -94,6 +140,17 @@ __device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t dst, st
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+
+// threadIdx.x, read again wherever it is asked for: so nothing that follows from it is kept in registers
+// across the main loop.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// The compiler no longer knows where this value comes from.
+__device__ __forceinline__ void opaque(const char*& p) { asm volatile("" : "+l"(p)); }
 
 // --- threads --------------------------------------------------------------------------------------
 template <int kRegisters>

@@ -6,6 +6,7 @@ namespace moesaic::cuda::sm90 {
 
 template void launch_gemm<Narrow<Element::kE4M3>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Middle<Element::kE4M3>>(const Params&, int, cudaStream_t);
-template void launch_gemm<WidestFp8<Element::kE4M3>>(const Params&, int, cudaStream_t);
+template void launch_gemm<Wide<Element::kE4M3>>(const Params&, int, cudaStream_t);
+template void launch_gemm<Widest<Element::kE4M3>>(const Params&, int, cudaStream_t);
 
 }  // namespace moesaic::cuda::sm90

@@ -1,5 +1,5 @@
-# examples/*.cpp use nothing but the public headers and the library, and each is run as a test.
-file(GLOB MOESAIC_EXAMPLES CONFIGURE_DEPENDS examples/*.cpp)
+# examples/*.cpp and *.c use nothing but the public headers and the library, and each is run as a test.
+file(GLOB MOESAIC_EXAMPLES CONFIGURE_DEPENDS examples/*.cpp examples/*.c)
 foreach(source IN LISTS MOESAIC_EXAMPLES)
   get_filename_component(stem ${source} NAME_WE)
   add_executable(example_${stem} ${source})

@@ -31,7 +31,8 @@ HostTensor make_hidden(const LayerConfig& config, const BatchOptions& options) {
     store_element(x.bytes().data(), x.dtype(), config.hidden / 2, std::nan(""));
     const std::int64_t last = (options.tokens - 1) * config.hidden;
     if (options.tokens > 1)
-      store_element(x.bytes().data(), x.dtype(), last, x.dtype() == DType::kF8E4M3 ? std::nan("") : kInf);
+      store_element(x.bytes().data(), x.dtype(), last,
+                    x.dtype() == DType::kF8E4M3 ? std::nan("") : kInf);
   }
   return x;
 }
@@ -68,7 +69,8 @@ std::vector<std::int64_t> draw(const std::vector<double>& cumulative, std::int64
   return ids;
 }
 
-// Ids that no tensor may be indexed with. The last two only exist in 64 bit: cut to 32 they look valid.
+// Ids that no tensor may be indexed with. The last two only exist in 64 bit: cut to 32 they look
+// valid.
 std::int64_t hostile_id(std::int64_t experts, DType dtype, Rng* rng) {
   const std::int64_t narrow[] = {-1, experts, experts + 7, std::numeric_limits<std::int32_t>::max(),
                                  std::numeric_limits<std::int32_t>::min()};
@@ -94,7 +96,8 @@ HostTensor make_ids(const LayerConfig& config, const BatchOptions& options) {
       std::int64_t& id = chosen[static_cast<std::size_t>(j)];
       if (options.load == Load::kOne) id = config.experts / 2;
       if (options.load == Load::kHoles) id -= id % 2;
-      if (options.load == Load::kDuplicates && j > 0 && rng.below(2) == 0) id = chosen[static_cast<std::size_t>(j - 1)];
+      if (options.load == Load::kDuplicates && j > 0 && rng.below(2) == 0)
+        id = chosen[static_cast<std::size_t>(j - 1)];
       if (options.load == Load::kRemote && rng.below(3) == 0)
         id = hostile_id(config.experts, options.id_dtype, &rng);
       if (options.id_dtype == DType::kI64)
@@ -129,13 +132,16 @@ Batch make_batch(const LayerConfig& config, const BatchOptions& options) {
     Rng rng(mix(mix(options.seed, 0x34), static_cast<std::uint64_t>(t)));
     float* w = b.topk_weights.as<float>() + t * config.top_k;
     float sum = 0;
-    for (std::int64_t j = 0; j < config.top_k; ++j) sum += w[j] = static_cast<float>(0.25 + rng.uniform());
+    for (std::int64_t j = 0; j < config.top_k; ++j)
+      sum += w[j] = static_cast<float>(0.25 + rng.uniform());
     for (std::int64_t j = 0; j < config.top_k; ++j) w[j] /= sum;
     // Logits: a shuffled ladder with steps of 6 / E, so that no two are close.
     for (std::size_t e = 0; e < ladder.size(); ++e) {
       ladder[e] = static_cast<float>((static_cast<double>(e) + 0.5 * rng.uniform()) * 6 /
-                                         static_cast<double>(config.experts) - 3);
-      std::swap(ladder[e], ladder[static_cast<std::size_t>(rng.below(static_cast<std::int64_t>(e) + 1))]);
+                                         static_cast<double>(config.experts) -
+                                     3);
+      std::swap(ladder[e],
+                ladder[static_cast<std::size_t>(rng.below(static_cast<std::int64_t>(e) + 1))]);
     }
     std::copy(ladder.begin(), ladder.end(), b.router_logits.as<float>() + t * config.experts);
   }
@@ -143,7 +149,8 @@ Batch make_batch(const LayerConfig& config, const BatchOptions& options) {
 }
 
 std::int64_t active_experts(const LayerConfig& config, const HostTensor& topk_ids) {
-  const std::int64_t count = config.local.count > 0 ? config.local.count : config.experts - config.local.first;
+  const std::int64_t count =
+      config.local.count > 0 ? config.local.count : config.experts - config.local.first;
   std::vector<bool> seen(static_cast<std::size_t>(count), false);
   for (std::int64_t i = 0; i < topk_ids.numel(); ++i) {
     const std::int64_t id = topk_ids.dtype() == DType::kI64 ? topk_ids.as<std::int64_t>()[i]

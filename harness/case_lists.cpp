@@ -26,7 +26,8 @@ bool makes_sense(const Variant& v, const Shape& s) {
 bool is_affordable(const Shape& s, std::int64_t tokens, Format format, Load load) {
   const std::int64_t slots = tokens * s.top_k;
   const std::int64_t capacity = load == Load::kUniform ? slots / s.experts * 2 + 4 : slots;
-  if (format == Format::kBatched && s.experts * capacity * s.hidden > (INT64_C(1) << 23)) return false;
+  if (format == Format::kBatched && s.experts * capacity * s.hidden > (INT64_C(1) << 23))
+    return false;
   return slots * s.hidden * s.intermediate * 3 <= INT64_C(60'000'000);
 }
 
@@ -45,8 +46,9 @@ void vary(Case* c, std::uint64_t index) {
   if ((r >> 40) % 4 == 0) c->id_dtype = DType::kI64;
 }
 
-// --- pairs ----------------------------------------------------------------------------------------
-// A case as one value per factor. Pairs are covered greedily: each new case starts from a pair still
+// --- pairs
+// ---------------------------------------------------------------------------------------- A case
+// as one value per factor. Pairs are covered greedily: each new case starts from a pair still
 // missing and takes, of some random completions, the one that covers most.
 constexpr int kFactors = 7;
 using Levels = std::array<int, kFactors>;
@@ -54,8 +56,13 @@ using Levels = std::array<int, kFactors>;
 struct Factors {
   Levels count;
   Factors()
-      : count{static_cast<int>(variants().size()), 3, kNumActivations, 2,
-              static_cast<int>(test_shapes().size()), static_cast<int>(std::size(kTokens)), kNumLoads} {}
+      : count{static_cast<int>(variants().size()),
+              3,
+              kNumActivations,
+              2,
+              static_cast<int>(test_shapes().size()),
+              static_cast<int>(std::size(kTokens)),
+              kNumLoads} {}
 
   Case make(const Levels& l) const {
     Case c;
@@ -120,7 +127,8 @@ std::vector<Levels> cover_pairs(const Factors& f) {
   return chosen;
 }
 
-// --- special cases --------------------------------------------------------------------------------
+// --- special cases
+// --------------------------------------------------------------------------------
 
 Case plain(Scheme scheme, Format format) {
   Case c;
@@ -138,7 +146,8 @@ void add_routing_methods(std::vector<Case>* list) {
       c.shape = {"routed", 16, 64, 32, 4};
       c.source = source;
       c.routing.method = static_cast<RoutingMethod>(m);
-      if (c.routing.method == RoutingMethod::kDeepSeekV3 || c.routing.method == RoutingMethod::kDeepSeekV2) {
+      if (c.routing.method == RoutingMethod::kDeepSeekV3 ||
+          c.routing.method == RoutingMethod::kDeepSeekV2) {
         c.routing.groups = 4;
         c.routing.topk_groups = 2;
         c.routing.scale = 2.5f;
@@ -251,7 +260,8 @@ std::vector<Case> product_cases(const CaseFilter& filter) {
               c.tokens = filter.tokens ? *filter.tokens : kTokens[r % std::size(kTokens)];
               c.load = static_cast<Load>((r >> 16) % kNumLoads);
               r = mix(r, 1);
-            } while (!filter.shape && !filter.tokens && !is_affordable(shape, c.tokens, format, c.load));
+            } while (!filter.shape && !filter.tokens &&
+                     !is_affordable(shape, c.tokens, format, c.load));
             if (filter.scheme && v.quant.scheme != *filter.scheme) continue;
             if (filter.format && format != *filter.format) continue;
             if (filter.activation && c.activation.kind != *filter.activation) continue;

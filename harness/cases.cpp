@@ -12,8 +12,8 @@ namespace {
 
 const std::vector<Shape>& models() {
   static const std::vector<Shape> list = {
-      {"mixtral-8x7b", 8, 4096, 14336, 2},      {"qwen3-30b-a3b", 128, 2048, 768, 8},
-      {"deepseek-v3-tp8", 256, 7168, 256, 8},   {"deepseek-v3-ep8", 32, 7168, 2048, 8},
+      {"mixtral-8x7b", 8, 4096, 14336, 2},       {"qwen3-30b-a3b", 128, 2048, 768, 8},
+      {"deepseek-v3-tp8", 256, 7168, 256, 8},    {"deepseek-v3-ep8", 32, 7168, 2048, 8},
       {"gpt-oss-120b-like", 128, 2880, 2880, 4}, {"qwen3-next-512", 512, 2048, 512, 10},
   };
   return list;
@@ -21,16 +21,14 @@ const std::vector<Shape>& models() {
 
 const std::vector<Shape>& tests() {
   static const std::vector<Shape> list = {
-      {"small", 8, 64, 64, 2},
-      {"tp192", 8, 128, 192, 2},      // 192 = 768 / 4: a shard that no 128 divides
-      {"2880/8", 4, 360, 360, 4},     // GPT-OSS's width, an eighth of it
-      {"ragged", 6, 100, 52, 3},      // multiples of 4 and of nothing else
-      {"odd", 3, 75, 37, 2},          // not even that: 4-bit weights refuse it
-      {"top22", 32, 64, 48, 22},
-      {"single", 1, 64, 96, 1},
-      {"many", 512, 32, 32, 8},
-      {"blocks", 4, 256, 128, 2},     // whole 128 x 128 blocks
-      {"deep", 4, 1160, 64, 2},       // a long K with a short last group
+      {"small", 8, 64, 64, 2},    {"tp192", 8, 128, 192, 2},  // 192 = 768 / 4: a shard that no 128
+                                                              // divides
+      {"2880/8", 4, 360, 360, 4},                             // GPT-OSS's width, an eighth of it
+      {"ragged", 6, 100, 52, 3},                              // multiples of 4 and of nothing else
+      {"odd", 3, 75, 37, 2},  // not even that: 4-bit weights refuse it
+      {"top22", 32, 64, 48, 22},  {"single", 1, 64, 96, 1},  {"many", 512, 32, 32, 8},
+      {"blocks", 4, 256, 128, 2},  // whole 128 x 128 blocks
+      {"deep", 4, 1160, 64, 2},    // a long K with a short last group
   };
   return list;
 }
@@ -86,7 +84,8 @@ std::vector<Variant> make_variants() {
   v.back().output = DType::kF32;
   v.push_back(activations(variant("", kFp8Tensor), ActScale::kTensorDynamic));
   v.push_back(activations(variant("+static", kFp8Tensor), ActScale::kTensorStatic));
-  v.push_back(activations(variant("+static_each+two", kFp8Tensor), ActScale::kTensorStatic, StaticScales::kPerExpert));
+  v.push_back(activations(variant("+static_each+two", kFp8Tensor), ActScale::kTensorStatic,
+                          StaticScales::kPerExpert));
   v.back().tensor_scales = TensorScales::kTwo;
   v.push_back(input8(activations(variant("+in8", kFp8Tensor), ActScale::kTensorStatic)));
   v.push_back(variant("", kFp8Channel));
@@ -121,7 +120,8 @@ std::vector<Variant> make_variants() {
   v.back().extras = Extras::kPrequantAlpha;
   v.push_back(variant("", kInt4W4A8Int8));
   v.push_back(grouped("+g64+zp", kInt4W4A8Int8, 64, kZero));
-  v.push_back(activations(variant("+static_each", kInt4W4A8Int8), ActScale::kTensorStatic, StaticScales::kPerExpert));
+  v.push_back(activations(variant("+static_each", kInt4W4A8Int8), ActScale::kTensorStatic,
+                          StaticScales::kPerExpert));
   v.push_back(variant("", kMxfp4W4A16));
   v.push_back(with_f16(variant("+f16", kMxfp4W4A16)));
   return v;
@@ -183,7 +183,8 @@ std::string name(const Case& c) {
   also(c.values == Values::kNonFinite, "nonfinite");
   also(c.placement == Placement::kStrided, "strided");
   also(c.id_dtype == DType::kI64, "i64");
-  also(c.local.count > 0, "local" + std::to_string(c.local.first) + ":" + std::to_string(c.local.count));
+  also(c.local.count > 0,
+       "local" + std::to_string(c.local.first) + ":" + std::to_string(c.local.count));
   also(c.weight_on == WeightOn::kInput, "weight_on_input");
   also(c.source == RoutingSource::kLogits, "logits:" + std::string(name(c.routing.method)));
   also(c.source == RoutingSource::kRouter, "router:" + std::string(name(c.routing.method)));
@@ -214,18 +215,24 @@ WeightOptions weight_options(const Case& c) {
   return {.seed = mix(c.seed, 0x77),
           .bias = c.bias,
           .parameters = c.parameters,
-          .tensor_scales = c.activation.layout == GateLayout::kInterleaved || !is_gated(c.activation.kind)
-                               ? TensorScales::kOne  // two scales belong to two halves
-                               : c.variant.tensor_scales,
+          .tensor_scales =
+              c.activation.layout == GateLayout::kInterleaved || !is_gated(c.activation.kind)
+                  ? TensorScales::kOne  // two scales belong to two halves
+                  : c.variant.tensor_scales,
           .static_scales = c.variant.static_scales,
           .extras = c.variant.extras};
 }
 
 BatchOptions batch_options(const Case& c) {
-  return {.tokens = c.tokens, .load = c.load, .values = c.values, .id_dtype = c.id_dtype,
+  return {.tokens = c.tokens,
+          .load = c.load,
+          .values = c.values,
+          .id_dtype = c.id_dtype,
           .seed = mix(c.seed, 0x78)};
 }
 
-Support supported(const Case& c, Device device) { return supports(layer_config(c), c.format, device); }
+Support supported(const Case& c, Device device) {
+  return supports(layer_config(c), c.format, device);
+}
 
 }  // namespace moesaic::harness

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one case list: what the tests, `verify` and `bench` run. A case is a complete description; its
-// name is stable and says all of it.
+// The one case list: what the tests, `verify` and `bench` run. A case is a complete description;
+// its name is stable and says all of it.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ struct Variant {
   StaticScales static_scales = StaticScales::kShared;
   Extras extras = Extras::kNone;
 };
-std::span<const Variant> variants();              // the first of each scheme is its plain form
+std::span<const Variant> variants();  // the first of each scheme is its plain form
 const Variant& default_variant(Scheme scheme);
 
 // --- cases --------------------------------------------------------------------------------------
@@ -77,17 +77,17 @@ struct CaseFilter {
   std::optional<Scheme> scheme;
   std::optional<Format> format;
   std::optional<Activation> activation;
-  std::optional<Shape> shape;            // a test shape, or any: then only that shape is made
+  std::optional<Shape> shape;  // a test shape, or any: then only that shape is made
   std::optional<std::int64_t> tokens;
 };
-// Every pair of (variant, format, activation, bias, shape, tokens, load), greedily covered: what the
-// tests run.
+// Every pair of (variant, format, activation, bias, shape, tokens, load), greedily covered: what
+// the tests run.
 std::vector<Case> pair_cases();
 // What the issue list names one by one: 2048 experts, non-finite values, strided views, remote
 // experts, shared experts, local ranges, routing inside the layer, residual ...
 std::vector<Case> special_cases();
-// The full product of variants, formats, activations, biases and shapes (tokens, load and gate order
-// rotate through it), then the special cases: what `moesaic verify` runs.
+// The full product of variants, formats, activations, biases and shapes (tokens, load and gate
+// order rotate through it), then the special cases: what `moesaic verify` runs.
 std::vector<Case> product_cases(const CaseFilter& filter);
 
 }  // namespace moesaic::harness

@@ -13,16 +13,19 @@ Comparison compare(const HostTensor& output, const std::vector<reference::Bounde
                    NonFinite non_finite) {
   Comparison c;
   double difference = 0, norm = 0;
-  const std::int64_t width = output.shape().empty() ? 1 : std::max<std::int64_t>(1, output.shape().back());
+  const std::int64_t width =
+      output.shape().empty() ? 1 : std::max<std::int64_t>(1, output.shape().back());
   const auto where = [&](std::size_t i) {
     return "row " + std::to_string(static_cast<std::int64_t>(i) / width) + ", column " +
            std::to_string(static_cast<std::int64_t>(i) % width);
   };
   for (std::size_t i = 0; i < oracle.size(); ++i) {
-    const double got = load_element(output.bytes().data(), output.dtype(), static_cast<std::int64_t>(i));
+    const double got =
+        load_element(output.bytes().data(), output.dtype(), static_cast<std::int64_t>(i));
     const reference::Bounded& want = oracle[i];
     if (!std::isfinite(want.value) || !std::isfinite(want.error)) {
-      if (non_finite == NonFinite::kStrict && std::isfinite(got) && !std::isfinite(want.value) && c.reason.empty())
+      if (non_finite == NonFinite::kStrict && std::isfinite(got) && !std::isfinite(want.value) &&
+          c.reason.empty())
         c.reason = where(i) + ": got " + std::to_string(got) + " where NaN or Inf belongs";
       continue;
     }
@@ -30,7 +33,8 @@ Comparison compare(const HostTensor& output, const std::vector<reference::Bounde
     const double bound = reference::stored_error(want, output.dtype());
     if (!std::isfinite(got)) {
       c.ratio = std::numeric_limits<double>::infinity();
-      if (c.reason.empty()) c.reason = where(i) + ": got a number that is not finite, or nothing was written";
+      if (c.reason.empty())
+        c.reason = where(i) + ": got a number that is not finite, or nothing was written";
       continue;
     }
     c.max_error = std::max(c.max_error, error);
@@ -40,8 +44,8 @@ Comparison compare(const HostTensor& output, const std::vector<reference::Bounde
       c.ratio = error / bound;
       c.bound = bound;
       if (c.ratio > 1)
-        c.reason = where(i) + ": got " + std::to_string(got) + ", expected " + std::to_string(want.value) +
-                   " within " + std::to_string(bound);
+        c.reason = where(i) + ": got " + std::to_string(got) + ", expected " +
+                   std::to_string(want.value) + " within " + std::to_string(bound);
     }
   }
   c.relative_error = norm > 0 ? std::sqrt(difference / norm) : 0;
@@ -55,7 +59,8 @@ reference::Choices device_choices(const LayerConfig& config, Device device) {
   choices.slots = b.slot_dtype(fc2);
   if (device.type == DeviceType::kCuda) {
     const bool wgmma = b.info().kernels == "sm90a" && fc2.act == ActFormat::kE4M3;
-    choices.accumulator = wgmma ? reference::Accumulator::kWgmmaE4M3 : reference::Accumulator::kTensorCore;
+    choices.accumulator =
+        wgmma ? reference::Accumulator::kWgmmaE4M3 : reference::Accumulator::kTensorCore;
   }
   return choices;
 }

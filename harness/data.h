@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random weights and batches for tests, `verify` and `bench`, and the tensors that hold them: dense on
-// the host, or on any device between guard bands. Everything follows from a seed, in any order.
+// Random weights and batches for tests, `verify` and `bench`, and the tensors that hold them: dense
+// on the host, or on any device between guard bands. Everything follows from a seed, in any order.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,9 @@
 
 namespace moesaic::harness {
 
-// --- random numbers -------------------------------------------------------------------------------
-// SplitMix64: one multiply-xorshift chain per draw, and any two seeds give unrelated streams.
+// --- random numbers
+// ------------------------------------------------------------------------------- SplitMix64: one
+// multiply-xorshift chain per draw, and any two seeds give unrelated streams.
 class Rng {
  public:
   explicit Rng(std::uint64_t seed) : state_(seed) {}
@@ -28,8 +29,9 @@ class Rng {
 };
 std::uint64_t mix(std::uint64_t a, std::uint64_t b);  // a seed made of two
 
-// --- host tensors ---------------------------------------------------------------------------------
-// Owns a dense row-major tensor in host memory.
+// --- host tensors
+// --------------------------------------------------------------------------------- Owns a dense
+// row-major tensor in host memory.
 class HostTensor {
  public:
   HostTensor() = default;
@@ -40,9 +42,13 @@ class HostTensor {
   std::int64_t numel() const;
   Tensor view() const;  // undefined when this is
   template <typename T>
-  T* as() { return reinterpret_cast<T*>(bytes_.data()); }
+  T* as() {
+    return reinterpret_cast<T*>(bytes_.data());
+  }
   template <typename T>
-  const T* as() const { return reinterpret_cast<const T*>(bytes_.data()); }
+  const T* as() const {
+    return reinterpret_cast<const T*>(bytes_.data());
+  }
   std::vector<std::byte>& bytes() { return bytes_; }
   const std::vector<std::byte>& bytes() const { return bytes_; }
 
@@ -61,8 +67,9 @@ double distance(const HostTensor& a, const HostTensor& b);
 // Element of a view in any strides.
 double element(const Tensor& host, std::initializer_list<std::int64_t> index);
 
-// --- device tensors ---------------------------------------------------------------------------------
-// Whether rows lie densely or `kRowGap` elements apart. A gap is guard, too.
+// --- device tensors
+// --------------------------------------------------------------------------------- Whether rows
+// lie densely or `kRowGap` elements apart. A gap is guard, too.
 enum class Placement : std::uint8_t { kDense, kStrided };
 
 // Owns a tensor in a device's memory between guard bands. The whole block starts out as kPoison
@@ -71,7 +78,7 @@ enum class Placement : std::uint8_t { kDense, kStrided };
 class DeviceTensor {
  public:
   static constexpr std::size_t kGuardBytes = 256;
-  static constexpr std::int64_t kRowGap = 32;     // elements: a multiple of every alignment asked for
+  static constexpr std::int64_t kRowGap = 32;  // elements: a multiple of every alignment asked for
   static constexpr std::byte kPoison{0xff};
 
   DeviceTensor() = default;
@@ -88,10 +95,10 @@ class DeviceTensor {
   DeviceTensor& operator=(DeviceTensor&& other) noexcept;
 
   Tensor view() const { return view_; }
-  HostTensor to_host() const;   // dense; waits for the device
+  HostTensor to_host() const;  // dense; waits for the device
   void assign(const Tensor& host);
-  bool guards_intact() const;   // before, behind and between the rows
-  void poison();                // elements and guards
+  bool guards_intact() const;  // before, behind and between the rows
+  void poison();               // elements and guards
 
  private:
   std::size_t block_bytes() const;
@@ -100,7 +107,8 @@ class DeviceTensor {
   void* block_ = nullptr;
 };
 
-// --- weights ----------------------------------------------------------------------------------------
+// --- weights
+// ----------------------------------------------------------------------------------------
 enum class Biases : std::uint8_t { kNone, kAll };
 // Activation parameters alpha, beta and limit: the scalars of the ActivationSpec, or tensors.
 enum class ExpertParameters : std::uint8_t { kScalar, kTensors };
@@ -136,8 +144,8 @@ struct WeightData {
 // Every local expert of `config`; expert e's numbers depend on (seed, e) alone.
 WeightData make_weights(const LayerConfig& config, const WeightOptions& options);
 // Local experts [first, first + count): one at a time keeps large layers out of host memory.
-WeightData make_experts(const LayerConfig& config, const WeightOptions& options,
-                        std::int64_t first, std::int64_t count);
+WeightData make_experts(const LayerConfig& config, const WeightOptions& options, std::int64_t first,
+                        std::int64_t count);
 // The shared experts as one expert of their joint width.
 WeightData make_shared(const LayerConfig& config, const WeightOptions& options);
 struct RouterData {
@@ -154,8 +162,9 @@ struct DeviceWeights {
 };
 DeviceWeights to_device(const LayerWeights& host, Device device);
 
-// --- batches ----------------------------------------------------------------------------------------
-// Which experts the tokens choose.
+// --- batches
+// ---------------------------------------------------------------------------------------- Which
+// experts the tokens choose.
 enum class Load : std::uint8_t {
   kUniform,     // distinct experts, each as likely
   kZipf,        // distinct, expert popularity 1 / rank

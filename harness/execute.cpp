@@ -21,7 +21,9 @@ class Buffers {
     inputs_.push_back({what, DeviceTensor::from(host, device_, placement), &host});
     return inputs_.back().tensor.view();
   }
-  Tensor strided_input(const char* what, const HostTensor& host) { return input(what, host, placement_); }
+  Tensor strided_input(const char* what, const HostTensor& host) {
+    return input(what, host, placement_);
+  }
   DeviceTensor& output(const char* what, DType dtype, std::vector<std::int64_t> shape,
                        Placement placement = Placement::kDense) {
     outputs_.push_back({what, DeviceTensor(device_, dtype, std::move(shape), placement), nullptr});
@@ -39,7 +41,8 @@ class Buffers {
       if (!e.tensor.guards_intact()) return std::string(e.what) + ": written outside";
     for (const Entry& e : inputs_) {
       if (!e.tensor.guards_intact()) return std::string(e.what) + ": an input, written outside";
-      if (e.tensor.to_host().bytes() != e.host->bytes()) return std::string(e.what) + ": an input, written";
+      if (e.tensor.to_host().bytes() != e.host->bytes())
+        return std::string(e.what) + ": an input, written";
     }
     return {};
   }
@@ -59,7 +62,8 @@ HostTensor cleaned_ids(const LayerConfig& config, const HostTensor& ids) {
   HostTensor clean(DType::kI32, ids.shape());
   const std::vector<std::int64_t> all = reference::slot_ids(ids.view());
   for (std::size_t s = 0; s < all.size(); ++s)
-    clean.as<std::int32_t>()[s] = static_cast<std::int32_t>(all[s] >= 0 && all[s] < config.experts ? all[s] : -1);
+    clean.as<std::int32_t>()[s] =
+        static_cast<std::int32_t>(all[s] >= 0 && all[s] < config.experts ? all[s] : -1);
   return clean;
 }
 
@@ -92,7 +96,9 @@ void run_sorted(const Layer& layer, const Batch& batch, const Execution& how, Bu
   a.experts = config.experts;
   a.local = config.local;
   a.rows = {.slots = b->output("slots", DType::kI32, {capacity}).view(),
-            .block_experts = b->output("block_experts", DType::kI32, {(capacity + kBlockRows - 1) / kBlockRows}).view(),
+            .block_experts =
+                b->output("block_experts", DType::kI32, {(capacity + kBlockRows - 1) / kBlockRows})
+                    .view(),
             .num_padded = b->output("num_padded", DType::kI32, {1}).view(),
             .block_rows = kBlockRows};
   a.workspace = b->workspace(align_workspace_bytes(slots, config.experts, b->device()));
@@ -111,8 +117,10 @@ void run_sorted(const Layer& layer, const Batch& batch, const Execution& how, Bu
     e.row_weights.shape = {slots};
     e.row_weights.strides = {1};
   }
-  e.output = b->output("slot outputs", how.expert_output, {slots, config.hidden}, b->placement()).view();
-  e.workspace = b->workspace(stage_workspace_bytes(config, Format::kSorted, tokens, capacity, b->device()));
+  e.output =
+      b->output("slot outputs", how.expert_output, {slots, config.hidden}, b->placement()).view();
+  e.workspace =
+      b->workspace(stage_workspace_bytes(config, Format::kSorted, tokens, capacity, b->device()));
   experts(layer, e);
 
   // Ids that no list holds have no row: they are skipped by their id.
@@ -130,11 +138,12 @@ void run_sorted(const Layer& layer, const Batch& batch, const Execution& how, Bu
   sum_slots(s);
 }
 
-// The scheme whose rows are not quantized, for what prepare cannot quantize: static scales and AWQ's
-// factors belong to the weights, which it does not see.
+// The scheme whose rows are not quantized, for what prepare cannot quantize: static scales and
+// AWQ's factors belong to the weights, which it does not see.
 LayerConfig float_rows(const LayerConfig& config) {
   LayerConfig plain = config;
-  plain.quant = {.scheme = intermediate_dtype(config) == DType::kF16 ? Scheme::kF16 : Scheme::kBF16};
+  plain.quant = {.scheme =
+                     intermediate_dtype(config) == DType::kF16 ? Scheme::kF16 : Scheme::kBF16};
   return plain;
 }
 
@@ -143,7 +152,8 @@ void run_batched(const Layer& layer, const Batch& batch, const Execution& how, B
   const LayerConfig& config = layer.config();
   const WeightSpec fc1 = weight_spec(config, Product::kFc1);
   const std::int64_t tokens = batch.hidden_states.shape()[0];
-  const std::int64_t capacity = how.capacity > 0 ? how.capacity : needed_capacity(config, batch.topk_ids);
+  const std::int64_t capacity =
+      how.capacity > 0 ? how.capacity : needed_capacity(config, batch.topk_ids);
   const bool float_input = is_float(config.input_dtype);
   const bool defer = float_input && (fc1.act_scale == ActScale::kTensorStatic ||
                                      how.extras == Extras::kPrequantAlpha);
@@ -155,17 +165,24 @@ void run_batched(const Layer& layer, const Batch& batch, const Execution& how, B
   p.hidden_scale = b->input("hidden_scale", batch.hidden_scale);
   p.topk_ids = b->input("topk_ids", batch.topk_ids);
   p.topk_weights = b->input("topk_weights", batch.topk_weights);
-  p.rows = b->output("rows", defer ? fc1.dtype16 : fc1.act_dtype, {fc1.experts, capacity, config.hidden}, b->placement()).view();
+  p.rows = b->output("rows", defer ? fc1.dtype16 : fc1.act_dtype,
+                     {fc1.experts, capacity, config.hidden}, b->placement())
+               .view();
   if (scaled) {
-    const bool per_tensor = fc1.act_scale == ActScale::kTensorDynamic || fc1.act_scale == ActScale::kTensorStatic;
-    const std::int64_t groups = fc1.act_scale == ActScale::kGroup ? (fc1.k + fc1.act_group - 1) / fc1.act_group : 1;
-    p.row_scale = b->output("row_scale", DType::kF32, {fc1.experts, per_tensor ? 1 : capacity, groups}).view();
+    const bool per_tensor =
+        fc1.act_scale == ActScale::kTensorDynamic || fc1.act_scale == ActScale::kTensorStatic;
+    const std::int64_t groups =
+        fc1.act_scale == ActScale::kGroup ? (fc1.k + fc1.act_group - 1) / fc1.act_group : 1;
+    p.row_scale =
+        b->output("row_scale", DType::kF32, {fc1.experts, per_tensor ? 1 : capacity, groups})
+            .view();
   }
   p.num_tokens = b->output("num_tokens", DType::kI32, {fc1.experts}).view();
   p.slot_row = b->output("slot_row", DType::kI32, {tokens, config.top_k}).view();
   const DeviceTensor& status = b->output("status", DType::kI32, {1});
   p.status = status.view();
-  p.workspace = b->workspace(stage_workspace_bytes(defer ? plain : config, Format::kBatched, tokens, capacity, b->device()));
+  p.workspace = b->workspace(stage_workspace_bytes(defer ? plain : config, Format::kBatched, tokens,
+                                                   capacity, b->device()));
   if (defer)
     prepare(plain, p);
   else
@@ -176,8 +193,11 @@ void run_batched(const Layer& layer, const Batch& batch, const Execution& how, B
   e.rows = p.rows;
   e.row_scale = p.row_scale;
   e.batched.num_tokens = p.num_tokens;
-  e.output = b->output("expert outputs", how.expert_output, {fc1.experts, capacity, config.hidden}, b->placement()).view();
-  e.workspace = b->workspace(stage_workspace_bytes(config, Format::kBatched, tokens, capacity, b->device()));
+  e.output = b->output("expert outputs", how.expert_output, {fc1.experts, capacity, config.hidden},
+                       b->placement())
+                 .view();
+  e.workspace =
+      b->workspace(stage_workspace_bytes(config, Format::kBatched, tokens, capacity, b->device()));
   experts(layer, e);
 
   FinalizeArgs f;
@@ -208,11 +228,13 @@ Batch take_tokens(const Batch& batch, std::int64_t first, std::int64_t count) {
   const auto take = [&](const HostTensor& t) {
     if (!t.defined() || t.shape().size() < 2) return t;  // a scalar scale serves all
     std::vector<std::int64_t> shape = t.shape();
-    const std::size_t row = t.shape()[0] == 0 ? 0 : t.bytes().size() / static_cast<std::size_t>(shape[0]);
+    const std::size_t row =
+        t.shape()[0] == 0 ? 0 : t.bytes().size() / static_cast<std::size_t>(shape[0]);
     shape[0] = count;
     HostTensor part(t.dtype(), shape);
     if (!part.bytes().empty())
-      std::memcpy(part.bytes().data(), t.bytes().data() + static_cast<std::size_t>(first) * row, part.bytes().size());
+      std::memcpy(part.bytes().data(), t.bytes().data() + static_cast<std::size_t>(first) * row,
+                  part.bytes().size());
     return part;
   };
   return {take(batch.hidden_states), take(batch.hidden_scale), take(batch.topk_ids),
@@ -223,13 +245,20 @@ Executed execute(const Layer& layer, const Batch& batch, const Execution& how) {
   const LayerConfig& config = layer.config();
   const std::int64_t tokens = batch.hidden_states.shape()[0];
   Buffers b(layer.device(), how.placement);
-  DeviceTensor& output = b.output("output", config.output_dtype, {tokens, config.hidden}, how.placement);
+  DeviceTensor& output =
+      b.output("output", config.output_dtype, {tokens, config.hidden}, how.placement);
   if (how.initial.defined()) output.assign(how.initial.view());
   Executed done;
   switch (how.format) {
-    case Format::kStandard: run_standard(layer, batch, how, &b, output); break;
-    case Format::kSorted: run_sorted(layer, batch, how, &b, output); break;
-    case Format::kBatched: run_batched(layer, batch, how, &b, output, &done.dropped); break;
+    case Format::kStandard:
+      run_standard(layer, batch, how, &b, output);
+      break;
+    case Format::kSorted:
+      run_sorted(layer, batch, how, &b, output);
+      break;
+    case Format::kBatched:
+      run_batched(layer, batch, how, &b, output, &done.dropped);
+      break;
   }
   done.output = output.to_host();
   done.damage = b.damage();

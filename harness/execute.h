@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a loaded layer once through any of the three formats, with everything a caller of that format
-// would own: poisoned outputs, guard bands, strided views. What `verify` and the tests look at.
+// Runs a loaded layer once through any of the three formats, with everything a caller of that
+// format would own: poisoned outputs, guard bands, strided views. What `verify` and the tests look
+// at.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +25,8 @@ struct Execution {
 };
 
 struct Executed {
-  HostTensor output;  // [T, H]
-  std::string damage; // empty, or which tensor was written outside, or though it is an input
+  HostTensor output;   // [T, H]
+  std::string damage;  // empty, or which tensor was written outside, or though it is an input
   std::int64_t dropped = 0;
 };
 

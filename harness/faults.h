@@ -14,13 +14,13 @@ namespace moesaic::harness {
 
 enum class Fault : std::uint8_t {
   kNone,
-  kTailDropped,       // the last element of K counts nothing
-  kNeighboursScale,   // a scale cell is read one too far along N
-  kNibblesSwapped,    // 4-bit: low and high exchanged
-  kZeroPointOff,      // zero points one too high (without a tensor: 7 instead of 8, by one tensor)
-  kBiasSkipped,       // biases read as zero
-  kGateUpExchanged,   // the halves (or interleaved rows) of fc1 exchanged
-  kLastRowSkipped,    // the last token's slots contribute nothing
+  kTailDropped,      // the last element of K counts nothing
+  kNeighboursScale,  // a scale cell is read one too far along N
+  kNibblesSwapped,   // 4-bit: low and high exchanged
+  kZeroPointOff,     // zero points one too high (without a tensor: 7 instead of 8, by one tensor)
+  kBiasSkipped,      // biases read as zero
+  kGateUpExchanged,  // the halves (or interleaved rows) of fc1 exchanged
+  kLastRowSkipped,   // the last token's slots contribute nothing
 };
 inline constexpr int kNumFaults = 8;
 std::string_view name(Fault fault);

@@ -23,9 +23,11 @@ struct Fixture {
   WeightData weights;
   Layer layer;
 
-  explicit Fixture(const LayerConfig& configuration, const WeightOptions& options = {.bias = Biases::kAll},
-                   Device device = {})
-      : config(configuration), weights(make_weights(configuration, options)), layer(configuration, device) {
+  explicit Fixture(const LayerConfig& configuration,
+                   const WeightOptions& options = {.bias = Biases::kAll}, Device device = {})
+      : config(configuration),
+        weights(make_weights(configuration, options)),
+        layer(configuration, device) {
     layer.load(weights.weights);
   }
   Batch batch(std::int64_t tokens, Load load = Load::kUniform, std::uint64_t seed = 3) const {
@@ -40,6 +42,18 @@ struct Fixture {
 
 inline bool same_bits(const HostTensor& a, const HostTensor& b) {
   return a.shape() == b.shape() && a.bytes() == b.bytes();
+}
+
+inline const Variant& variant_named(std::string_view wanted) {
+  for (const Variant& v : variants())
+    if (v.name == wanted) return v;
+  throw Error(ErrorCode::kInvalidArgument, "variant: no " + std::string(wanted));
+}
+
+// What is wrong with a case, or "".
+inline std::string failure(const Case& c) {
+  const VerifyResult r = run_case(c);
+  return r.status == Status::kPassed ? "" : r.name + ": " + r.reason;
 }
 
 // What an Error says, or "" when nothing is thrown.

@@ -22,14 +22,16 @@ class GroupedRun {
       make_batched();
     else
       make_sorted();
-    const WorkspaceBuffer workspace(device_, std::max<std::size_t>(1, grouped_gemm_workspace_bytes(on_device_)));
+    const WorkspaceBuffer workspace(
+        device_, std::max<std::size_t>(1, grouped_gemm_workspace_bytes(on_device_)));
     on_device_.workspace = workspace.view();
     grouped_gemm(on_device_);
     return compare_rows();
   }
 
  private:
-  Tensor give(Tensor GroupedGemmArgs::*member, HostTensor host, Placement placement = Placement::kDense) {
+  Tensor give(Tensor GroupedGemmArgs::*member, HostTensor host,
+              Placement placement = Placement::kDense) {
     hosts_.push_back(std::move(host));
     on_host_.*member = hosts_.back().view();
     devices_.push_back(DeviceTensor::from(hosts_.back(), device_, placement));
@@ -56,9 +58,9 @@ class GroupedRun {
   }
 
   void make_weights() {
-    weights_ = harness::make_weights(config(), {.seed = mix(c_.seed, 1),
-                                                .bias = c_.bias,
-                                                .static_scales = c_.variant.static_scales});
+    weights_ = harness::make_weights(
+        config(),
+        {.seed = mix(c_.seed, 1), .bias = c_.bias, .static_scales = c_.variant.static_scales});
     GemmWeights& host = on_host_.b;
     host = weights_.weights.fc1;
     on_host_.quant = on_device_.quant = c_.variant.quant;
@@ -80,7 +82,8 @@ class GroupedRun {
     const std::size_t size = size_of(padded.dtype());
     for (std::int64_t i = 0; i < shape[0] * shape[1]; ++i)
       std::memcpy(padded.bytes().data() + static_cast<std::size_t>(i * shape[2]) * size,
-                  static_cast<const std::byte*>(host.weight.data) + static_cast<std::size_t>(i * row) * size,
+                  static_cast<const std::byte*>(host.weight.data) +
+                      static_cast<std::size_t>(i * row) * size,
                   static_cast<std::size_t>(row) * size);
     b.weight = copy(padded.view());
     b.weight.shape[2] = row;
@@ -109,7 +112,10 @@ class GroupedRun {
     HostTensor live(DType::kI32, {experts});
     Rng rng(mix(c_.seed, 3));
     for (std::int64_t e = 0; e < experts; ++e)  // 0, all, more than fit, or some
-      live.as<std::int32_t>()[e] = static_cast<std::int32_t>(e == 0 ? 0 : e == 1 ? capacity : e == 2 ? capacity + 5 : rng.below(capacity));
+      live.as<std::int32_t>()[e] = static_cast<std::int32_t>(e == 0   ? 0
+                                                             : e == 1 ? capacity
+                                                             : e == 2 ? capacity + 5
+                                                                      : rng.below(capacity));
     hosts_.push_back(std::move(live));
     on_host_.batched.num_tokens = hosts_.back().view();
     on_device_.batched.num_tokens = copy(on_host_.batched.num_tokens);
@@ -118,14 +124,16 @@ class GroupedRun {
 
   void make_sorted() {
     const LayerConfig one = config();
-    const Batch batch = make_batch(one, {.tokens = c_.tokens, .load = c_.load, .seed = mix(c_.seed, 4)});
+    const Batch batch =
+        make_batch(one, {.tokens = c_.tokens, .load = c_.load, .seed = mix(c_.seed, 4)});
     const std::int64_t slots = c_.tokens * one.top_k;
     const reference::Aligned lists =
         reference::align(batch.topk_ids.view(), c_.experts, c_.local, {}, c_.block_rows);
     const std::int64_t capacity = align_capacity(slots, c_.experts, c_.block_rows);
     const std::int64_t blocks = (capacity + c_.block_rows - 1) / c_.block_rows;
-    HostTensor list(DType::kI32, {capacity}), experts(DType::kI32, {blocks}), used(DType::kI32, {1});
-    std::memset(list.bytes().data(), 0x7f, list.bytes().size());     // behind num_padded: nonsense
+    HostTensor list(DType::kI32, {capacity}), experts(DType::kI32, {blocks}),
+        used(DType::kI32, {1});
+    std::memset(list.bytes().data(), 0x7f, list.bytes().size());  // behind num_padded: nonsense
     std::memset(experts.bytes().data(), 0x7f, experts.bytes().size());
     std::copy(lists.slots.begin(), lists.slots.end(), list.as<std::int32_t>());
     std::copy(lists.block_experts.begin(), lists.block_experts.end(), experts.as<std::int32_t>());
@@ -190,10 +198,12 @@ class GroupedRun {
           if (v != 0) return where + "of a filtered block, must be zero, is " + std::to_string(v);
           continue;
         }
-        const reference::Bounded& b = want.values[r * static_cast<std::size_t>(want.n) + static_cast<std::size_t>(n)];
+        const reference::Bounded& b =
+            want.values[r * static_cast<std::size_t>(want.n) + static_cast<std::size_t>(n)];
         if (!(std::abs(v - b.value) <= reference::stored_error(b, got.dtype())))
-          return where + "column " + std::to_string(n) + ": got " + std::to_string(v) + ", expected " +
-                 std::to_string(b.value) + " within " + std::to_string(reference::stored_error(b, got.dtype()));
+          return where + "column " + std::to_string(n) + ": got " + std::to_string(v) +
+                 ", expected " + std::to_string(b.value) + " within " +
+                 std::to_string(reference::stored_error(b, got.dtype()));
       }
     }
     return {};
@@ -210,6 +220,8 @@ class GroupedRun {
 
 }  // namespace
 
-std::string check_grouped(const GroupedCase& c, Device device) { return GroupedRun(c, device).check(); }
+std::string check_grouped(const GroupedCase& c, Device device) {
+  return GroupedRun(c, device).check();
+}
 
 }  // namespace moesaic::harness

@@ -28,7 +28,8 @@ Logits token_logits(const RoutedTokens& r, std::int64_t t) {
       double magnitude = 0;
       for (std::int64_t h = 0; h < hidden; ++h)
         magnitude += std::abs(reference::load(x, h) * reference::load(r.router.weight, e, h));
-      out.error = std::max(out.error, (reference::walk(static_cast<double>(hidden)) + 2) * kUnit * magnitude);
+      out.error = std::max(out.error,
+                           (reference::walk(static_cast<double>(hidden)) + 2) * kUnit * magnitude);
     }
     return out;
   }
@@ -61,21 +62,26 @@ std::string check_routing(const RoutedTokens& r) {
     bool same = true;
     for (std::int64_t j = 0; j < top_k; ++j) {
       const std::int64_t id = r.topk_ids->as<std::int32_t>()[t * top_k + j];
-      if (id < 0 || id >= experts) return where + "expert " + std::to_string(id) + " does not exist";
+      if (id < 0 || id >= experts)
+        return where + "expert " + std::to_string(id) + " does not exist";
       double best = -INFINITY;
       for (const double s : left) best = std::max(best, s);
       double& score = left[static_cast<std::size_t>(id)];
       if (!(best - score <= tolerance * std::max(1.0, std::abs(best))))
-        return where + "pick " + std::to_string(j) + " is expert " + std::to_string(id) + ", whose score " +
-               std::to_string(score) + " is below the best left, " + std::to_string(best);
+        return where + "pick " + std::to_string(j) + " is expert " + std::to_string(id) +
+               ", whose score " + std::to_string(score) + " is below the best left, " +
+               std::to_string(best);
       score = -INFINITY;
       same = same && id == want.ids[static_cast<std::size_t>(j)];
     }
     if (!same) continue;  // a tie in fp32: the weights belong to another choice
     for (std::int64_t j = 0; j < top_k; ++j) {
-      const double w = r.topk_weights->as<float>()[t * top_k + j], expected = want.weights[static_cast<std::size_t>(j)];
-      const double bound = std::abs(expected) * (4 * logits.error + (reference::walk(static_cast<double>(experts)) + 32) * kUnit) +
-                           (r.spec.method == RoutingMethod::kTopK ? logits.error * r.spec.scale : 0) + 0x1p-100;
+      const double w = r.topk_weights->as<float>()[t * top_k + j],
+                   expected = want.weights[static_cast<std::size_t>(j)];
+      const double bound =
+          std::abs(expected) *
+              (4 * logits.error + (reference::walk(static_cast<double>(experts)) + 32) * kUnit) +
+          (r.spec.method == RoutingMethod::kTopK ? logits.error * r.spec.scale : 0) + 0x1p-100;
       if (!(std::abs(w - expected) <= bound))
         return where + "weight " + std::to_string(j) + " is " + std::to_string(w) + ", expected " +
                std::to_string(expected) + " within " + std::to_string(bound);

@@ -11,15 +11,15 @@ namespace moesaic::harness {
 
 struct RoutedTokens {
   RoutingSpec spec;
-  Tensor logits;           // [T, E], or undefined: computed from
-  Tensor hidden_states;    // [T, H] and router.weight
+  Tensor logits;         // [T, E], or undefined: computed from
+  Tensor hidden_states;  // [T, H] and router.weight
   RouterWeights router;
   const HostTensor* topk_ids = nullptr;      // [T, k] i32
   const HostTensor* topk_weights = nullptr;  // [T, k] f32
 };
 
-// Host tensors. Empty: every pick is the best that was left, up to what fp32 can tell apart, and its
-// weight is within its bound. Otherwise which token is wrong and how.
+// Host tensors. Empty: every pick is the best that was left, up to what fp32 can tell apart, and
+// its weight is within its bound. Otherwise which token is wrong and how.
 std::string check_routing(const RoutedTokens& routed);
 
 }  // namespace moesaic::harness

@@ -11,7 +11,8 @@
 
 namespace moesaic::harness {
 
-// --- random numbers -------------------------------------------------------------------------------
+// --- random numbers
+// -------------------------------------------------------------------------------
 
 std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
   std::uint64_t z = a + 0x9e3779b97f4a7c15u * (b + 1);
@@ -26,15 +27,16 @@ std::uint64_t Rng::bits() {
 double Rng::uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
 float Rng::normal() {
   const std::uint64_t b = bits();  // four 16-bit uniforms have variance 1/3 together
-  const double sum = static_cast<double>((b & 0xffff) + ((b >> 16) & 0xffff) + ((b >> 32) & 0xffff) +
-                                         (b >> 48));
+  const double sum =
+      static_cast<double>((b & 0xffff) + ((b >> 16) & 0xffff) + ((b >> 32) & 0xffff) + (b >> 48));
   return static_cast<float>((sum * 0x1p-16 - 2 + 0x1p-15) * 1.7320508);
 }
 std::int64_t Rng::below(std::int64_t limit) {
   return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(limit));
 }
 
-// --- host tensors ---------------------------------------------------------------------------------
+// --- host tensors
+// ---------------------------------------------------------------------------------
 
 HostTensor::HostTensor(DType dtype, std::vector<std::int64_t> shape)
     : dtype_(dtype), shape_(std::move(shape)) {
@@ -57,24 +59,41 @@ double load_element(const void* data, DType dtype, std::int64_t index) {
 void store_element(void* data, DType dtype, std::int64_t index, double value) {
   const auto f = static_cast<float>(value);
   switch (dtype) {
-    case DType::kF32: static_cast<float*>(data)[index] = f; return;
-    case DType::kF16: static_cast<std::uint16_t*>(data)[index] = float_to_f16(f); return;
-    case DType::kBF16: static_cast<std::uint16_t*>(data)[index] = float_to_bf16(f); return;
-    case DType::kF8E4M3: static_cast<std::uint8_t*>(data)[index] = float_to_e4m3(f); return;
+    case DType::kF32:
+      static_cast<float*>(data)[index] = f;
+      return;
+    case DType::kF16:
+      static_cast<std::uint16_t*>(data)[index] = float_to_f16(f);
+      return;
+    case DType::kBF16:
+      static_cast<std::uint16_t*>(data)[index] = float_to_bf16(f);
+      return;
+    case DType::kF8E4M3:
+      static_cast<std::uint8_t*>(data)[index] = float_to_e4m3(f);
+      return;
     case DType::kE8M0:
       static_cast<std::uint8_t*>(data)[index] = static_cast<std::uint8_t>(std::ilogb(value) + 127);
       return;
-    case DType::kI8: static_cast<std::int8_t*>(data)[index] = static_cast<std::int8_t>(std::lround(value)); return;
-    case DType::kU8: static_cast<std::uint8_t*>(data)[index] = static_cast<std::uint8_t>(std::lround(value)); return;
-    case DType::kI32: static_cast<std::int32_t*>(data)[index] = static_cast<std::int32_t>(std::lround(value)); return;
-    case DType::kI64: static_cast<std::int64_t*>(data)[index] = std::lround(value); return;
+    case DType::kI8:
+      static_cast<std::int8_t*>(data)[index] = static_cast<std::int8_t>(std::lround(value));
+      return;
+    case DType::kU8:
+      static_cast<std::uint8_t*>(data)[index] = static_cast<std::uint8_t>(std::lround(value));
+      return;
+    case DType::kI32:
+      static_cast<std::int32_t*>(data)[index] = static_cast<std::int32_t>(std::lround(value));
+      return;
+    case DType::kI64:
+      static_cast<std::int64_t*>(data)[index] = std::lround(value);
+      return;
   }
 }
 
 double distance(const HostTensor& a, const HostTensor& b) {
   double difference = 0, norm = 0;
   for (std::int64_t i = 0; i < b.numel(); ++i) {
-    const double x = load_element(a.bytes().data(), a.dtype(), i), y = load_element(b.bytes().data(), b.dtype(), i);
+    const double x = load_element(a.bytes().data(), a.dtype(), i),
+                 y = load_element(b.bytes().data(), b.dtype(), i);
     difference += (x - y) * (x - y);
     norm += y * y;
   }
@@ -88,7 +107,8 @@ double element(const Tensor& host, std::initializer_list<std::int64_t> index) {
   return load_element(host.data, host.dtype, at);
 }
 
-// --- device tensors -------------------------------------------------------------------------------
+// --- device tensors
+// -------------------------------------------------------------------------------
 
 namespace {
 
@@ -115,7 +135,8 @@ void for_each_element(const Tensor& view, F f) {
 DeviceTensor::DeviceTensor(Device device, DType dtype, std::vector<std::int64_t> shape,
                            Placement placement)
     : shape_(std::move(shape)) {
-  view_ = Tensor::contiguous(nullptr, dtype, shape_.data(), static_cast<int>(shape_.size()), device);
+  view_ =
+      Tensor::contiguous(nullptr, dtype, shape_.data(), static_cast<int>(shape_.size()), device);
   if (placement == Placement::kStrided && view_.rank > 1) {
     std::int64_t stride = shape_.back() + kRowGap;
     for (int d = view_.rank - 2; d >= 0; --d) {
@@ -130,7 +151,8 @@ DeviceTensor::DeviceTensor(Device device, DType dtype, std::vector<std::int64_t>
 
 DeviceTensor DeviceTensor::from(const Tensor& host, Device device, Placement placement) {
   if (!host.defined()) return {};
-  DeviceTensor t(device, host.dtype, {host.shape.begin(), host.shape.begin() + host.rank}, placement);
+  DeviceTensor t(device, host.dtype, {host.shape.begin(), host.shape.begin() + host.rank},
+                 placement);
   t.assign(host);
   return t;
 }
@@ -149,9 +171,11 @@ DeviceTensor& DeviceTensor::operator=(DeviceTensor&& other) noexcept {
 std::size_t DeviceTensor::block_bytes() const {
   std::int64_t span = 1;  // elements up to the end of the last row, its gap included
   for (int d = 0; d < view_.rank; ++d)
-    span = std::max(span, view_.shape[static_cast<std::size_t>(d)] * view_.strides[static_cast<std::size_t>(d)]);
-  return 2 * kGuardBytes + (static_cast<std::size_t>(span) * size_of(view_.dtype) + kGuardBytes - 1) /
-                               kGuardBytes * kGuardBytes;
+    span = std::max(span, view_.shape[static_cast<std::size_t>(d)] *
+                              view_.strides[static_cast<std::size_t>(d)]);
+  return 2 * kGuardBytes +
+         (static_cast<std::size_t>(span) * size_of(view_.dtype) + kGuardBytes - 1) / kGuardBytes *
+             kGuardBytes;
 }
 
 void DeviceTensor::poison() {
@@ -163,7 +187,8 @@ void DeviceTensor::assign(const Tensor& host) {
   std::vector<std::byte> bytes(block_bytes(), kPoison);
   const std::size_t size = size_of(view_.dtype);
   std::vector<std::int64_t> from(static_cast<std::size_t>(host.numel()));
-  for_each_element(host, [&](std::int64_t i, std::int64_t at) { from[static_cast<std::size_t>(i)] = at; });
+  for_each_element(
+      host, [&](std::int64_t i, std::int64_t at) { from[static_cast<std::size_t>(i)] = at; });
   for_each_element(view_, [&](std::int64_t i, std::int64_t at) {
     std::memcpy(bytes.data() + kGuardBytes + static_cast<std::size_t>(at) * size,
                 static_cast<const std::byte*>(host.data) +

@@ -21,9 +21,12 @@ RouterBias router_bias(RoutingMethod method) {
     case kDeepSeekV3:
     case kMiniMax2:
     case kSqrtSoftplus:
-    case kSoftmaxBias: return RouterBias::kSelection;
-    case kRenormalize: return RouterBias::kLogits;
-    default: return RouterBias::kNone;
+    case kSoftmaxBias:
+      return RouterBias::kSelection;
+    case kRenormalize:
+      return RouterBias::kLogits;
+    default:
+      return RouterBias::kNone;
   }
 }
 
@@ -107,7 +110,8 @@ std::string route_on_device(const Case& c, Device device, Prepared* p) {
   const DeviceTensor weights(device, DType::kF32, {c.tokens, config.top_k});
   args.topk_ids = ids.view();
   args.topk_weights = weights.view();
-  const WorkspaceBuffer workspace(device, std::max<std::size_t>(1, route_workspace_bytes(c.tokens, config.experts)));
+  const WorkspaceBuffer workspace(
+      device, std::max<std::size_t>(1, route_workspace_bytes(c.tokens, config.experts)));
   args.workspace = workspace.view();
   route(args);
   p->batch.topk_ids = ids.to_host();
@@ -140,7 +144,8 @@ std::vector<reference::Bounded> run_oracle(const Case& c, const Prepared& p, con
           .output;
   if (!p.how.initial.defined()) return y;
   for (std::size_t i = 0; i < y.size(); ++i) {  // y += is one more fp32 addition
-    y[i].value += load_element(p.how.initial.bytes().data(), p.how.initial.dtype(), static_cast<std::int64_t>(i));
+    y[i].value += load_element(p.how.initial.bytes().data(), p.how.initial.dtype(),
+                               static_cast<std::int64_t>(i));
     y[i].error += reference::kUnit * std::abs(y[i].value);
   }
   return y;
@@ -168,7 +173,8 @@ double quantization_error(const Case& c, const Prepared& p, const Batch& batch,
     double v = load_element(batch.hidden_states.bytes().data(), batch.hidden_states.dtype(), i);
     if (scale.rank == 1) v *= element(scale, {0});
     if (scale.rank == 2)
-      v *= element(scale, {i / hidden, scale.shape[1] == 1 ? 0 : i % hidden / p.config.quant.block_k});
+      v *= element(scale,
+                   {i / hidden, scale.shape[1] == 1 ? 0 : i % hidden / p.config.quant.block_k});
     store_element(x.bytes().data(), DType::kF32, i, v);
   }
   reference::LayerInput input = oracle_input(c, batch);
@@ -197,9 +203,12 @@ VerifyResult skipped(const Case& c, const Support& support) {
 
 std::string_view name(Status status) {
   switch (status) {
-    case Status::kPassed: return "passed";
-    case Status::kFailed: return "failed";
-    case Status::kSkipped: return "skipped";
+    case Status::kPassed:
+      return "passed";
+    case Status::kFailed:
+      return "failed";
+    case Status::kSkipped:
+      return "skipped";
   }
   return "?";
 }
@@ -233,7 +242,8 @@ VerifyResult run_case(const Case& c, Device device, Fault fault) {
     r.ratio = best.ratio;
     r.relative_error = best.relative_error;
     r.reason = !misrouted.empty() ? misrouted : best.reason.empty() ? done.damage : best.reason;
-    if (r.reason.empty() && done.dropped != 0) r.reason = "slots were dropped although the capacity holds all";
+    if (r.reason.empty() && done.dropped != 0)
+      r.reason = "slots were dropped although the capacity holds all";
     r.status = r.reason.empty() ? Status::kPassed : Status::kFailed;
     if (fault == Fault::kNone) r.quantization_error = quantization_error(c, p, seen, oracle);
   } catch (const std::exception& error) {
@@ -253,7 +263,8 @@ VerifyResult check_bits(const Case& c, Device device) {
     Prepared p = prepare_case(c, device, Fault::kNone);
     const HostTensor first = execute(*p.layer, p.batch, p.how).output;
     const auto same = [&](const HostTensor& other, std::int64_t row, const std::string& what) {
-      const std::size_t width = static_cast<std::size_t>(p.config.hidden) * size_of(p.config.output_dtype);
+      const std::size_t width =
+          static_cast<std::size_t>(p.config.hidden) * size_of(p.config.output_dtype);
       const bool equal = other.bytes().empty() ||
                          std::memcmp(first.bytes().data() + static_cast<std::size_t>(row) * width,
                                      other.bytes().data(), other.bytes().size()) == 0;
@@ -268,7 +279,8 @@ VerifyResult check_bits(const Case& c, Device device) {
       set_num_threads(threads);
     }
     // One scale for all rows of the call: the exception that `info` names.
-    const bool invariant = weight_spec(p.config, Product::kFc1).act_scale != ActScale::kTensorDynamic;
+    const bool invariant =
+        weight_spec(p.config, Product::kFc1).act_scale != ActScale::kTensorDynamic;
     if (invariant && c.tokens > 1) {
       const auto part = [&](std::int64_t begin, std::int64_t count) {
         Execution how = p.how;

@@ -59,9 +59,12 @@ struct Cell {
 Cell choose_cell(const WeightSpec& spec, float low, float high) {
   const float largest = std::max({-low, high, 1e-8f});
   switch (spec.format) {
-    case WeightFormat::kE4M3: return {largest / 448.0f, 0};
-    case WeightFormat::kI8: return {largest / 127.0f, 0};
-    case WeightFormat::kE2M1: return {std::exp2(static_cast<float>(std::ilogb(largest) - 2)), 0};
+    case WeightFormat::kE4M3:
+      return {largest / 448.0f, 0};
+    case WeightFormat::kI8:
+      return {largest / 127.0f, 0};
+    case WeightFormat::kE2M1:
+      return {std::exp2(static_cast<float>(std::ilogb(largest) - 2)), 0};
     case WeightFormat::kU8:
     case WeightFormat::kU4: {
       const int steps = spec.format == WeightFormat::kU4 ? 15 : 255;
@@ -71,7 +74,8 @@ Cell choose_cell(const WeightSpec& spec, float low, float high) {
       const int zero = static_cast<int>(std::lround(-low / scale));
       return {scale, std::clamp(zero, 0, steps)};
     }
-    default: return {};
+    default:
+      return {};
   }
 }
 
@@ -82,23 +86,33 @@ unsigned nearest_e2m1(float v) {
   return best;
 }
 
-void store_weight(const Filling& f, std::uint8_t* row, std::int64_t k, float value, const Cell& cell) {
+void store_weight(const Filling& f, std::uint8_t* row, std::int64_t k, float value,
+                  const Cell& cell) {
   switch (f.spec.format) {
     case WeightFormat::kF32:
     case WeightFormat::kF16:
-    case WeightFormat::kBF16: store_element(row, f.weight->dtype(), k, value); return;
-    case WeightFormat::kE4M3: row[k] = float_to_e4m3(value / cell.scale); return;
+    case WeightFormat::kBF16:
+      store_element(row, f.weight->dtype(), k, value);
+      return;
+    case WeightFormat::kE4M3:
+      row[k] = float_to_e4m3(value / cell.scale);
+      return;
     case WeightFormat::kI8:
-      row[k] = static_cast<std::uint8_t>(std::clamp<long>(std::lround(value / cell.scale), -127, 127));
+      row[k] =
+          static_cast<std::uint8_t>(std::clamp<long>(std::lround(value / cell.scale), -127, 127));
       return;
     case WeightFormat::kU8:
-      row[k] = static_cast<std::uint8_t>(std::clamp<long>(std::lround(value / cell.scale) + cell.zero, 0, 255));
+      row[k] = static_cast<std::uint8_t>(
+          std::clamp<long>(std::lround(value / cell.scale) + cell.zero, 0, 255));
       return;
     case WeightFormat::kU4:
       put_nibble(row + k / 2, k % 2 != 0,
-                 static_cast<unsigned>(std::clamp<long>(std::lround(value / cell.scale) + cell.zero, 0, 15)));
+                 static_cast<unsigned>(
+                     std::clamp<long>(std::lround(value / cell.scale) + cell.zero, 0, 15)));
       return;
-    case WeightFormat::kE2M1: put_nibble(row + k / 2, k % 2 != 0, nearest_e2m1(value / cell.scale)); return;
+    case WeightFormat::kE2M1:
+      put_nibble(row + k / 2, k % 2 != 0, nearest_e2m1(value / cell.scale));
+      return;
   }
 }
 
@@ -113,8 +127,8 @@ void store_cell(const Filling& f, std::int64_t expert, std::int64_t cell_n, std:
   if (!f.zero_point->defined()) return;
   auto* zeros = f.zero_point->as<std::uint8_t>();
   if (f.spec.format == WeightFormat::kU4)
-    put_nibble(zeros + (expert * (f.spec.n / 2) + cell_n / 2) * grid.grid_k + cell_k, cell_n % 2 != 0,
-               static_cast<unsigned>(cell.zero));
+    put_nibble(zeros + (expert * (f.spec.n / 2) + cell_n / 2) * grid.grid_k + cell_k,
+               cell_n % 2 != 0, static_cast<unsigned>(cell.zero));
   else
     zeros[at] = static_cast<std::uint8_t>(cell.zero);
 }
@@ -130,11 +144,13 @@ void fill_quantized(const Filling& f, std::int64_t expert, std::uint64_t seed) {
         store_weight(f, bytes + n * spec.row_bytes(), k, original[n * spec.k + k], {});
     return;
   }
-  const std::int64_t rows = ceil_div(spec.n, f.cells_n) <= spec.scale.group_n ? spec.scale.group_n
-                                                                              : ceil_div(spec.n, f.cells_n);
+  const std::int64_t rows = ceil_div(spec.n, f.cells_n) <= spec.scale.group_n
+                                ? spec.scale.group_n
+                                : ceil_div(spec.n, f.cells_n);
   for (std::int64_t n0 = 0; n0 < spec.n; n0 += rows) {
     for (std::int64_t k0 = 0; k0 < spec.k; k0 += spec.scale.group_k) {
-      const std::int64_t n1 = std::min(n0 + rows, spec.n), k1 = std::min(k0 + spec.scale.group_k, spec.k);
+      const std::int64_t n1 = std::min(n0 + rows, spec.n),
+                         k1 = std::min(k0 + spec.scale.group_k, spec.k);
       float low = 0, high = 0;
       for (std::int64_t n = n0; n < n1; ++n) {
         for (std::int64_t k = k0; k < k1; ++k) {
@@ -185,8 +201,8 @@ void fill_fast(const Filling& f, std::int64_t expert, std::uint64_t seed) {
                  {static_cast<float>(size / range * (0.5 + rng.uniform())), spec.implicit_zero()});
 }
 
-void fill_normal(HostTensor* t, std::int64_t first, std::int64_t count, std::uint64_t seed, double size,
-                 double mean) {
+void fill_normal(HostTensor* t, std::int64_t first, std::int64_t count, std::uint64_t seed,
+                 double size, double mean) {
   Rng rng(seed);
   for (std::int64_t i = first; i < first + count; ++i)
     store_element(t->bytes().data(), t->dtype(), i, mean + size * rng.normal());
@@ -194,14 +210,16 @@ void fill_normal(HostTensor* t, std::int64_t first, std::int64_t count, std::uin
 
 class Maker {
  public:
-  Maker(const LayerConfig& config, const WeightOptions& options, std::int64_t first, std::int64_t count)
+  Maker(const LayerConfig& config, const WeightOptions& options, std::int64_t first,
+        std::int64_t count)
       : config_(config), options_(options), first_(first), count_(count) {}
 
   WeightData make() {
     out_.weights.fc1 = product(Product::kFc1, &out_.fc1_original);
     out_.weights.fc2 = product(Product::kFc2, &out_.fc2_original);
     if (options_.parameters == ExpertParameters::kTensors) {
-      out_.weights.activation = {.alpha = per_expert(0x61, 1.5, 0.2), .beta = per_expert(0x62, 0.8, 0.2),
+      out_.weights.activation = {.alpha = per_expert(0x61, 1.5, 0.2),
+                                 .beta = per_expert(0x62, 0.8, 0.2),
                                  .limit = per_expert(0x63, 1.2, 0.25)};
     }
     return std::move(out_);
@@ -226,7 +244,8 @@ class Maker {
     const std::uint64_t what = which == Product::kFc1 ? 1 : 2;
     const ScaleGrid& grid = spec.scale;
     Filling f{.spec = spec, .config = config_, .options = options_};
-    f.weight = add(weight_dtype(spec.format), {count_, spec.n, four_bit(spec) ? spec.k / 2 : spec.k});
+    f.weight =
+        add(weight_dtype(spec.format), {count_, spec.n, four_bit(spec) ? spec.k / 2 : spec.k});
     f.cells_n = grid.grid_n;
     std::vector<std::int64_t> scale_shape{count_, grid.grid_n, grid.grid_k};
     const WeightScale granularity = config_.quant.weight_scale != WeightScale::kDefault
@@ -241,12 +260,16 @@ class Maker {
       scale_shape = {count_, grid.grid_n};
     }
     HostTensor none_scale, none_zero;
-    f.scale = grid.has_scale ? add(spec.e8m0_scales ? DType::kU8 : DType::kF32, scale_shape) : &none_scale;
+    f.scale = grid.has_scale ? add(spec.e8m0_scales ? DType::kU8 : DType::kF32, scale_shape)
+                             : &none_scale;
     f.zero_point = &none_zero;
     if (spec.zero_points)
-      f.zero_point = add(DType::kU8, {count_, spec.format == WeightFormat::kU4 ? spec.n / 2 : spec.n, grid.grid_k});
+      f.zero_point =
+          add(DType::kU8,
+              {count_, spec.format == WeightFormat::kU4 ? spec.n / 2 : spec.n, grid.grid_k});
     f.original = original;
-    if (options_.fill == Fill::kQuantized) *original = HostTensor(DType::kF32, {count_, spec.n, spec.k});
+    if (options_.fill == Fill::kQuantized)
+      *original = HostTensor(DType::kF32, {count_, spec.n, spec.k});
     for (std::int64_t e = 0; e < count_; ++e) {
       if (options_.fill == Fill::kQuantized)
         fill_quantized(f, e, seed(e, what));
@@ -260,13 +283,15 @@ class Maker {
     if (options_.bias == Biases::kAll) {
       const DType dtype = config_.quant.scheme == Scheme::kF32 ? DType::kF32 : spec.dtype16;
       HostTensor* bias = add(dtype, {count_, spec.n});
-      for (std::int64_t e = 0; e < count_; ++e) fill_normal(bias, e * spec.n, spec.n, seed(e, what + 10), 0.4, 0);
+      for (std::int64_t e = 0; e < count_; ++e)
+        fill_normal(bias, e * spec.n, spec.n, seed(e, what + 10), 0.4, 0);
       w.bias = bias->view();
     }
     if (spec.act_scale == ActScale::kTensorStatic) {
       const bool shared = options_.static_scales == StaticScales::kShared;
       HostTensor* scale = add(DType::kF32, {shared ? 1 : count_});
-      const double largest = (which == Product::kFc1 ? 5.0 : 8.0) / (spec.act_dtype == DType::kI8 ? 127.0 : 448.0);
+      const double largest =
+          (which == Product::kFc1 ? 5.0 : 8.0) / (spec.act_dtype == DType::kI8 ? 127.0 : 448.0);
       for (std::int64_t e = 0; e < scale->numel(); ++e) {
         Rng rng(shared ? mix(options_.seed, what + 20) : seed(e, what + 20));
         scale->as<float>()[e] = static_cast<float>(largest * (0.8 + 0.4 * rng.uniform()));
@@ -321,11 +346,14 @@ RouterData make_router(const LayerConfig& config, RouterBias bias, std::uint64_t
   const bool on_z = bias == RouterBias::kLogits || bias == RouterBias::kBoth;
   const bool on_selection = bias == RouterBias::kSelection || bias == RouterBias::kBoth;
   const DType dtype = is_16bit(config.input_dtype) ? config.input_dtype : DType::kF32;
-  HostTensor* w = &out.storage.emplace_back(dtype, std::vector<std::int64_t>{config.experts, config.hidden});
-  fill_normal(w, 0, w->numel(), mix(seed, 1), 1.5 / std::sqrt(static_cast<double>(config.hidden)), 0);
+  HostTensor* w =
+      &out.storage.emplace_back(dtype, std::vector<std::int64_t>{config.experts, config.hidden});
+  fill_normal(w, 0, w->numel(), mix(seed, 1), 1.5 / std::sqrt(static_cast<double>(config.hidden)),
+              0);
   out.weights.weight = w->view();
   const auto vector = [&](std::uint64_t what, double size) {
-    HostTensor* t = &out.storage.emplace_back(DType::kF32, std::vector<std::int64_t>{config.experts});
+    HostTensor* t =
+        &out.storage.emplace_back(DType::kF32, std::vector<std::int64_t>{config.experts});
     fill_normal(t, 0, config.experts, mix(seed, what), size, 0);
     return t->view();
   };
@@ -340,13 +368,14 @@ DeviceWeights to_device(const LayerWeights& host, Device device) {
     if (!(from.*member).defined()) return;
     to->*member = out.storage.emplace_back(DeviceTensor::from(from.*member, device)).view();
   };
-  for (const auto member : {&GemmWeights::weight, &GemmWeights::scale, &GemmWeights::zero_point,
-                            &GemmWeights::bias, &GemmWeights::input_scale, &GemmWeights::prequant,
-                            &GemmWeights::alpha}) {
+  for (const auto member :
+       {&GemmWeights::weight, &GemmWeights::scale, &GemmWeights::zero_point, &GemmWeights::bias,
+        &GemmWeights::input_scale, &GemmWeights::prequant, &GemmWeights::alpha}) {
     move(member, host.fc1, &out.weights.fc1);
     move(member, host.fc2, &out.weights.fc2);
   }
-  for (const auto member : {&ActivationWeights::alpha, &ActivationWeights::beta, &ActivationWeights::limit})
+  for (const auto member :
+       {&ActivationWeights::alpha, &ActivationWeights::beta, &ActivationWeights::limit})
     if ((host.activation.*member).defined())
       out.weights.activation.*member =
           out.storage.emplace_back(DeviceTensor::from(host.activation.*member, device)).view();

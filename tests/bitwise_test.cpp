@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The same bits: on repeat, at 1, 2, 3 and 7 threads, for a token alone or in any batch, and through
-// every format; at every instruction set this machine has.
+// The same bits: on repeat, at 1, 2, 3 and 7 threads, for a token alone or in any batch, and
+// through every format; at every instruction set this machine has.
 #include <gtest/gtest.h>
 
 #include "harness/verify.h"
@@ -33,12 +33,13 @@ TEST_P(Bits, DependOnTheTokenAlone) {
   set_kernels(DeviceType::kCpu, "");
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Levels, Bits,
-    testing::Combine(testing::ValuesIn(available_kernels(DeviceType::kCpu)), testing::Range(0, kNumSchemes)),
-    [](const auto& info) {
-      return std::get<0>(info.param) + "_" + std::string(name(static_cast<Scheme>(std::get<1>(info.param))));
-    });
+INSTANTIATE_TEST_SUITE_P(Levels, Bits,
+                         testing::Combine(testing::ValuesIn(available_kernels(DeviceType::kCpu)),
+                                          testing::Range(0, kNumSchemes)),
+                         [](const auto& info) {
+                           return std::get<0>(info.param) + "_" +
+                                  std::string(name(static_cast<Scheme>(std::get<1>(info.param))));
+                         });
 
 }  // namespace
 }  // namespace moesaic::harness

@@ -10,9 +10,11 @@ namespace {
 
 std::string describe(const GroupedCase& c) {
   return c.variant.name + (c.format == Format::kBatched ? " batched" : " sorted") +
-         (c.bias == Biases::kAll ? " bias" : "") + (c.a_order == RowOrder::kSorted ? " a_sorted" : "") +
-         (c.c_order == RowOrder::kSorted ? " c_sorted" : "") + (c.placement == Placement::kStrided ? " strided" : "") +
-         " c " + std::string(name(c.c)) + " k " + std::to_string(c.k);
+         (c.bias == Biases::kAll ? " bias" : "") +
+         (c.a_order == RowOrder::kSorted ? " a_sorted" : "") +
+         (c.c_order == RowOrder::kSorted ? " c_sorted" : "") +
+         (c.placement == Placement::kStrided ? " strided" : "") + " c " + std::string(name(c.c)) +
+         " k " + std::to_string(c.k);
 }
 
 class EachVariant : public testing::TestWithParam<std::size_t> {
@@ -60,10 +62,12 @@ TEST_P(EachVariant, SortedRowsOfAAndC) {
 TEST_P(EachVariant, FilteredBlocksAreZeroInTheirOwnRows) {
   for (const RowOrder order : {RowOrder::kSlot, RowOrder::kSorted}) {
     GroupedCase c = base();
-    if (c.variant.static_scales == StaticScales::kPerExpert) c.variant.static_scales = StaticScales::kShared;
+    if (c.variant.static_scales == StaticScales::kPerExpert)
+      c.variant.static_scales = StaticScales::kShared;
     c.local = {1, 3};
     c.c_order = order;
-    if (c.variant.quant.act_scale == ActScale::kTensorDynamic) continue;  // see FilteredRowsEnterNoAbsmax
+    if (c.variant.quant.act_scale == ActScale::kTensorDynamic)
+      continue;  // see FilteredRowsEnterNoAbsmax
     expect_right(c);
   }
 }

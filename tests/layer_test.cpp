@@ -72,7 +72,8 @@ TEST(Layer, ExpertsMayBeLoadedOneByOneInAnyOrderAndTheirTensorsGoAway) {
     }
     EXPECT_TRUE(layer.ready());
     const Batch batch = whole.batch(9);
-    EXPECT_TRUE(same_bits(whole.run(batch), execute(layer, batch, {}).output)) << name(static_cast<Scheme>(s));
+    EXPECT_TRUE(same_bits(whole.run(batch), execute(layer, batch, {}).output))
+        << name(static_cast<Scheme>(s));
   }
 }
 
@@ -83,11 +84,13 @@ TEST(Layer, TransposedWeightsAreRead) {  // GPT-OSS and Llama-4 store [E, H, 2I]
     std::deque<HostTensor> kept;
     for (GemmWeights* g : {&turned.fc1, &turned.fc2}) {
       const Tensor w = g->weight;
-      HostTensor& t = kept.emplace_back(w.dtype, std::vector<std::int64_t>{w.shape[0], w.shape[2], w.shape[1]});
+      HostTensor& t =
+          kept.emplace_back(w.dtype, std::vector<std::int64_t>{w.shape[0], w.shape[2], w.shape[1]});
       for (std::int64_t e = 0; e < w.shape[0]; ++e)
         for (std::int64_t n = 0; n < w.shape[1]; ++n)
           for (std::int64_t k = 0; k < w.shape[2]; ++k)
-            store_element(t.bytes().data(), w.dtype, (e * w.shape[2] + k) * w.shape[1] + n, element(w, {e, n, k}));
+            store_element(t.bytes().data(), w.dtype, (e * w.shape[2] + k) * w.shape[1] + n,
+                          element(w, {e, n, k}));
       g->weight = t.view();
       std::swap(g->weight.shape[1], g->weight.shape[2]);
       std::swap(g->weight.strides[1], g->weight.strides[2]);
@@ -112,7 +115,8 @@ TEST(Layer, AnExpertRangeSumsUpToTheWhole) {  // expert parallelism from outside
   EXPECT_LT(distance(sum, whole.run(batch)), 1e-6);
 }
 
-TEST(Layer, ShardsOfTheIntermediateSumUpToTheWhole) {  // tensor parallelism: gate and up sharded apart
+TEST(Layer,
+     ShardsOfTheIntermediateSumUpToTheWhole) {  // tensor parallelism: gate and up sharded apart
   const LayerConfig config = small_config(Scheme::kF32);
   const Fixture whole(config);
   const Batch batch = whole.batch(13);
@@ -128,7 +132,8 @@ TEST(Layer, ShardsOfTheIntermediateSumUpToTheWhole) {  // tensor parallelism: ga
         const std::int64_t from = n / half * config.intermediate + rank * half + n % half;
         bias.as<float>()[e * 2 * half + n] = static_cast<float>(element(w.fc1.bias, {e, from}));
         for (std::int64_t k = 0; k < config.hidden; ++k)
-          fc1.as<float>()[(e * 2 * half + n) * config.hidden + k] = static_cast<float>(element(w.fc1.weight, {e, from, k}));
+          fc1.as<float>()[(e * 2 * half + n) * config.hidden + k] =
+              static_cast<float>(element(w.fc1.weight, {e, from, k}));
       }
     }
     w.fc1.weight = fc1.view();
@@ -161,7 +166,8 @@ TEST(Layer, ManyThreadsMayForwardAtOnceWithAWorkspaceEach) {
 TEST(Layer, TwoLayersMayShareAWorkspace) {
   const Fixture a(small_config()), b(small_config(Scheme::kFp8Block));
   const Batch batch = a.batch(30);
-  const WorkspaceBuffer shared({}, std::max(a.layer.workspace_bytes(30), b.layer.workspace_bytes(30)));
+  const WorkspaceBuffer shared({},
+                               std::max(a.layer.workspace_bytes(30), b.layer.workspace_bytes(30)));
   for (const Fixture* f : {&a, &b, &a}) {
     HostTensor y(DType::kBF16, {30, 64});
     ForwardArgs args;
@@ -213,7 +219,8 @@ TEST(Layer, TokensPerExpertCountsLocalSlotsOnly) {
   for (const std::size_t cap : {std::size_t{0}, std::size_t{6000}}) {
     config.workspace_cap = cap;
     const Fixture f(config);
-    const Batch batch = make_batch(config, {.tokens = 40, .load = Load::kRemote, .id_dtype = DType::kI64, .seed = 9});
+    const Batch batch = make_batch(
+        config, {.tokens = 40, .load = Load::kRemote, .id_dtype = DType::kI64, .seed = 9});
     std::vector<std::int32_t> expected(5, 0);
     for (std::int64_t i = 0; i < batch.topk_ids.numel(); ++i) {
       const std::int64_t id = batch.topk_ids.as<std::int64_t>()[i];
@@ -241,7 +248,8 @@ TEST(Layer, NoTokensIsNoWork) {
     }
 }
 
-// --- complaints -----------------------------------------------------------------------------------
+// --- complaints
+// -----------------------------------------------------------------------------------
 
 TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
   const Fixture f(small_config());
@@ -262,7 +270,8 @@ TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
     EXPECT_NE(text.find(what), std::string::npos) << "'" << text << "'";
     EXPECT_NE(text.find(came), std::string::npos) << "'" << text << "'";
   };
-  HostTensor wrong(DType::kF32, {8, 64}), narrow(DType::kBF16, {8, 63}), many(DType::kBF16, {65, 64});
+  HostTensor wrong(DType::kF32, {8, 64}), narrow(DType::kBF16, {8, 63}),
+      many(DType::kBF16, {65, 64});
   expect("hidden_states", "f32", [&](ForwardArgs* a) { a->hidden_states = wrong.view(); });
   expect("hidden_states", "63", [&](ForwardArgs* a) { a->hidden_states = narrow.view(); });
   expect("hidden_states", "65", [&](ForwardArgs* a) { a->hidden_states = many.view(); });
@@ -270,7 +279,9 @@ TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
   expect("topk_weights", "", [&](ForwardArgs* a) { a->topk_weights = {}; });
   expect("output", "f32", [&](ForwardArgs* a) { a->output = wrong.view(); });
   expect("workspace", "", [&](ForwardArgs* a) { a->workspace.bytes = 1; });
-  expect("hidden_states", "cuda", [&](ForwardArgs* a) { a->hidden_states.device = {DeviceType::kCuda, 0}; });
+  expect("hidden_states", "cuda", [&](ForwardArgs* a) {
+    a->hidden_states.device = {DeviceType::kCuda, 0};
+  });
   expect("router", "", [&](ForwardArgs* a) { a->topk_ids = a->topk_weights = {}; });
 }
 
@@ -291,15 +302,26 @@ TEST(LayerErrors, ConfigurationsThatCannotBeAreRefusedByName) {
   EXPECT_NE(refused([](LayerConfig* c) { c->experts = 0; }).find("experts"), std::string::npos);
   EXPECT_NE(refused([](LayerConfig* c) { c->top_k = 9; }).find("top_k"), std::string::npos);
   EXPECT_NE(refused([](LayerConfig* c) { c->local = {6, 3}; }).find("local"), std::string::npos);
-  EXPECT_NE(refused([](LayerConfig* c) { c->input_dtype = DType::kF32; }).find("input_dtype"), std::string::npos);
-  EXPECT_NE(refused([](LayerConfig* c) { c->output_dtype = DType::kI8; }).find("output_dtype"), std::string::npos);
-  EXPECT_NE(refused([](LayerConfig* c) { c->quant = {.scheme = Scheme::kInt4W4A16}; c->hidden = 63; }).find("even"),
+  EXPECT_NE(refused([](LayerConfig* c) { c->input_dtype = DType::kF32; }).find("input_dtype"),
             std::string::npos);
-  EXPECT_NE(refused([](LayerConfig* c) { c->quant = {.scheme = Scheme::kFp8Block, .weight_scale = WeightScale::kGroup}; })
-                .find("weight_scale"), std::string::npos);
-  EXPECT_NE(refused([](LayerConfig* c) { c->quant = {.scheme = Scheme::kFp8Channel, .zero_points = true}; }).find("zero_points"),
+  EXPECT_NE(refused([](LayerConfig* c) { c->output_dtype = DType::kI8; }).find("output_dtype"),
             std::string::npos);
-  EXPECT_NE(refused([](LayerConfig* c) { c->routing = {.method = RoutingMethod::kDeepSeekV3, .groups = 3}; }).find("groups"),
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->quant = {.scheme = Scheme::kInt4W4A16};
+              c->hidden = 63;
+            }).find("even"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->quant = {.scheme = Scheme::kFp8Block, .weight_scale = WeightScale::kGroup};
+            }).find("weight_scale"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->quant = {.scheme = Scheme::kFp8Channel, .zero_points = true};
+            }).find("zero_points"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->routing = {.method = RoutingMethod::kDeepSeekV3, .groups = 3};
+            }).find("groups"),
             std::string::npos);
 }
 
@@ -312,15 +334,19 @@ TEST(LayerErrors, WeightsThatDoNotFitAreRefusedByName) {
     change(&w);
     return complaint([&] { layer.load(w); });
   };
-  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.scale = {}; }).find("fc1.scale"), std::string::npos);
+  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.scale = {}; }).find("fc1.scale"),
+            std::string::npos);
   const auto expect = [&](const char* argument, auto change) {
     const std::string text = refused(change);
     EXPECT_NE(text.find(argument), std::string::npos) << "'" << text << "'";
   };
   expect("fc2.weight", [](LayerWeights* w) { w->fc2.weight.shape[1] = 63; });
-  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.zero_point = w->fc1.weight; }).find("fc1.zero_point"), std::string::npos);
+  EXPECT_NE(
+      refused([](LayerWeights* w) { w->fc1.zero_point = w->fc1.weight; }).find("fc1.zero_point"),
+      std::string::npos);
   expect("fc1.weight", [](LayerWeights* w) { w->fc1.weight.dtype = DType::kI8; });
-  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.prequant = w->fc1.scale; }).find("fc1.prequant"), std::string::npos);
+  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.prequant = w->fc1.scale; }).find("fc1.prequant"),
+            std::string::npos);
   EXPECT_EQ(refused([](LayerWeights*) {}), "");
 }
 

@@ -23,7 +23,8 @@ using harness::HostTensor;
 class Golden {
  public:
   explicit Golden(const std::string& name)
-      : file_(TensorFile::open(std::string(MOESAIC_SOURCE_DIR) + "/tests/golden/" + name + ".safetensors")) {}
+      : file_(TensorFile::open(std::string(MOESAIC_SOURCE_DIR) + "/tests/golden/" + name +
+                               ".safetensors")) {}
   Tensor operator[](const std::string& name) const {
     return file_.find(name) != nullptr ? file_.tensor(name) : Tensor{};
   }
@@ -54,7 +55,8 @@ Tensor transposed(Tensor t) {
   return t;
 }
 
-// --- whole layers of transformers -----------------------------------------------------------------
+// --- whole layers of transformers
+// -----------------------------------------------------------------
 
 class LayerGolden : public testing::TestWithParam<const char*> {};
 
@@ -97,13 +99,16 @@ TEST_P(LayerGolden, TransformersOwnModuleGivesTheSame) {
   std::vector<double> bias;
   if (const Tensor b = golden["selection_bias"]; b.defined())
     for (std::int64_t e = 0; e < config.experts; ++e) bias.push_back(at(b, e));
-  HostTensor ids(DType::kI32, {x.shape[0], config.top_k}), w(DType::kF32, {x.shape[0], config.top_k});
+  HostTensor ids(DType::kI32, {x.shape[0], config.top_k}),
+      w(DType::kF32, {x.shape[0], config.top_k});
   for (std::int64_t t = 0; t < x.shape[0]; ++t) {
-    const reference::Routed r =
-        reference::route(config.routing, config.top_k, reference::logits(x.select(t), router), bias);
+    const reference::Routed r = reference::route(config.routing, config.top_k,
+                                                 reference::logits(x.select(t), router), bias);
     for (std::int64_t j = 0; j < config.top_k; ++j) {
-      ids.as<std::int32_t>()[t * config.top_k + j] = static_cast<std::int32_t>(r.ids[static_cast<std::size_t>(j)]);
-      w.as<float>()[t * config.top_k + j] = static_cast<float>(r.weights[static_cast<std::size_t>(j)]);
+      ids.as<std::int32_t>()[t * config.top_k + j] =
+          static_cast<std::int32_t>(r.ids[static_cast<std::size_t>(j)]);
+      w.as<float>()[t * config.top_k + j] =
+          static_cast<float>(r.weights[static_cast<std::size_t>(j)]);
     }
   }
   reference::SharedWeights shared;
@@ -114,7 +119,8 @@ TEST_P(LayerGolden, TransformersOwnModuleGivesTheSame) {
   input.hidden_states = x;
   input.topk_ids = ids.view();
   input.topk_weights = w.view();
-  const auto y = reference::layer(config, weights, config.shared_experts > 0 ? &shared : nullptr, input, {});
+  const auto y =
+      reference::layer(config, weights, config.shared_experts > 0 ? &shared : nullptr, input, {});
   const Tensor expected = golden["output"];
   double norm = 0, size = 0;
   for (std::int64_t i = 0; i < expected.numel(); ++i) {
@@ -130,21 +136,24 @@ TEST_P(LayerGolden, TransformersOwnModuleGivesTheSame) {
   LayerConfig rounded = config;
   rounded.quant.scheme = Scheme::kBF16;
   rounded.input_dtype = rounded.output_dtype = DType::kBF16;
-  const auto y16 = reference::layer(rounded, weights, config.shared_experts > 0 ? &shared : nullptr, input, {});
+  const auto y16 =
+      reference::layer(rounded, weights, config.shared_experts > 0 ? &shared : nullptr, input, {});
   double norm16 = 0;
   for (std::int64_t i = 0; i < expected.numel(); ++i) {
-    const double stored = reference::round_to(DType::kBF16, y16.output[static_cast<std::size_t>(i)].value);
+    const double stored =
+        reference::round_to(DType::kBF16, y16.output[static_cast<std::size_t>(i)].value);
     norm16 += (stored - at(expected, i)) * (stored - at(expected, i));
   }
   EXPECT_LT(std::sqrt(norm16 / size), 6e-3);
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, LayerGolden,
-                         testing::Values("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3",
-                                         "ernie4_5", "phimoe", "llama4"),
+                         testing::Values("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss",
+                                         "deepseek_v3", "ernie4_5", "phimoe", "llama4"),
                          [](const auto& info) { return std::string(info.param); });
 
-// --- pieces ---------------------------------------------------------------------------------------
+// --- pieces
+// ---------------------------------------------------------------------------------------
 
 TEST(Activations, AsPyTorchComputesThem) {
   const Golden golden("pieces");
@@ -154,8 +163,10 @@ TEST(Activations, AsPyTorchComputesThem) {
     const Tensor expected = golden["act." + std::string(name(kind))];
     ASSERT_TRUE(expected.defined());
     for (std::int64_t j = 0; j < g.shape[0]; ++j) {
-      const double got = reference::activate(kind, {.alpha = 1.702, .beta = 0.75, .limit = 2.5}, at(g, j), at(u, j));
-      EXPECT_NEAR(got, at(expected, j), 1e-7 * std::max(1.0, std::abs(got))) << name(kind) << " of " << at(g, j);
+      const double got = reference::activate(kind, {.alpha = 1.702, .beta = 0.75, .limit = 2.5},
+                                             at(g, j), at(u, j));
+      EXPECT_NEAR(got, at(expected, j), 1e-7 * std::max(1.0, std::abs(got)))
+          << name(kind) << " of " << at(g, j);
     }
   }
 }
@@ -166,11 +177,13 @@ TEST(Activations, TheBoundHoldsForAnyNumbersInTheIntervals) {
     const auto kind = static_cast<Activation>(i);
     const reference::ActivationParameters p{.alpha = 1.702, .beta = 1, .limit = 1.25};
     for (int n = 0; n < 2000; ++n) {
-      const reference::Bounded g{3.0 * rng.normal(), 0.02 * rng.uniform()}, u{3.0 * rng.normal(), 0.02 * rng.uniform()};
+      const reference::Bounded g{3.0 * rng.normal(), 0.02 * rng.uniform()},
+          u{3.0 * rng.normal(), 0.02 * rng.uniform()};
       const reference::Bounded h = reference::activate(kind, p, g, u);
       const double moved = reference::activate(kind, p, g.value + g.error * (2 * rng.uniform() - 1),
                                                u.value + u.error * (2 * rng.uniform() - 1));
-      EXPECT_LE(std::abs(moved - h.value), h.error) << name(kind) << " at " << g.value << ", " << u.value;
+      EXPECT_LE(std::abs(moved - h.value), h.error)
+          << name(kind) << " at " << g.value << ", " << u.value;
     }
   }
 }
@@ -180,7 +193,8 @@ TEST(Quantizers, AsNumPyComputesThem) {
   const Tensor x = golden["quant.x"];
   for (const DType to : {DType::kF8E4M3, DType::kI8}) {
     for (const std::int64_t group : {0, 8}) {
-      const std::string key = std::string("quant.") + (to == DType::kI8 ? "i8" : "fp8") + (group ? ".group8" : ".token");
+      const std::string key = std::string("quant.") + (to == DType::kI8 ? "i8" : "fp8") +
+                              (group ? ".group8" : ".token");
       const Tensor q = golden[key], scale = golden[key + ".scale"];
       for (std::int64_t r = 0; r < x.shape[0]; ++r) {
         std::vector<reference::Bounded> row;
@@ -188,9 +202,11 @@ TEST(Quantizers, AsNumPyComputesThem) {
         const reference::Row got = reference::quantize({.to = to, .group = group}, row);
         for (std::int64_t k = 0; k < x.shape[1]; ++k) {
           const double s = reference::load(scale, r, group ? k / group : 0);
-          const double number = to == DType::kI8 ? reference::load(q, r, k)
-                                                 : e4m3_to_float(q.as<std::uint8_t>()[r * x.shape[1] + k]);
-          EXPECT_EQ(got.value[static_cast<std::size_t>(k)], number * s) << key << " row " << r << " column " << k;
+          const double number = to == DType::kI8
+                                    ? reference::load(q, r, k)
+                                    : e4m3_to_float(q.as<std::uint8_t>()[r * x.shape[1] + k]);
+          EXPECT_EQ(got.value[static_cast<std::size_t>(k)], number * s)
+              << key << " row " << r << " column " << k;
           EXPECT_EQ(got.error[static_cast<std::size_t>(k)], 0);
         }
       }
@@ -231,10 +247,15 @@ TEST(Dequantization, AsNumPyComputesIt) {
       {Scheme::kInt4W4A16, "u4", "group_scale", nullptr, "u4.nozp", WeightScale::kGroup, 40},
       {Scheme::kInt8W8A16, "u8", "group_scale", "u8.zero", "u8.zp", WeightScale::kGroup, 40},
       {Scheme::kFp8W8A16, "fp8", "fp8.block_scale", nullptr, "fp8.block", WeightScale::kBlock, 40},
-      {Scheme::kMxfp4W4A16, "mxfp4", "mxfp4.scale", nullptr, "mxfp4.values", WeightScale::kGroup, 64},
+      {Scheme::kMxfp4W4A16, "mxfp4", "mxfp4.scale", nullptr, "mxfp4.values", WeightScale::kGroup,
+       64},
   };
   for (const One& c : cases) {
-    QuantSpec quant{.scheme = c.scheme, .weight_scale = c.granularity, .block_n = 4, .block_k = 16, .group_size = 16};
+    QuantSpec quant{.scheme = c.scheme,
+                    .weight_scale = c.granularity,
+                    .block_n = 4,
+                    .block_k = 16,
+                    .group_size = 16};
     quant.zero_points = c.zero != nullptr;
     const WeightSpec spec = weight_spec(quant, 2, 6, c.k, DType::kBF16, DType::kBF16);
     GemmWeights w;
@@ -243,7 +264,8 @@ TEST(Dequantization, AsNumPyComputesIt) {
     if (c.zero != nullptr) w.zero_point = golden[std::string("dequant.") + c.zero];
     const Tensor expected = golden[std::string("dequant.") + c.expected];
     for (std::int64_t e = 0; e < 2; ++e) {
-      const reference::Matrix m = reference::dequantize(spec, w, e, reference::WeightRounding::kExact);
+      const reference::Matrix m =
+          reference::dequantize(spec, w, e, reference::WeightRounding::kExact);
       for (std::int64_t n = 0; n < 6; ++n) {
         for (std::int64_t k = 0; k < c.k; ++k) {
           const double want = reference::load(expected, e, n, k);
@@ -273,11 +295,12 @@ TEST(Routing, MethodsByTheirDefinitions) {
   std::vector<double> bias;
   for (std::int64_t e = 0; e < 16; ++e) bias.push_back(at(b, e));
   for (const RoutingMethod method :
-       {RoutingMethod::kSoftmaxTopK, RoutingMethod::kRenormalize, RoutingMethod::kTopK, RoutingMethod::kSigmoid,
-        RoutingMethod::kSigmoidRenorm, RoutingMethod::kMiniMax2, RoutingMethod::kSqrtSoftplus,
-        RoutingMethod::kSoftmaxBias, RoutingMethod::kDeepSeekV2}) {
+       {RoutingMethod::kSoftmaxTopK, RoutingMethod::kRenormalize, RoutingMethod::kTopK,
+        RoutingMethod::kSigmoid, RoutingMethod::kSigmoidRenorm, RoutingMethod::kMiniMax2,
+        RoutingMethod::kSqrtSoftplus, RoutingMethod::kSoftmaxBias, RoutingMethod::kDeepSeekV2}) {
     RoutingSpec spec{.method = method};
-    const bool scaled = method == RoutingMethod::kMiniMax2 || method == RoutingMethod::kSqrtSoftplus ||
+    const bool scaled = method == RoutingMethod::kMiniMax2 ||
+                        method == RoutingMethod::kSqrtSoftplus ||
                         method == RoutingMethod::kDeepSeekV2;
     if (scaled) spec.scale = 1.5f;
     if (method == RoutingMethod::kDeepSeekV2) {
@@ -291,8 +314,11 @@ TEST(Routing, MethodsByTheirDefinitions) {
       for (std::int64_t e = 0; e < 16; ++e) row.push_back(reference::load(z, t, e));
       const reference::Routed r = reference::route(spec, 4, row, bias);
       for (std::int64_t j = 0; j < 4; ++j) {
-        EXPECT_EQ(r.ids[static_cast<std::size_t>(j)], ids.as<std::int32_t>()[t * 4 + j]) << key << " token " << t;
-        EXPECT_NEAR(r.weights[static_cast<std::size_t>(j)], weights.as<float>()[t * 4 + j], 2e-7 * 4) << key;
+        EXPECT_EQ(r.ids[static_cast<std::size_t>(j)], ids.as<std::int32_t>()[t * 4 + j])
+            << key << " token " << t;
+        EXPECT_NEAR(r.weights[static_cast<std::size_t>(j)], weights.as<float>()[t * 4 + j],
+                    2e-7 * 4)
+            << key;
       }
     }
   }

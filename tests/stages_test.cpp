@@ -23,12 +23,15 @@ Prepared run_prepare(const LayerConfig& config, const Batch& batch, std::int64_t
   const WeightSpec fc1 = weight_spec(config, Product::kFc1);
   const std::int64_t tokens = batch.hidden_states.shape()[0];
   DeviceTensor rows({}, fc1.act_dtype, {fc1.experts, capacity, config.hidden});
-  DeviceTensor scale({}, DType::kF32, {fc1.experts,
-                                       fc1.act_scale == ActScale::kTensorDynamic ? 1 : capacity,
-                                       fc1.act_scale == ActScale::kGroup ? (fc1.k + fc1.act_group - 1) / fc1.act_group : 1});
-  DeviceTensor count({}, DType::kI32, {fc1.experts}), slot_row({}, DType::kI32, {tokens, config.top_k});
+  DeviceTensor scale(
+      {}, DType::kF32,
+      {fc1.experts, fc1.act_scale == ActScale::kTensorDynamic ? 1 : capacity,
+       fc1.act_scale == ActScale::kGroup ? (fc1.k + fc1.act_group - 1) / fc1.act_group : 1});
+  DeviceTensor count({}, DType::kI32, {fc1.experts}),
+      slot_row({}, DType::kI32, {tokens, config.top_k});
   DeviceTensor status({}, DType::kI32, {1});
-  const WorkspaceBuffer workspace({}, stage_workspace_bytes(config, Format::kBatched, tokens, capacity));
+  const WorkspaceBuffer workspace(
+      {}, stage_workspace_bytes(config, Format::kBatched, tokens, capacity));
   PrepareArgs args;
   args.hidden_states = batch.hidden_states.view();
   args.hidden_scale = batch.hidden_scale.view();
@@ -42,8 +45,10 @@ Prepared run_prepare(const LayerConfig& config, const Batch& batch, std::int64_t
   args.status = status.view();
   args.workspace = workspace.view();
   prepare(config, args);
-  EXPECT_TRUE(rows.guards_intact() && scale.guards_intact() && count.guards_intact() && slot_row.guards_intact());
-  return {rows.to_host(), scale.to_host(), count.to_host(), slot_row.to_host(), status.to_host().as<std::int32_t>()[0]};
+  EXPECT_TRUE(rows.guards_intact() && scale.guards_intact() && count.guards_intact() &&
+              slot_row.guards_intact());
+  return {rows.to_host(), scale.to_host(), count.to_host(), slot_row.to_host(),
+          status.to_host().as<std::int32_t>()[0]};
 }
 
 class EachScheme : public testing::TestWithParam<int> {
@@ -66,12 +71,17 @@ TEST_P(EachScheme, PrepareWritesLiveRowsAndNothingBehindThem) {
   std::vector<bool> live(static_cast<std::size_t>(8 * capacity), false);
   for (std::int64_t s = 0; s < 19 * c.top_k; ++s) {
     const std::int32_t e = batch.topk_ids.as<std::int32_t>()[s];
-    const std::int64_t row = e * capacity + count[static_cast<std::size_t>(e)]++;  // slots in their order
+    const std::int64_t row =
+        e * capacity + count[static_cast<std::size_t>(e)]++;  // slots in their order
     ASSERT_EQ(p.slot_row.as<std::int32_t>()[s], row);
     live[static_cast<std::size_t>(row)] = true;
     const std::byte* got = p.rows.bytes().data() + static_cast<std::size_t>(row) * row_bytes;
     if (fc1.act_scale == ActScale::kDefault) {
-      EXPECT_EQ(std::memcmp(got, batch.hidden_states.bytes().data() + static_cast<std::size_t>(s / c.top_k) * row_bytes, row_bytes), 0);
+      EXPECT_EQ(std::memcmp(got,
+                            batch.hidden_states.bytes().data() +
+                                static_cast<std::size_t>(s / c.top_k) * row_bytes,
+                            row_bytes),
+                0);
       continue;
     }
     if (fc1.act_scale == ActScale::kTensorDynamic) continue;  // its scale: see the defects
@@ -82,15 +92,18 @@ TEST_P(EachScheme, PrepareWritesLiveRowsAndNothingBehindThem) {
         {.to = fc1.act_dtype, .group = fc1.act_group, .int8_rounding = fc1.int8_rounding}, x);
     const std::int64_t groups = p.row_scale.shape()[2];
     for (std::int64_t h = 0; h < c.hidden; ++h) {
-      const double scale = p.row_scale.as<float>()[row * groups + (groups > 1 ? h / fc1.act_group : 0)];
-      ASSERT_EQ(load_element(got, fc1.act_dtype, h) * scale, want.value[static_cast<std::size_t>(h)]);
+      const double scale =
+          p.row_scale.as<float>()[row * groups + (groups > 1 ? h / fc1.act_group : 0)];
+      ASSERT_EQ(load_element(got, fc1.act_dtype, h) * scale,
+                want.value[static_cast<std::size_t>(h)]);
     }
   }
   for (std::size_t e = 0; e < 8; ++e) EXPECT_EQ(p.num_tokens.as<std::int32_t>()[e], count[e]);
   for (std::size_t r = 0; r < live.size(); ++r) {
     if (live[r]) continue;
     for (std::size_t i = 0; i < row_bytes; ++i)
-      ASSERT_EQ(p.rows.bytes()[r * row_bytes + i], DeviceTensor::kPoison) << "row " << r << " has no token";
+      ASSERT_EQ(p.rows.bytes()[r * row_bytes + i], DeviceTensor::kPoison)
+          << "row " << r << " has no token";
   }
 }
 
@@ -103,10 +116,12 @@ TEST_P(EachScheme, ExpertsReadTheCallersOwnWeightsInPlaceWithTheSameBits) {
   const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, Format::kBatched, 23, capacity));
   ExpertsArgs args;
   args.rows = p.rows.view();
-  if (weight_spec(c, Product::kFc1).act_scale != ActScale::kDefault) args.row_scale = p.row_scale.view();
+  if (weight_spec(c, Product::kFc1).act_scale != ActScale::kDefault)
+    args.row_scale = p.row_scale.view();
   args.batched.num_tokens = p.num_tokens.view();
   args.workspace = workspace.view();
-  DeviceTensor packed({}, DType::kF32, {8, capacity, c.hidden}), plain({}, DType::kF32, {8, capacity, c.hidden});
+  DeviceTensor packed({}, DType::kF32, {8, capacity, c.hidden}),
+      plain({}, DType::kF32, {8, capacity, c.hidden});
   args.output = packed.view();
   experts(f.layer, args);
   args.output = plain.view();
@@ -117,7 +132,8 @@ TEST_P(EachScheme, ExpertsReadTheCallersOwnWeightsInPlaceWithTheSameBits) {
 
 TEST_P(EachScheme, TwoRanksWithAnExpertMapGiveTheWhole) {
   LayerConfig whole_config = config();
-  if (whole_config.quant.act_scale == ActScale::kTensorDynamic) GTEST_SKIP() << "one scale per call";
+  if (whole_config.quant.act_scale == ActScale::kTensorDynamic)
+    GTEST_SKIP() << "one scale per call";
   const Fixture whole(whole_config);
   const Batch batch = whole.batch(15, Load::kDuplicates);
   // Rank r holds the experts of parity r, in descending order: no range says that, a map does.
@@ -131,7 +147,8 @@ TEST_P(EachScheme, TwoRanksWithAnExpertMapGiveTheWhole) {
     for (std::int64_t local = 0; local < 4; ++local) {
       const std::int64_t global = 6 - 2 * local + rank;
       map[static_cast<std::size_t>(global)] = static_cast<std::int32_t>(local);
-      layer.load_expert(local, make_experts(whole_config, {.bias = Biases::kAll}, global, 1).weights);
+      layer.load_expert(local,
+                        make_experts(whole_config, {.bias = Biases::kAll}, global, 1).weights);
     }
     const Tensor expert_map = Tensor::contiguous(map.data(), DType::kI32, {8});
     const std::int64_t capacity = 30;
@@ -139,10 +156,12 @@ TEST_P(EachScheme, TwoRanksWithAnExpertMapGiveTheWhole) {
     const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, Format::kBatched, 15, capacity));
     ExpertsArgs e;
     e.rows = p.rows.view();
-    if (weight_spec(c, Product::kFc1).act_scale != ActScale::kDefault) e.row_scale = p.row_scale.view();
+    if (weight_spec(c, Product::kFc1).act_scale != ActScale::kDefault)
+      e.row_scale = p.row_scale.view();
     e.batched.num_tokens = p.num_tokens.view();
     e.workspace = workspace.view();
-    DeviceTensor slots({}, DType::kF32, {4, capacity, c.hidden}), y({}, DType::kF32, {15, c.hidden});
+    DeviceTensor slots({}, DType::kF32, {4, capacity, c.hidden}),
+        y({}, DType::kF32, {15, c.hidden});
     e.output = slots.view();
     experts(layer, e);
     FinalizeArgs fin;
@@ -154,11 +173,14 @@ TEST_P(EachScheme, TwoRanksWithAnExpertMapGiveTheWhole) {
     fin.workspace = workspace.view();
     finalize(c, fin);
     const HostTensor part = y.to_host();
-    for (std::int64_t i = 0; i < part.numel(); ++i) sum[static_cast<std::size_t>(i)] += part.as<float>()[i];
+    for (std::int64_t i = 0; i < part.numel(); ++i)
+      sum[static_cast<std::size_t>(i)] += part.as<float>()[i];
   }
   HostTensor total(DType::kF32, {15, whole_config.hidden});
-  for (std::int64_t i = 0; i < total.numel(); ++i) total.as<float>()[i] = static_cast<float>(sum[static_cast<std::size_t>(i)]);
-  const double limit = whole_config.output_dtype == DType::kF32 ? 1e-6 : 5e-3;  // the whole's own last rounding
+  for (std::int64_t i = 0; i < total.numel(); ++i)
+    total.as<float>()[i] = static_cast<float>(sum[static_cast<std::size_t>(i)]);
+  const double limit =
+      whole_config.output_dtype == DType::kF32 ? 1e-6 : 5e-3;  // the whole's own last rounding
   EXPECT_LT(distance(total, whole.run(batch)), limit);
 }
 
@@ -174,10 +196,11 @@ TEST_P(EachScheme, SortedRowsTakeRoutingWeights) {
   ExpertsArgs args;
   args.format = Format::kSorted;
   args.rows = batch.hidden_states.view();
-  args.sorted = {.slots = Tensor::contiguous(lists.slots.data(), DType::kI32, {length}),
-                 .block_experts = Tensor::contiguous(lists.block_experts.data(), DType::kI32, {length / 8}),
-                 .num_padded = Tensor::contiguous(&used, DType::kI32, {1}),
-                 .block_rows = 8};
+  args.sorted = {
+      .slots = Tensor::contiguous(lists.slots.data(), DType::kI32, {length}),
+      .block_experts = Tensor::contiguous(lists.block_experts.data(), DType::kI32, {length / 8}),
+      .num_padded = Tensor::contiguous(&used, DType::kI32, {1}),
+      .block_rows = 8};
   args.workspace = workspace.view();
   args.output = plain.view();
   experts(f.layer, args);
@@ -222,7 +245,8 @@ TEST(Stages, EightBitRowsFromAForeignDispatchAreUsedAsTheyAre) {
     const Batch batch = make_batch(eight, {.tokens = 12, .seed = 8});
     Layer layer(eight);
     layer.load(f.weights.weights);
-    Case same;  // prepare moves rows and scales, experts reads them: as the layer on the same 8-bit input
+    Case same;  // prepare moves rows and scales, experts reads them: as the layer on the same 8-bit
+                // input
     same.variant = default_variant(scheme);
     Execution how;
     const HostTensor standard = execute(layer, batch, how).output;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every pair of (variant, format, activation, bias, shape, tokens, load), and the special cases, held
-// against the oracle; and the seeded faults, each of which must be noticed in every scheme.
+// Every pair of (variant, format, activation, bias, shape, tokens, load), and the special cases,
+// held against the oracle; and the seeded faults, each of which must be noticed in every scheme.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -37,8 +37,8 @@ class EachScheme : public testing::TestWithParam<int> {
     EXPECT_GT(ran, 0);
     RecordProperty("ran", ran);
     RecordProperty("skipped", skipped);
-    std::cout << "    " << name(scheme()) << ": " << ran << " cases, " << skipped << " skipped; closest to its bound "
-              << worst << " (" << worst_name << ")\n";
+    std::cout << "    " << name(scheme()) << ": " << ran << " cases, " << skipped
+              << " skipped; closest to its bound " << worst << " (" << worst_name << ")\n";
   }
 };
 
@@ -52,8 +52,8 @@ TEST_P(EachScheme, SpecialCases) {
   run(cases);
 }
 
-// The mistakes a kernel could make, each on a plain case of the scheme: a bound that lets one of them
-// pass would be too wide.
+// The mistakes a kernel could make, each on a plain case of the scheme: a bound that lets one of
+// them pass would be too wide.
 TEST_P(EachScheme, SeededFaultsAreNoticed) {
   for (const Variant& variant : variants()) {
     if (variant.quant.scheme != scheme()) continue;
@@ -68,7 +68,8 @@ TEST_P(EachScheme, SeededFaultsAreNoticed) {
     for (const Fault fault : all_faults()) {
       if (!applies(fault, c)) continue;
       const VerifyResult r = run_case(c, {}, fault);
-      EXPECT_EQ(r.status, Status::kFailed) << name(c) << ": " << name(fault) << " went unnoticed, ratio " << r.ratio;
+      EXPECT_EQ(r.status, Status::kFailed)
+          << name(c) << ": " << name(fault) << " went unnoticed, ratio " << r.ratio;
     }
   }
 }
@@ -84,7 +85,8 @@ TEST(CaseList, NamesAreUniqueAndCoverEveryPair) {
   for (const Case& c : cases) {
     EXPECT_TRUE(names.insert(name(c)).second) << name(c) << " twice";
     const std::string scheme(name(c.variant.quant.scheme)), format(name(c.format));
-    const std::string activation(name(c.activation.kind)), bias = c.bias == Biases::kAll ? "bias" : "nobias";
+    const std::string activation(name(c.activation.kind)),
+        bias = c.bias == Biases::kAll ? "bias" : "nobias";
     const std::string values[] = {scheme, format, activation, bias, c.shape.name};
     for (const std::string& a : values)
       for (const std::string& b : values) pairs.insert({a, b});
@@ -94,14 +96,16 @@ TEST(CaseList, NamesAreUniqueAndCoverEveryPair) {
   std::vector<std::vector<std::string>> factors(5);
   for (int i = 0; i < kNumSchemes; ++i) factors[0].emplace_back(name(static_cast<Scheme>(i)));
   factors[1] = {"standard", "sorted", "batched"};
-  for (int i = 0; i < kNumActivations; ++i) factors[2].emplace_back(name(static_cast<Activation>(i)));
+  for (int i = 0; i < kNumActivations; ++i)
+    factors[2].emplace_back(name(static_cast<Activation>(i)));
   factors[3] = {"bias", "nobias"};
   for (const Shape& s : test_shapes()) factors[4].push_back(s.name);
   for (std::size_t f = 0; f < factors.size(); ++f) {
     for (std::size_t g = f + 1; g < factors.size(); ++g) {
       for (const std::string& a : factors[f]) {
         for (const std::string& b : factors[g]) {
-          const bool four_bit = a.find("int4") != std::string::npos || a.find("mxfp4") != std::string::npos;
+          const bool four_bit =
+              a.find("int4") != std::string::npos || a.find("mxfp4") != std::string::npos;
           if (four_bit && b == "odd") continue;  // refused by name: two weights in a byte along K
           EXPECT_TRUE(pairs.count({a, b})) << a << " with " << b;
         }
@@ -113,10 +117,14 @@ TEST(CaseList, NamesAreUniqueAndCoverEveryPair) {
 TEST(CaseList, TheFullProductHasEveryCombination) {
   std::map<std::string, int> count;
   for (const Case& c : product_cases({}))
-    ++count[c.variant.name + "/" + std::string(name(c.format)) + "/" + std::string(name(c.activation.kind)) +
-            (c.bias == Biases::kAll ? "/bias" : "/nobias")];
+    ++count[c.variant.name + "/" + std::string(name(c.format)) + "/" +
+            std::string(name(c.activation.kind)) + (c.bias == Biases::kAll ? "/bias" : "/nobias")];
   EXPECT_GE(count.size(), variants().size() * 3 * kNumActivations * 2);
-  const std::vector<Case> one = product_cases({.scheme = Scheme::kBF16, .format = Format::kBatched, .activation = {}, .shape = {}, .tokens = 3});
+  const std::vector<Case> one = product_cases({.scheme = Scheme::kBF16,
+                                               .format = Format::kBatched,
+                                               .activation = {},
+                                               .shape = {},
+                                               .tokens = 3});
   ASSERT_FALSE(one.empty());
   for (const Case& c : one) {
     EXPECT_EQ(c.variant.quant.scheme, Scheme::kBF16);

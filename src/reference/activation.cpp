@@ -16,21 +16,24 @@ double gelu_tanh(double x) {
 double clamp(double x, double limit) { return std::min(std::max(x, -limit), limit); }
 
 // What evaluating f(g, u) in fp32 may cost: a few roundings of the result, the argument of exp
-// rounded once (|x| units), and for 1 + erf and 1 + tanh, which cancel for negative x, some units of
-// |x| itself. The second factor multiplies along.
+// rounded once (|x| units), and for 1 + erf and 1 + tanh, which cancel for negative x, some units
+// of |x| itself. The second factor multiplies along.
 double evaluation_error(Activation kind, const ActivationParameters& p, double g, double u,
                         double result) {
   constexpr double kRoundings = 8;
   const double size = std::abs(result) * (kRoundings + 2 * std::min(std::abs(g), 100.0)) * kUnit;
   switch (kind) {
     case Activation::kGelu:
-    case Activation::kGeluTanh: return size + kRoundings * kUnit * std::abs(g);
+    case Activation::kGeluTanh:
+      return size + kRoundings * kUnit * std::abs(g);
     case Activation::kGeglu:
-    case Activation::kGegluTanh: return size + kRoundings * kUnit * std::abs(g * u);
+    case Activation::kGegluTanh:
+      return size + kRoundings * kUnit * std::abs(g * u);
     case Activation::kSwigluOai:
       return size * std::max(1.0, std::abs(p.alpha)) +
              2 * kUnit * std::abs(g) * (std::abs(u) + std::abs(p.beta));
-    default: return size;
+    default:
+      return size;
   }
 }
 
@@ -48,28 +51,39 @@ ActivationParameters parameters_of(const ActivationSpec& spec, const ActivationW
 double activate(Activation kind, const ActivationParameters& p, double g, double u) {
   const double limit = p.limit;
   switch (kind) {
-    case Activation::kSilu: return silu(g);
-    case Activation::kGelu: return gelu(g);
-    case Activation::kGeluTanh: return gelu_tanh(g);
-    case Activation::kRelu: return std::max(g, 0.0);
-    case Activation::kRelu2: return std::max(g, 0.0) * std::max(g, 0.0);
-    case Activation::kIdentity: return g;
-    case Activation::kSwiglu: return silu(g) * u;
-    case Activation::kGeglu: return gelu(g) * u;
-    case Activation::kGegluTanh: return gelu_tanh(g) * u;
+    case Activation::kSilu:
+      return silu(g);
+    case Activation::kGelu:
+      return gelu(g);
+    case Activation::kGeluTanh:
+      return gelu_tanh(g);
+    case Activation::kRelu:
+      return std::max(g, 0.0);
+    case Activation::kRelu2:
+      return std::max(g, 0.0) * std::max(g, 0.0);
+    case Activation::kIdentity:
+      return g;
+    case Activation::kSwiglu:
+      return silu(g) * u;
+    case Activation::kGeglu:
+      return gelu(g) * u;
+    case Activation::kGegluTanh:
+      return gelu_tanh(g) * u;
     case Activation::kSwigluOai: {
       const double gate = std::min(g, limit);
       return gate * sigmoid(p.alpha * gate) * (clamp(u, limit) + p.beta);
     }
-    case Activation::kSwigluClamp: return silu(std::min(g, limit)) * clamp(u, limit);
-    case Activation::kSwigluStep: return std::min(silu(g), limit) * clamp(u, limit);
+    case Activation::kSwigluClamp:
+      return silu(std::min(g, limit)) * clamp(u, limit);
+    case Activation::kSwigluStep:
+      return std::min(silu(g), limit) * clamp(u, limit);
   }
   return 0;
 }
 
-// The furthest of the interval's corners. Inside, a minimum of f (silu and gelu have one) lies at most
-// half the second derivative times the error squared further out: |f''| < 2 for all of them (relu2
-// exactly 2), times the other factor.
+// The furthest of the interval's corners. Inside, a minimum of f (silu and gelu have one) lies at
+// most half the second derivative times the error squared further out: |f''| < 2 for all of them
+// (relu2 exactly 2), times the other factor.
 Bounded activate(Activation kind, const ActivationParameters& p, Bounded g, Bounded u) {
   const double value = activate(kind, p, g.value, u.value);
   if (std::isnan(value)) return {value, 0};

@@ -29,7 +29,8 @@ Aligned align(const Tensor& topk_ids, std::int64_t experts, const ExpertRange& l
   const std::vector<std::int64_t> ids = slot_ids(topk_ids);
   Aligned out;
   out.slot_row.assign(ids.size(), -1);
-  out.tokens_per_expert.assign(static_cast<std::size_t>(local.count > 0 ? local.count : experts), 0);
+  out.tokens_per_expert.assign(static_cast<std::size_t>(local.count > 0 ? local.count : experts),
+                               0);
   for (std::int64_t e = 0; e < experts; ++e) {
     const std::int64_t here = local_expert(e, experts, local, expert_map);
     for (std::size_t s = 0; s < ids.size(); ++s) {

@@ -9,7 +9,8 @@
 
 namespace moesaic::reference {
 
-// Local expert of a global id: by map when given, else by range (count 0: all of `experts`). -1: none.
+// Local expert of a global id: by map when given, else by range (count 0: all of `experts`). -1:
+// none.
 std::int64_t local_expert(std::int64_t id, std::int64_t experts, const ExpertRange& local,
                           const Tensor& expert_map);
 // Id of every slot, from [T, k] i32 or i64 in any strides.

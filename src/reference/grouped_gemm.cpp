@@ -20,7 +20,8 @@ std::vector<Work> sorted_work(const GroupedGemmArgs& args, std::int64_t slot_cou
                               GroupedOutput* out) {
   std::vector<Work> work;
   const SortedRows& s = args.sorted;
-  const std::int64_t used = std::min<std::int64_t>(s.num_padded.as<std::int32_t>()[0], s.slots.shape[0]);
+  const std::int64_t used =
+      std::min<std::int64_t>(s.num_padded.as<std::int32_t>()[0], s.slots.shape[0]);
   for (std::int64_t p = 0; p < used; ++p) {
     const std::int64_t slot = s.slots.as<std::int32_t>()[p];
     if (slot < 0 || slot >= slot_count) continue;
@@ -45,7 +46,8 @@ std::vector<Work> batched_work(const GroupedGemmArgs& args) {
   std::vector<Work> work;
   const std::int64_t capacity = args.a.shape[1];
   for (std::int64_t e = 0; e < args.a.shape[0]; ++e) {
-    const std::int64_t live = std::min<std::int64_t>(args.batched.num_tokens.as<std::int32_t>()[e], capacity);
+    const std::int64_t live =
+        std::min<std::int64_t>(args.batched.num_tokens.as<std::int32_t>()[e], capacity);
     for (std::int64_t i = 0; i < live; ++i)
       work.push_back({.expert = e, .a_row = e * capacity + i, .c_row = e * capacity + i});
   }
@@ -70,12 +72,14 @@ GroupedOutput grouped_gemm(const GroupedGemmArgs& args, const Choices& choices) 
   QuantSpec quant = args.quant;
   if (is_float(args.a.dtype) && args.a_scale.defined() && quant.act_scale == ActScale::kDefault)
     quant.act_scale = ActScale::kTensorStatic;
-  const WeightSpec spec = weight_spec(quant, args.b.weight.shape[0], n, k, args.a.dtype, args.c.dtype);
+  const WeightSpec spec =
+      weight_spec(quant, args.b.weight.shape[0], n, k, args.a.dtype, args.c.dtype);
   std::int64_t rows = 1;
   for (int d = 0; d + 1 < args.c.rank; ++d) rows *= args.c.shape[static_cast<std::size_t>(d)];
-  GroupedOutput out{.n = n,
-                    .rows = std::vector<RowState>(static_cast<std::size_t>(rows), RowState::kUntouched),
-                    .values = std::vector<Bounded>(static_cast<std::size_t>(rows * n))};
+  GroupedOutput out{
+      .n = n,
+      .rows = std::vector<RowState>(static_cast<std::size_t>(rows), RowState::kUntouched),
+      .values = std::vector<Bounded>(static_cast<std::size_t>(rows * n))};
   // Padding entries are T * k or more. With A in sorted order its height does not tell T.
   std::int64_t slot_count = batched ? 0 : args.a.shape[0] * args.top_k;
   if (args.a_order == RowOrder::kSorted) {
@@ -89,7 +93,8 @@ GroupedOutput grouped_gemm(const GroupedGemmArgs& args, const Choices& choices) 
     for (std::int64_t i = 0; i < k; ++i) {
       double v = batched ? load(args.a, w.a_row / args.a.shape[1], w.a_row % args.a.shape[1], i)
                          : load(args.a, w.a_row, i);
-      if (!is_float(args.a.dtype)) v *= a_scale(args, w, spec.act_group > 0 ? i / spec.act_group : 0);
+      if (!is_float(args.a.dtype))
+        v *= a_scale(args, w, spec.act_group > 0 ? i / spec.act_group : 0);
       row[static_cast<std::size_t>(i)] = {v, 0};
     }
     return row;

@@ -16,8 +16,8 @@ using Numbers = std::vector<Bounded>;
 // One live slot on its way through the layer.
 struct Slot {
   std::int64_t id = 0, token = 0, expert = 0;  // local expert
-  Numbers numbers;  // the input of the product that comes next
-  Row row;          // the same, as the product reads it
+  Numbers numbers;                             // the input of the product that comes next
+  Row row;                                     // the same, as the product reads it
 };
 using Slots = std::vector<Slot>;
 
@@ -66,10 +66,12 @@ void quantize_slots(const Stage& stage, Slots* slots) {
   }
   for (Slot& slot : *slots) {
     switch (spec.act_scale) {
-      case ActScale::kDefault: slot.row = as_is(slot.numbers); break;
+      case ActScale::kDefault:
+        slot.row = as_is(slot.numbers);
+        break;
       case ActScale::kTensorStatic:
-        slot.row = quantize(rule, slot.numbers,
-                            {factor(stage.weights.input_scale, slot.expert, 1), 0});
+        slot.row =
+            quantize(rule, slot.numbers, {factor(stage.weights.input_scale, slot.expert, 1), 0});
         break;
       case ActScale::kTensorDynamic:
         slot.row = quantize(rule, slot.numbers, scale_of(rule.to, largest[pool(slot)]));
@@ -80,7 +82,9 @@ void quantize_slots(const Stage& stage, Slots* slots) {
         slot.row = quantize(whole, slot.numbers);
         break;
       }
-      case ActScale::kGroup: slot.row = quantize(rule, slot.numbers); break;
+      case ActScale::kGroup:
+        slot.row = quantize(rule, slot.numbers);
+        break;
     }
   }
 }
@@ -96,7 +100,8 @@ void run_product(const Stage& stage, Slots* slots, Finish finish) {
     if (stage.weights.bias.defined()) epilogue.bias = stage.weights.bias.select(expert);
     epilogue.scale_cells = stage.spec.scale.grid_k;
     for (Slot* slot : members) {
-      slot->numbers = finish(*slot, product(slot->row, matrix, stage.choices.accumulator, epilogue));
+      slot->numbers =
+          finish(*slot, product(slot->row, matrix, stage.choices.accumulator, epilogue));
       slot->row = {};
     }
   }
@@ -105,7 +110,8 @@ void run_product(const Stage& stage, Slots* slots, Finish finish) {
 // Both products and the activation; slot.numbers become the slot's output of H numbers.
 void run_experts(const LayerConfig& config, const LayerWeights& weights, const LayerInput& input,
                  const Choices& choices, Slots* slots) {
-  const WeightSpec fc1 = weight_spec(config, Product::kFc1), fc2 = weight_spec(config, Product::kFc2);
+  const WeightSpec fc1 = weight_spec(config, Product::kFc1),
+                   fc2 = weight_spec(config, Product::kFc2);
   const Stage first{fc1, weights.fc1, choices, input.format};
   const Stage second{fc2, weights.fc2, choices, input.format};
   const bool already_8bit = !is_float(input.hidden_states.dtype);
@@ -149,7 +155,8 @@ Slots live_slots(const LayerConfig& config, const LayerInput& input, std::int64_
   Slots slots;
   for (std::size_t s = 0; s < ids.size(); ++s) {
     const auto id = static_cast<std::int64_t>(s);
-    const std::int64_t expert = local_expert(ids[s], config.experts, config.local, input.expert_map);
+    const std::int64_t expert =
+        local_expert(ids[s], config.experts, config.local, input.expert_map);
     if (expert < 0) continue;
     if (input.format == Format::kBatched && input.capacity > 0 && count[expert] >= input.capacity) {
       ++*dropped;
@@ -174,16 +181,18 @@ Bounded weighted(const Bounded& b, Bounded weight, DType dtype) {
                                       rounding_error(dtype, size) * std::max(w, 0x1p-10)};
 }
 
-// sigmoid(x . gate), or 1. The product of H terms in fp32 moves the sigmoid by a quarter of its error.
-Bounded shared_factor(const LayerConfig& config, const SharedWeights& shared, const LayerInput& input,
-                      std::int64_t token) {
+// sigmoid(x . gate), or 1. The product of H terms in fp32 moves the sigmoid by a quarter of its
+// error.
+Bounded shared_factor(const LayerConfig& config, const SharedWeights& shared,
+                      const LayerInput& input, std::int64_t token) {
   const Tensor& gate = shared.gate;
   if (!gate.defined()) return {1, 0};
   const Numbers x = input_row(config, input, token);
   double sum = 0, magnitude = 0;
   for (std::int64_t h = 0; h < config.hidden; ++h) {
-    const double term = x[static_cast<std::size_t>(h)].value *
-                        load(gate.data, gate.dtype, h * gate.strides[static_cast<std::size_t>(gate.rank - 1)]);
+    const double term =
+        x[static_cast<std::size_t>(h)].value *
+        load(gate.data, gate.dtype, h * gate.strides[static_cast<std::size_t>(gate.rank - 1)]);
     sum += term;
     magnitude += std::abs(term);
   }
@@ -194,8 +203,8 @@ Bounded shared_factor(const LayerConfig& config, const SharedWeights& shared, co
 
 }  // namespace
 
-LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const SharedWeights* shared,
-                  const LayerInput& input, const Choices& choices) {
+LayerOutput layer(const LayerConfig& config, const LayerWeights& weights,
+                  const SharedWeights* shared, const LayerInput& input, const Choices& choices) {
   LayerOutput out;
   out.tokens = input.hidden_states.shape[0];
   out.hidden = config.hidden;
@@ -204,7 +213,8 @@ LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const 
   const auto add = [&](const Slot& slot, Bounded weight) {
     for (std::int64_t h = 0; h < config.hidden; ++h) {
       const auto at = static_cast<std::size_t>(slot.token * config.hidden + h);
-      const Bounded term = weighted(slot.numbers[static_cast<std::size_t>(h)], weight, choices.slots);
+      const Bounded term =
+          weighted(slot.numbers[static_cast<std::size_t>(h)], weight, choices.slots);
       out.output[at].value += term.value;
       out.output[at].error += term.error;
       magnitude[at] += std::abs(term.value);
@@ -226,7 +236,8 @@ LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const 
                                                       : config.shared_experts * config.intermediate;
     Slots all;
     for (std::int64_t t = 0; t < out.tokens; ++t)
-      all.push_back({.id = t, .token = t, .expert = 0, .numbers = input_row(config, input, t), .row = {}});
+      all.push_back(
+          {.id = t, .token = t, .expert = 0, .numbers = input_row(config, input, t), .row = {}});
     run_experts(one, shared->weights, input, choices, &all);
     for (const Slot& slot : all) add(slot, shared_factor(config, *shared, input, slot.token));
   }

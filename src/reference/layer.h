@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The whole layer in float64, y[t] = sum_j w[t,j] * FC2_e(act(FC1_e(x[t]))), e = id[t,j], rounded and
-// quantized where contracts.md ("where numbers are rounded") says, with the bound that follows for a
-// correct implementation. Host tensors, one expert after the other, nothing clever.
+// The whole layer in float64, y[t] = sum_j w[t,j] * FC2_e(act(FC1_e(x[t]))), e = id[t,j], rounded
+// and quantized where contracts.md ("where numbers are rounded") says, with the bound that follows
+// for a correct implementation. Host tensors, one expert after the other, nothing clever.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +48,8 @@ struct SharedWeights {
   Tensor gate;  // optional [H] or [1, H]: the output is multiplied by sigmoid(x . gate)
 };
 // `shared`: null when the configuration has none.
-LayerOutput layer(const LayerConfig& config, const LayerWeights& weights, const SharedWeights* shared,
-                  const LayerInput& input, const Choices& choices);
+LayerOutput layer(const LayerConfig& config, const LayerWeights& weights,
+                  const SharedWeights* shared, const LayerInput& input, const Choices& choices);
 
 // How far the number that lies in memory may be from b.value: b.error and one last rounding.
 double stored_error(const Bounded& b, DType output);

@@ -35,7 +35,7 @@ double scale_of(const WeightSpec& spec, const Tensor& scale, std::int64_t expert
       spec.scale.group_n * 2 == spec.n)
     return load(scale, expert, 2 * n / spec.n);  // one for each half of N
   if (scale.rank == 2 && scale.shape[1] == 1 && spec.n != 1) return load(scale, expert, 0);
-  if (scale.rank == 2) return load(scale, expert, n);  // per channel
+  if (scale.rank == 2) return load(scale, expert, n);                             // per channel
   const std::int64_t row = std::min(n / spec.scale.group_n, scale.shape[1] - 1);  // [E, 1, 1]: all
   const double s = load(scale, expert, row, k / spec.scale.group_k);
   if (!spec.e8m0_scales || scale.dtype == DType::kE8M0) return s;

@@ -7,13 +7,16 @@ namespace {
 // Error of adding k products, relative to the sum of their magnitudes.
 double accumulation_error(Accumulator accumulator, double k) {
   switch (accumulator) {
-    case Accumulator::kFp32: return walk(k) * kUnit;
+    case Accumulator::kFp32:
+      return walk(k) * kUnit;
     // Truncation has a direction: one ulp (two units) per instruction of at least 8 products, in a
     // row, beside the walk. f32 as three tf32 products leaves out the smallest: 2^-21 of each.
-    case Accumulator::kTensorCore: return (walk(k) + k / 4 + 8) * kUnit;
+    case Accumulator::kTensorCore:
+      return (walk(k) + k / 4 + 8) * kUnit;
     // Four instructions of K = 32 between promotions, each cutting the sum to 13 bits behind the
     // point; then one fp32 addition per 128.
-    case Accumulator::kWgmmaE4M3: return 4 * 0x1p-13 + walk(k / 128 + 1) * kUnit;
+    case Accumulator::kWgmmaE4M3:
+      return 4 * 0x1p-13 + walk(k / 128 + 1) * kUnit;
   }
   return 0;
 }
@@ -54,7 +57,8 @@ std::vector<Bounded> product(const Row& row, const Matrix& matrix, Accumulator a
                           (3 + walk(static_cast<double>(epilogue.scale_cells))) * kUnit;
   std::vector<Bounded> out(n);
   for (std::size_t i = 0; i < n; ++i) {
-    const double error = relative * magnitude[i] + combine_errors(errors[i], squares[i]) + common[i];
+    const double error =
+        relative * magnitude[i] + combine_errors(errors[i], squares[i]) + common[i];
     out[i] = {epilogue.alpha * sum[i], std::abs(epilogue.alpha) * error + 0x1p-120};
     if (epilogue.bias.defined()) {
       const double bias = load(epilogue.bias, static_cast<std::int64_t>(i));

@@ -19,9 +19,9 @@ enum class Accumulator : std::uint8_t {
 };
 
 struct Epilogue {
-  double alpha = 1;             // an extra factor on the sums
-  Tensor bias;                  // [N], or undefined
-  std::int64_t scale_cells = 1; // scaled partial sums along K
+  double alpha = 1;              // an extra factor on the sums
+  Tensor bias;                   // [N], or undefined
+  std::int64_t scale_cells = 1;  // scaled partial sums along K
 };
 
 // alpha * row * matrix + bias, before any rounding to storage.

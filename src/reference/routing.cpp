@@ -93,7 +93,9 @@ double two_largest(Numbers v) {
 // Phi-3.5-MoE at inference: each pick is a softmax over the experts within 2 * jitter of the best,
 // relative to max(|z|, best); the second pick leaves the first out.
 Routed sparse_mixer(const RoutingSpec& spec, std::int64_t top_k, const Numbers& z) {
-  Routed out{.ids = {}, .weights = {}, .scores = {},
+  Routed out{.ids = {},
+             .weights = {},
+             .scores = {},
              .group_margin = std::numeric_limits<double>::infinity()};
   Numbers left = z;
   std::vector<bool> taken(z.size(), false);
@@ -118,13 +120,14 @@ Routed sparse_mixer(const RoutingSpec& spec, std::int64_t top_k, const Numbers& 
 
 Routed route(const RoutingSpec& spec, std::int64_t top_k, const std::vector<double>& z,
              const std::vector<double>& selection_bias) {
-  Numbers weight;          // of each expert if selected, before division and scale
+  Numbers weight;  // of each expert if selected, before division and scale
   Grouped select{{}, std::numeric_limits<double>::infinity()};
-  bool divide = false;     // by the sum over S
+  bool divide = false;  // by the sum over S
   double added = 0, floor = 0;
   using enum RoutingMethod;
   switch (spec.method) {
-    case kSparseMixer: return sparse_mixer(spec, top_k, z);
+    case kSparseMixer:
+      return sparse_mixer(spec, top_k, z);
     case kSoftmaxTopK:
       weight = softmax(z);
       select.scores = z;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one case list on the GPU, with every kernel family the device can run: pairs and special cases
-// against the oracle, bits, the seeded faults, and the bare grouped GEMM.
+// The one case list on the GPU, with every kernel family the device can run: pairs and special
+// cases against the oracle, bits, the seeded faults, and the bare grouped GEMM.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -41,7 +41,8 @@ class OnGpu : public testing::TestWithParam<const char*> {
       if (r.status != Status::kFailed) continue;
       if (++failed <= 40) ADD_FAILURE() << r.name << ": " << r.reason;
     }
-    std::cout << "    " << GetParam() << ": " << ran << " passed, " << failed << " failed, " << refused << " refused\n";
+    std::cout << "    " << GetParam() << ": " << ran << " passed, " << failed << " failed, "
+              << refused << " refused\n";
     EXPECT_GT(ran, 0);
   }
 };
@@ -82,7 +83,8 @@ TEST_P(OnGpu, SeededFaultsAreNoticed) {
     if (!supported(c, kGpu).supported) continue;
     for (const Fault fault : all_faults())
       if (applies(fault, c)) {
-        EXPECT_EQ(run_case(c, kGpu, fault).status, Status::kFailed) << name(c) << ": " << name(fault) << " went unnoticed";
+        EXPECT_EQ(run_case(c, kGpu, fault).status, Status::kFailed)
+            << name(c) << ": " << name(fault) << " went unnoticed";
       }
   }
 }

@@ -201,7 +201,7 @@ struct Checkpoint::Kept {
 
 Checkpoint Checkpoint::open(const std::string& path, const CheckpointOptions& options) {
   if (!is_directory(path) && !is_file(path))
-    io_error(path + ": there is no such file or directory");
+    io_error(path + ": there is no such checkpoint, neither a file nor a directory");
   auto impl = std::make_shared<Impl>();
   impl->path = path;
   const std::string directory = is_directory(path) ? path : parent_directory(path);

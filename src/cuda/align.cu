@@ -4,9 +4,11 @@
 // counters handed out by atomics lost: faster to write, but the order then varies from run to run.
 //
 // Up to kSlotsAtOnce slots one block does everything (decode: one tiny kernel). Above, each block
-// counts a contiguous chunk, one block scans the counts, and each block places its chunk.
+// counts a contiguous chunk, one block scans the counts, and each block places its chunk: the scattered
+// stores of one multiprocessor would take longer than the two further launches.
 #include <algorithm>
 
+#include "cuda/align_slots.h"
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/expert_scan.h"
@@ -15,102 +17,11 @@
 namespace moesaic::cuda {
 namespace {
 
-constexpr std::int64_t kSlotsAtOnce = 8192;
+constexpr std::int64_t kSlotsAtOnce = 2048;   // 16 warps of kWarpSlots
 constexpr std::int64_t kMaxChunks = 256;      // the scan of chunks stays short
-constexpr std::int64_t kMinChunk = 2048;
-constexpr std::int64_t kMaxChunk = 65280;     // ranks inside a chunk fit 16 bits
+constexpr std::int64_t kMinChunk = 1024;
+constexpr std::int64_t kMaxChunk = 64512;     // ranks inside a chunk fit 16 bits
 constexpr int kChunkWarps = 8;
-constexpr std::int64_t kCounterBytes = 64 * 1024;  // of shared memory, in the one-block kernel
-
-struct AlignParams {
-  const void* ids = nullptr;
-  bool ids_are_64bit = false, ids_are_dense = true;
-  std::int64_t token_stride = 0, slot_stride = 0, top_k = 1;
-  std::int64_t slots = 0, experts = 0, local_first = 0, local_count = 0;
-  const std::int32_t* expert_map = nullptr;
-  bool batched = false;
-  std::int64_t capacity = 0, block_rows = 0;
-  std::int64_t positions = 0, slot_count = 0, max_tiles = 0, tile_rows = 1;
-  TileWriter writer;
-  // A group is a local expert; in padded lists it is an expert of the model, in the order of the global
-  // ids as in the original, so that filtered blocks lie where their expert would.
-  int groups = 0;
-  std::int32_t* num_tiles = nullptr;
-  std::int32_t* row_slot = nullptr;
-  std::int32_t* slot_row = nullptr;
-  std::int32_t* block_experts = nullptr;
-  std::int32_t* num_padded = nullptr;
-  std::int32_t* tokens_per_expert = nullptr;
-  std::int32_t* dropped = nullptr;
-  std::int32_t* counts = nullptr;  // [chunks, groups] scratch: slots, then the base of each chunk
-  std::int32_t* table = nullptr;   // [3, groups] scratch, then the number of tiles
-  std::int64_t chunk = 0, chunks = 0;
-};
-
-__device__ __forceinline__ int local_of(const AlignParams& p, std::int64_t id) {
-  const std::int64_t local = p.expert_map != nullptr ? p.expert_map[id] : id - p.local_first;
-  return local >= 0 && local < p.local_count ? static_cast<int>(local) : -1;
-}
-
-// -1: the slot contributes nothing.
-__device__ __forceinline__ int group_of(const AlignParams& p, std::int64_t slot) {
-  std::int64_t at = slot;
-  if (!p.ids_are_dense)
-    at = slot / p.top_k * p.token_stride + slot % p.top_k * p.slot_stride;
-  const std::int64_t id = p.ids_are_64bit ? static_cast<const std::int64_t*>(p.ids)[at]
-                                          : static_cast<const std::int32_t*>(p.ids)[at];
-  if (id < 0 || id >= p.experts) return -1;
-  return p.block_rows > 0 ? static_cast<int>(id) : local_of(p, id);
-}
-
-__device__ __forceinline__ int expert_of(const AlignParams& p, int group) {
-  return p.block_rows > 0 ? local_of(p, group) : group;
-}
-
-// Slots [begin, end) of one warp, 32 at a time in order. f(slot, group, rank) is called for every
-// slot that has a group, rank counting the warp's earlier slots of that group from counter[group] on.
-template <typename F>
-__device__ __forceinline__ void for_slots(const AlignParams& p, std::int64_t begin, std::int64_t end,
-                                          std::uint16_t* counter, F&& f) {
-  const int lane = threadIdx.x % 32;
-  for (std::int64_t first = begin; first < end; first += 32) {
-    const std::int64_t slot = first + lane;
-    const int group = slot < end ? group_of(p, slot) : -1;
-    const unsigned same = __match_any_sync(kAllLanes, group);
-    const unsigned before = same & ((1u << lane) - 1);
-    const int base = group >= 0 ? counter[group] : 0;
-    __syncwarp();
-    if (slot < end) f(slot, group, base + __popc(before));
-    if (group >= 0 && before == 0) counter[group] = static_cast<std::uint16_t>(base + __popc(same));
-    __syncwarp();
-  }
-}
-
-// Counts this block's slots: counters[warp][group], then turned into each warp's first rank.
-// total(group, count) is called once per group.
-template <typename F>
-__device__ __forceinline__ void count_block(const AlignParams& p, std::int64_t begin, std::int64_t end,
-                                            int warps, std::int64_t per_warp,
-                                            std::uint16_t* counters, F&& total) {
-  const int warp = threadIdx.x / 32;
-  for (int i = threadIdx.x; i < warps * p.groups; i += blockDim.x) counters[i] = 0;
-  __syncthreads();
-  const std::int64_t from = begin + warp * per_warp;
-  if (warp < warps)
-    for_slots(p, from, from + per_warp < end ? from + per_warp : end, counters + warp * p.groups,
-              [](std::int64_t, int, int) {});
-  __syncthreads();
-  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
-    int sum = 0;
-    for (int w = 0; w < warps; ++w) {
-      const int count = counters[w * p.groups + g];
-      counters[w * p.groups + g] = static_cast<std::uint16_t>(sum);
-      sum += count;
-    }
-    total(g, sum);
-  }
-  __syncthreads();
-}
 
 // From counts (in table.live) to the table and every small output. One block; all threads call it.
 __device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p, const GroupTable& table) {
@@ -118,11 +29,12 @@ __device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p, cons
   const int begin = threadIdx.x * per_thread;
   const int end = begin + per_thread < p.groups ? begin + per_thread : p.groups;
   const auto padded = [&](int live) {
-    const std::int64_t block = p.block_rows;
+    const auto block = static_cast<unsigned>(p.block_rows);
     return block > 0 ? static_cast<std::int32_t>((live + block - 1) / block * block) : live;
   };
   const auto tiles_of = [&](int live) {
-    return static_cast<std::int32_t>((live + p.tile_rows - 1) / p.tile_rows);
+    const auto rows = static_cast<unsigned>(p.tile_rows);
+    return static_cast<std::int32_t>((live + rows - 1) / rows);
   };
   const bool counts_meet = p.tokens_per_expert != nullptr && p.block_rows > 0;
   if (counts_meet) {  // several experts of the model may map to one local expert: their rows add up
@@ -209,35 +121,59 @@ __device__ __forceinline__ std::int32_t padded_rows(const AlignParams& p, const 
 
 // --- one block does everything ------------------------------------------------------------------
 __global__ void __launch_bounds__(1024, 1) align_small(AlignParams p, int warps, std::int64_t per_warp) {
-  begin_kernel();
   extern __shared__ std::int32_t shared[];
   const GroupTable table = GroupTable::at(shared, p.groups);
   auto* counters = reinterpret_cast<std::uint16_t*>(shared + kTableColumns * p.groups);
-  fill_padding(p, threadIdx.x, blockDim.x);
-  count_block(p, 0, p.slots, warps, per_warp, counters,
-              [&](int g, int count) { table.live[g] = count; });
-  const std::int32_t tiles = finish_counts(p, table);
+  clear(counters, warps * p.groups);
+  begin_kernel();
   const int warp = threadIdx.x / 32;
+  const std::int64_t first = warp * per_warp;
+  const std::int64_t end = first + per_warp < p.slots ? first + per_warp : p.slots;
+  int group[kSteps];
   if (warp < warps) {
-    const std::int64_t from = warp * per_warp;
-    for_slots(p, from, from + per_warp < p.slots ? from + per_warp : p.slots,
-              counters + warp * p.groups, [&](std::int64_t slot, int group, int rank) {
-                place(p, slot, group, group >= 0 ? table.start[group] : 0, rank);
-              });
+    load_groups(p, first, end, group);
+    rank_groups(group, counters + warp * p.groups, [](int, int) {});
+  }
+  fill_padding(p, threadIdx.x, blockDim.x);
+  sum_warps(p, warps, counters, [&](int g, int count) { table.live[g] = count; });
+  const std::int32_t tiles = finish_counts(p, table);
+  if (warp < warps) {
+    rank_groups(group, counters + warp * p.groups, [&](int s, int rank) {
+      const std::int64_t slot = first + s * 32 + threadIdx.x % 32;
+      if (slot < end) place(p, slot, group[s], group[s] >= 0 ? table.start[group[s]] : 0, rank);
+    });
   }
   write_tiles(p.writer, table, tiles, threadIdx.x, blockDim.x);
   write_blocks(p, table, padded_rows(p, table), threadIdx.x, blockDim.x);
 }
 
 // --- many blocks: count, scan, place -----------------------------------------------------------------
+// What one warp of a block has of its chunk.
+struct WarpSlots {
+  std::int64_t begin, end;
+};
+__device__ __forceinline__ WarpSlots warp_slots(const AlignParams& p) {
+  const std::int64_t chunk = blockIdx.x * p.chunk, per_warp = p.chunk / kChunkWarps;
+  const std::int64_t begin = chunk + threadIdx.x / 32 * per_warp;
+  return {begin, begin + per_warp < p.slots ? begin + per_warp : p.slots};
+}
+
+__device__ __forceinline__ void count_warp(const AlignParams& p, const WarpSlots& mine, std::uint16_t* counter) {
+  for (std::int64_t first = mine.begin; first < mine.end; first += kWarpSlots) {
+    int group[kSteps];
+    load_groups(p, first, mine.end, group);
+    rank_groups(group, counter, [](int, int) {});
+  }
+}
+
 __global__ void __launch_bounds__(kChunkWarps * 32, 1) align_count(AlignParams p) {
-  begin_kernel();
   extern __shared__ std::uint16_t counters[];
+  clear(counters, kChunkWarps * p.groups);
+  begin_kernel();
+  count_warp(p, warp_slots(p), counters + threadIdx.x / 32 * p.groups);
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   fill_padding(p, thread, static_cast<std::int64_t>(gridDim.x) * blockDim.x);
-  const std::int64_t begin = blockIdx.x * p.chunk;
-  const std::int64_t end = begin + p.chunk < p.slots ? begin + p.chunk : p.slots;
-  count_block(p, begin, end, kChunkWarps, p.chunk / kChunkWarps, counters, [&](int g, int count) {
+  sum_warps(p, kChunkWarps, counters, [&](int g, int count) {
     p.counts[static_cast<std::int64_t>(blockIdx.x) * p.groups + g] = count;
   });
 }
@@ -288,19 +224,24 @@ __global__ void __launch_bounds__(1024, 1) align_scan(AlignParams p, int segment
 }
 
 __global__ void __launch_bounds__(kChunkWarps * 32, 1) align_place(AlignParams p) {
-  begin_kernel();
   extern __shared__ std::uint16_t counters[];
-  const std::int64_t begin = blockIdx.x * p.chunk, per_warp = p.chunk / kChunkWarps;
-  const std::int64_t end = begin + p.chunk < p.slots ? begin + p.chunk : p.slots;
-  count_block(p, begin, end, kChunkWarps, per_warp, counters, [](int, int) {});
+  clear(counters, kChunkWarps * p.groups);
+  begin_kernel();
+  const WarpSlots mine = warp_slots(p);
+  std::uint16_t* counter = counters + threadIdx.x / 32 * p.groups;
+  count_warp(p, mine, counter);
+  sum_warps(p, kChunkWarps, counters, [](int, int) {});
   const std::int32_t* base = p.counts + static_cast<std::int64_t>(blockIdx.x) * p.groups;
-  const int warp = threadIdx.x / 32;
-  const std::int64_t from = begin + warp * per_warp;
-  for_slots(p, from, from + per_warp < end ? from + per_warp : end, counters + warp * p.groups,
-            [&](std::int64_t slot, int group, int rank) {
-              const std::int64_t first = group >= 0 ? base[group] : 0;
-              place(p, slot, group, first, p.batched ? first + rank : rank);
-            });
+  for (std::int64_t from = mine.begin; from < mine.end; from += kWarpSlots) {
+    int group[kSteps];
+    load_groups(p, from, mine.end, group);
+    rank_groups(group, counter, [&](int s, int rank) {
+      const std::int64_t slot = from + s * 32 + threadIdx.x % 32;
+      if (slot >= mine.end) return;
+      const std::int64_t first = group[s] >= 0 ? base[group[s]] : 0;
+      place(p, slot, group[s], first, p.batched ? first + rank : rank);
+    });
+  }
   const GroupTable table = GroupTable::at(p.table, p.groups);
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
@@ -311,7 +252,7 @@ __global__ void __launch_bounds__(kChunkWarps * 32, 1) align_place(AlignParams p
 // A pure function of the number of slots, so that the scratch is, too.
 std::int64_t chunk_size(std::int64_t slots) {
   const std::int64_t even = ceil_div(slots, kMaxChunks);
-  return round_up(std::clamp(even, kMinChunk, kMaxChunk), kChunkWarps * 32);
+  return round_up(std::clamp(even, kMinChunk, kMaxChunk), kChunkWarps * kWarpSlots);
 }
 
 AlignParams make_params(const AlignStage& s) {
@@ -365,9 +306,8 @@ void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t
   AlignParams p = make_params(stage);
   const std::size_t table_bytes = static_cast<std::size_t>(kTableColumns * p.groups) * 4;
   if (p.slots <= kSlotsAtOnce) {
-    const std::int64_t most = std::min<std::int64_t>(32, kCounterBytes / (2 * p.groups));
-    const std::int64_t warps = std::min(ceil_div(p.slots, 32), most);
-    const std::int64_t per_warp = warps > 0 ? round_up(ceil_div(p.slots, warps), 32) : 0;
+    // Few slots: a warp each 32, the shortest way. More: full warps, so that fewer are summed.
+    const std::int64_t per_warp = p.slots <= 256 ? 32 : kWarpSlots, warps = ceil_div(p.slots, per_warp);
     const std::int64_t wanted = std::max({warps * 32, std::int64_t{p.groups}, std::int64_t{128}});
     launch("align", align_small,
            {.grid = 1,

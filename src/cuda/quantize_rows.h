@@ -64,7 +64,8 @@ __device__ __forceinline__ bool find_row(const QuantizeParams& p, std::int64_t i
     *row = {.position = i, .source = i};
     return true;
   }
-  row->tile = i / p.tile_rows;
+  // Rows of all tiles together fit 32 bits: positions do, and experts x tile_rows is small.
+  row->tile = static_cast<unsigned>(i) / static_cast<unsigned>(p.tile_rows);
   const Tile tile = p.tiles[row->tile];
   const std::int64_t r = i - row->tile * p.tile_rows;
   if (r >= tile.rows || tile.expert < 0) return false;

@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
     float sum = warp_sum(weight);
     if (p.divisor == Divisor::kTiny) sum += 1e-20f;
     if (p.divisor == Divisor::kFloor) sum = sum < p.sum_floor ? p.sum_floor : sum;
-    weight /= sum;
+    weight = sum == 0.0f ? 0.0f : weight / sum;
   }
   if (lane < p.top_k) {
     p.ids[token * p.ids_stride + lane] = chosen;
@@ -216,100 +216,7 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
   }
 }
 
-// --- logits from hidden states ----------------------------------------------------------------------
-struct LogitsParams {
-  const void* x = nullptr;
-  DType x_dtype = DType::kF32;
-  std::int64_t x_stride = 0;
-  const void* w = nullptr;
-  DType w_dtype = DType::kF32;
-  std::int64_t w_stride = 0;
-  std::int64_t tokens = 0, experts = 0, hidden = 0;
-  bool x_wide = false, w_wide = false;
-  float* logits = nullptr;  // [tokens, experts]
-};
-
-template <typename T>
-__device__ __forceinline__ void load_eight(const T* at, std::int64_t left, bool wide, float (&v)[8]) {
-  if (wide) {
-    const Pack<T, 8> pack = load_pack<8>(at);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = to_float(pack.element[i]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = i < left ? to_float(at[i]) : 0.0f;
-}
-__device__ __forceinline__ void load_eight(const void* data, DType dtype, std::int64_t at,
-                                           std::int64_t left, bool wide, float (&v)[8]) {
-  if (dtype == DType::kBF16)
-    return load_eight(static_cast<const __nv_bfloat16*>(data) + at, left, wide, v);
-  if (dtype == DType::kF16) return load_eight(static_cast<const __half*>(data) + at, left, wide, v);
-  load_eight(static_cast<const float*>(data) + at, left, wide, v);
-}
-
-// One warp per kTokens x kExperts products. Lane l adds the elements of eights l, l + 32, ... in
-// ascending order, then the lanes are added in a fixed tree: the same bits for every tile and T.
-template <int kTokens, int kExperts>
-__global__ void __launch_bounds__(128) router_logits(LogitsParams p) {
-  begin_kernel();
-  const int lane = threadIdx.x % 32;
-  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
-  const std::int64_t columns = (p.experts + kExperts - 1) / kExperts;
-  const std::int64_t token = warp / columns * kTokens, expert = warp % columns * kExperts;
-  if (token >= p.tokens) return;
-  float sum[kTokens][kExperts] = {};
-#pragma unroll 2
-  for (std::int64_t h = lane * 8; h < p.hidden; h += 256) {
-    float x[kTokens][8];
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t)
-      load_eight(p.x, p.x_dtype, min(token + t, p.tokens - 1) * p.x_stride + h, p.hidden - h, p.x_wide, x[t]);
-#pragma unroll
-    for (int e = 0; e < kExperts; ++e) {
-      float w[8];
-      load_eight(p.w, p.w_dtype, min(expert + e, p.experts - 1) * p.w_stride + h, p.hidden - h, p.w_wide, w);
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[t][e] = fmaf(x[t][i], w[i], sum[t][e]);
-    }
-  }
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-    for (int e = 0; e < kExperts; ++e) {
-      const float total = warp_sum(sum[t][e]);
-      if (lane == 0 && token + t < p.tokens && expert + e < p.experts)
-        p.logits[(token + t) * p.experts + expert + e] = total;
-    }
-}
-
-void run_logits(const RouteStage& s, const DeviceTraits& device, cudaStream_t stream) {
-  const Tensor &x = s.hidden_states, &w = s.router.weight;
-  const LogitsParams p{.x = x.data,
-                       .x_dtype = x.dtype,
-                       .x_stride = x.strides[0],
-                       .w = w.data,
-                       .w_dtype = w.dtype,
-                       .w_stride = w.strides[0],
-                       .tokens = x.shape[0],
-                       .experts = w.shape[0],
-                       .hidden = x.shape[1],
-                       .x_wide = eight_wide(x.data, x.shape[1], x.strides[0], size_of(x.dtype)),
-                       .w_wide = eight_wide(w.data, w.shape[1], w.strides[0], size_of(w.dtype)),
-                       .logits = s.logits_scratch.as<float>()};
-  const auto go = [&](auto kernel, int tokens, int experts) {
-    const std::int64_t warps = ceil_div(p.tokens, tokens) * ceil_div(p.experts, experts);
-    launch("route: logits", kernel,
-           {.grid = dim3(static_cast<unsigned>(ceil_div(warps, 4))), .block = dim3(128),
-            .dependency = overlap(device)},
-           stream, p);
-  };
-  if (p.tokens <= 4) return go(router_logits<1, 1>, 1, 1);
-  go(router_logits<4, 4>, 4, 4);
-}
-
+// --- the host's side ---------------------------------------------------------------------------------
 RouteParams make_params(const RouteStage& s, const Tensor& logits) {
   const RoutingSpec& spec = s.spec;
   RouteParams p{.logits = logits.data,
@@ -383,7 +290,6 @@ RouteParams make_params(const RouteStage& s, const Tensor& logits) {
   // The score itself decides only where something is added to it, or to other scores of its group.
   if (p.topk_groups >= p.groups) p.groups = 1;
   if (p.selection_bias != nullptr || (p.groups > 1 && p.group_best == 2)) p.selection = p.weight;
-  if (p.sparsemixer) p.renormalize = false;
   return p;
 }
 
@@ -394,7 +300,7 @@ void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t
   if (tokens == 0) return;
   Tensor logits = stage.logits;
   if (!logits.defined()) {
-    run_logits(stage, device, stream);
+    run_router(stage, device, stream);
     logits = stage.logits_scratch;
   }
   const RouteParams p = make_params(stage, logits);

@@ -13,6 +13,7 @@
 
 namespace moesaic::cuda {
 
+void run_router(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream);  // logits_scratch
 void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream);
 void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream);
 void run_tiles(const TileStage& stage, const DeviceTraits& device, cudaStream_t stream);

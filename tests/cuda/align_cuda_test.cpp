@@ -181,7 +181,7 @@ void check_sorted(const Lists& lists, std::int64_t block_rows, std::int64_t expe
   std::vector<int> covered(lists.slots.size(), -2);
   for (std::int32_t i = 0; i < n; ++i) {
     Tile tile;
-    std::memcpy(&tile, &raw[static_cast<std::size_t>(i) * 2], sizeof tile);
+    std::memcpy(static_cast<void*>(&tile), &raw[static_cast<std::size_t>(i) * 2], sizeof tile);
     ASSERT_GT(tile.rows, 0);
     ASSERT_LE(tile.rows, tile_rows);
     ASSERT_GE(tile.first, 0);

@@ -235,7 +235,8 @@ TEST(ActivateCuda, LikeTheCpu) {
             const std::vector<std::uint8_t> got = output.download();
             for (std::int64_t i = 0; i < kRows * kColumns; ++i) {
               const double a = harness::load_element(output.cpu(), DType::kF32, i), b = harness::load_element(got.data(), DType::kF32, i);
-              ASSERT_NEAR(a, b, 1e-6 + 4e-6 * std::abs(a)) << i;
+              // 1 + erf(x) and 1 + tanh(x) cancel for x << 0: what is left of both is their rounding.
+              ASSERT_NEAR(a, b, 2e-5 + 4e-6 * std::abs(a)) << i;
             }
           }
 }

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device side of align: which group of rows a slot belongs to, and its rank among the slots before it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/element.h"
+#include "cuda/expert_scan.h"
+
+namespace moesaic::cuda {
+
+constexpr int kSteps = 4;                     // slots that a lane reads at once
+constexpr std::int64_t kWarpSlots = 32 * kSteps;
+
+struct AlignParams {
+  const void* ids = nullptr;
+  bool ids_are_64bit = false, ids_are_dense = true;
+  std::int64_t token_stride = 0, slot_stride = 0, top_k = 1;
+  std::int64_t slots = 0, experts = 0, local_first = 0, local_count = 0;
+  const std::int32_t* expert_map = nullptr;
+  bool batched = false;
+  std::int64_t capacity = 0, block_rows = 0;
+  std::int64_t positions = 0, slot_count = 0, max_tiles = 0, tile_rows = 1;
+  TileWriter writer;
+  // A group is a local expert; in padded lists it is an expert of the model, in the order of the global
+  // ids as in the original, so that filtered blocks lie where their expert would.
+  int groups = 0;
+  std::int32_t* num_tiles = nullptr;
+  std::int32_t* row_slot = nullptr;
+  std::int32_t* slot_row = nullptr;
+  std::int32_t* block_experts = nullptr;
+  std::int32_t* num_padded = nullptr;
+  std::int32_t* tokens_per_expert = nullptr;
+  std::int32_t* dropped = nullptr;
+  std::int32_t* counts = nullptr;  // [chunks, groups] scratch: slots, then the base of each chunk
+  std::int32_t* table = nullptr;   // [3, groups] scratch, then the number of tiles
+  std::int64_t chunk = 0, chunks = 0;
+};
+
+__device__ __forceinline__ int local_of(const AlignParams& p, std::int64_t id) {
+  const std::int64_t local = p.expert_map != nullptr ? p.expert_map[id] : id - p.local_first;
+  return local >= 0 && local < p.local_count ? static_cast<int>(local) : -1;
+}
+
+// -1: the slot contributes nothing.
+__device__ __forceinline__ int group_of(const AlignParams& p, std::int64_t slot) {
+  std::int64_t at = slot;
+  if (!p.ids_are_dense)
+    at = slot / p.top_k * p.token_stride + slot % p.top_k * p.slot_stride;
+  const std::int64_t id = p.ids_are_64bit ? static_cast<const std::int64_t*>(p.ids)[at]
+                                          : static_cast<const std::int32_t*>(p.ids)[at];
+  if (id < 0 || id >= p.experts) return -1;
+  return p.block_rows > 0 ? static_cast<int>(id) : local_of(p, id);
+}
+
+__device__ __forceinline__ int expert_of(const AlignParams& p, int group) {
+  return p.block_rows > 0 ? local_of(p, group) : group;
+}
+
+// The groups of kWarpSlots slots from `first` on, all requested before the first is used.
+__device__ __forceinline__ void load_groups(const AlignParams& p, std::int64_t first, std::int64_t end,
+                                            int (&group)[kSteps]) {
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    const std::int64_t slot = first + s * 32 + threadIdx.x % 32;
+    group[s] = slot < end ? group_of(p, slot) : -1;
+  }
+}
+
+// Those slots in order: f(step, rank), rank counting the warp's earlier slots of that group from
+// counter[group] on.
+template <typename F>
+__device__ __forceinline__ void rank_groups(const int (&group)[kSteps], std::uint16_t* counter, F&& f) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    if (!__any_sync(kAllLanes, group[s] >= 0)) {  // also the steps behind the last slot
+      f(s, 0);
+      continue;
+    }
+    const unsigned same = __match_any_sync(kAllLanes, group[s]);
+    const unsigned before = same & ((1u << lane) - 1);
+    const int base = group[s] >= 0 ? counter[group[s]] : 0;
+    __syncwarp();
+    f(s, base + __popc(before));
+    if (group[s] >= 0 && before == 0) counter[group[s]] = static_cast<std::uint16_t>(base + __popc(same));
+    __syncwarp();
+  }
+}
+
+// counters[warp][group] of a block become each warp's first rank. total(group, count) once per group.
+template <typename F>
+__device__ __forceinline__ void sum_warps(const AlignParams& p, int warps, std::uint16_t* counters, F&& total) {
+  __syncthreads();
+  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
+    int sum = 0;
+#pragma unroll 4
+    for (int w = 0; w < warps; ++w) {
+      const int count = counters[w * p.groups + g];
+      counters[w * p.groups + g] = static_cast<std::uint16_t>(sum);
+      sum += count;
+    }
+    total(g, sum);
+  }
+  __syncthreads();
+}
+__device__ __forceinline__ void clear(std::uint16_t* counters, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
+  __syncthreads();
+}
+
+}  // namespace moesaic::cuda

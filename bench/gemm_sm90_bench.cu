@@ -89,7 +89,9 @@ class Bench {
     fc1.spec.gated = true;
     std::int64_t tile = o_.tile_rows ? o_.tile_rows : family_sm90().tile_rows(fc1.spec, slots, device_);
     const int reps = tokens >= 2048 ? 2 : tokens >= 128 ? 4 : 12;
-    void* x = random(tokens * s_.hidden * bytes, 3);
+    // 8-bit activations come quantized, in the order of positions; 16-bit ones are gathered.
+    const std::int64_t x_rows = fp8_ ? slots : tokens;
+    void* x = random(x_rows * s_.hidden * bytes, 3);
     void* h = take(slots * s_.intermediate * 2);
     check_cuda(cudaMemset(h, 0x31, slots * s_.intermediate * 2), "memset");
     void* y = take(slots * s_.hidden * 2);
@@ -107,8 +109,8 @@ class Bench {
       g.rows = {.tiles = routings[r].tiles, .num_tiles = routings[r].count, .row_slot = routings[r].slots,
                 .max_tiles = max_tiles(slots, s_.experts, tile), .tile_rows = tile, .positions = slots, .slot_count = slots};
       if (which & 1) {
-        g.a = Tensor::contiguous(x, dtype, {tokens, s_.hidden}, on);
-        g.a_row = RowOf::kToken;
+        g.a = Tensor::contiguous(x, dtype, {x_rows, s_.hidden}, on);
+        g.a_row = fp8_ ? RowOf::kPosition : RowOf::kToken;
         g.top_k = s_.top_k;
         g.b = &fc1;
         g.activation = &swiglu;

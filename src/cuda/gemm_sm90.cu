@@ -67,7 +67,10 @@ bool supports(const WeightSpec& spec) {
   if (spec.format != WeightFormat::kE4M3 || spec.act != ActFormat::kE4M3) return false;
   // Scales that change along K must change where the sums are promoted.
   const bool along_k = spec.scale.grid_k > 1;
-  if (block_scaled(spec)) return spec.act_group == 128 && (!along_k || spec.scale.group_k == 128);
+  if (block_scaled(spec)) {
+    const bool eights = spec.scale.group_n % 8 == 0 || spec.scale.group_n >= spec.n;  // rows of one cell
+    return eights && spec.act_group == 128 && (!along_k || spec.scale.group_k == 128);
+  }
   return !along_k;
 }
 
@@ -83,16 +86,8 @@ std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTr
   return 256;
 }
 
-// The widest kernel takes one scale for its two blocks of 64 weight rows.
-bool blocks_share_scales(const WeightSpec& spec, std::int64_t columns, bool gated) {
-  if (!block_scaled(spec) || spec.scale.group_n >= spec.n) return true;
-  return spec.scale.group_n % 128 == 0 && (!gated || columns % 64 == 0);
-}
-
-Kernel kernel_for(const GemmStage& stage, Element element, std::int64_t columns, bool gated,
-                  const DeviceTraits& device) {
-  const bool widest = element != Element::kE4M3 || blocks_share_scales(stage.b->spec, columns, gated);
-  const int forced = stage.tactic == static_cast<int>(Kernel::kWidest) && !widest ? -1 : stage.tactic;
+Kernel kernel_for(const GemmStage& stage, std::int64_t columns, bool gated, const DeviceTraits& device) {
+  const int forced = stage.tactic;
   if (forced >= 0 && forced < kKernels) return static_cast<Kernel>(forced);
   const std::int64_t rows = stage.rows.tile_rows;
   if (rows <= 16) {
@@ -103,7 +98,7 @@ Kernel kernel_for(const GemmStage& stage, Element element, std::int64_t columns,
     return tasks * 4 <= device.sm_count * 3 ? Kernel::kNarrowHalf : Kernel::kNarrow;
   }
   if (rows <= 64) return Kernel::kMiddle;
-  return rows <= 128 || !widest ? Kernel::kWide : Kernel::kWidest;
+  return rows <= 128 ? Kernel::kWide : Kernel::kWidest;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
@@ -277,7 +272,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.experts = static_cast<std::int32_t>(spec.experts);
   p.gated = stage.activation != nullptr && is_gated(stage.activation->kind);
   p.columns = p.gated ? spec.n / 2 : spec.n;
-  const Kernel kernel = kernel_for(stage, element, p.columns, p.gated, device);
+  const Kernel kernel = kernel_for(stage, p.columns, p.gated, device);
   const KernelTraits traits = traits_of(element, kernel);
   p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, traits.tokens));
   p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows % 16 == 0;

@@ -44,16 +44,18 @@ struct Shape {
   static constexpr int kWeightBytes = kRows * 128;  // of one chunk
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
-  static constexpr int kScaleBytes = kPromotes ? kChunks * kTokens * 4 : 0;  // of one stage
+  // Block scales of one stage: of each token, and of each eight weight rows.
+  static constexpr int kScales = kTokens + kRows / 8;
+  static constexpr int kScaleBytes = kPromotes ? kChunks * kScales * 4 : 0;
   // Epilogue of one warpgroup: two buffers of up to 32 tokens x 64 rows of 16 bits, or 16 tokens in fp32;
   // and what it must know of its weight rows (factor, bias), of this task and of the next.
   static constexpr int kPitch = 144;  // bytes per token: 128 and 16, so that eight rows hit all banks
   static constexpr int kBufferBytes = kTokens < 32 ? 16 * 68 * 4 : 32 * kPitch;
   static constexpr int kEpilogueBytes = 2 * (kBufferBytes + kBlocks * 64 * 8);
-  // A task on its way to the multiplying warps, and its tokens: offset of the C row and two factors. Every
+  // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors. Every
   // task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
   static constexpr int kTaskBytes = 32;
-  static constexpr int kTableBytes = kTokens * 16;
+  static constexpr int kTableBytes = kTokens * 12;
   static constexpr int kRing = kStages + 1;
   // Offsets of gathered rows: for each of 8 rows of a pass those of all passes, in fours.
   static constexpr int kPasses = kTokens / 8;

@@ -55,17 +55,18 @@ __device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task
   return p.interleaved ? 2 * output + half : output + half * p.columns;
 }
 
-// A task's table: where its tokens' rows of C begin (elements; -1: not stored), and their factors, in
-// front of the bias and behind everything.
+// A task's table: its tokens' rows of C (kNoRow: not stored), and their factors, in front of the bias and
+// behind everything.
+inline constexpr std::uint32_t kNoRow = 0xffffffffu;
 template <typename S, typename Byte>
-__device__ __forceinline__ auto token_offsets(Byte* table) {
-  using T = std::conditional_t<std::is_const_v<Byte>, const std::int64_t, std::int64_t>;
+__device__ __forceinline__ auto token_rows(Byte* table) {
+  using T = std::conditional_t<std::is_const_v<Byte>, const std::uint32_t, std::uint32_t>;
   return reinterpret_cast<T*>(table);
 }
 template <typename S, typename Byte>
 __device__ __forceinline__ auto token_factors(Byte* table) {
   using T = std::conditional_t<std::is_const_v<Byte>, const float2, float2>;
-  return reinterpret_cast<T*>(table + S::kTokens * 8);
+  return reinterpret_cast<T*>(table + S::kTokens * 4);
 }
 
 template <typename S>
@@ -136,7 +137,7 @@ class Epilogue {
   __device__ float2* row_terms() const {
     return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes) + flip_ * kBlocks * 64;
   }
-  __device__ const std::int64_t* offsets() const { return token_offsets<S>(table_); }
+  __device__ const std::uint32_t* rows() const { return token_rows<S>(table_); }
   __device__ const float2* factors() const { return token_factors<S>(table_); }
   __device__ void sync() const {
     if (S::kWarpgroups == 1 || warpgroup_ == 0) ptx::warpgroup_sync<1>();
@@ -218,8 +219,9 @@ class Epilogue {
 #pragma unroll
           for (int i = thread_; i < kChunk * kUnits; i += 128) {
             const int token = i / kUnits, part = i % kUnits;
-            const std::int64_t offset = offsets()[chunk * kChunk + token];
-            if (offset >= 0 && first + part * 8 < end) {
+            const std::uint32_t row = rows()[chunk * kChunk + token];
+            if (row != kNoRow && first + part * 8 < end) {
+              const std::int64_t offset = p_.c_rows(row);
               const uint4 v = *reinterpret_cast<const uint4*>(out + token * S::kPitch + part * 16);
               *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) + 2 * (offset + first + part * 8)) = v;
             }
@@ -271,9 +273,10 @@ class Epilogue {
     const ActivationTerms terms = p_.activates ? p_.activation.terms(task.expert) : ActivationTerms{};
     for (int i = thread_; i < 16 * quads; i += 128) {
       const int token = i / quads, quad = i % quads;
-      const std::int64_t offset = offsets()[first_token + token];
+      const std::uint32_t row = rows()[first_token + token];
       const std::int64_t n = first + quad * 4;
-      if (offset < 0 || n >= end) continue;
+      if (row == kNoRow || n >= end) continue;
+      const std::int64_t offset = p_.c_rows(row);
       // Gated: 8 rows of gate, 8 of up, and so on (up_first: the other way round).
       const float* const x = in + token * pitch + (p_.gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4);
       const float4 one = *reinterpret_cast<const float4*>(x);

@@ -146,7 +146,10 @@ class TokenLoader {
   static constexpr std::uint32_t kNone = 0xffffffffu;
   // Lane l of warp w looks after rows l % 4 + 4w of passes l / 4 (+ 8): those that its own warp loads.
   static constexpr int kEntries = (S::kPassRoom * 4 + 31) / 32;
-  static constexpr int kScalePasses = (S::kTokens + kLoaders - 1) / kLoaders;
+  // The 16-bit kernels keep the rows' offsets in registers through all stages: two instructions a copy.
+  // e4m3 rows are quantized into consecutive positions and come by TMA as a rule; there registers are
+  // scarcer, and the offsets come from shared memory each time.
+  static constexpr bool kInRegisters = !S::kPromotes;
   __device__ static int me() { return ptx::thread_index() - 32; }
   struct Load {
     int rows, stages, first;
@@ -171,49 +174,58 @@ class TokenLoader {
       const int pass = pass_of(i), token = pass * 8 + row_in_pass();
       if (pass >= S::kPassRoom) break;
       std::uint32_t row = kNone;
-      std::int64_t offset = -1;
+      if constexpr (S::kPromotes) scale_[i] = kNone;
+      std::uint32_t c_row = kNoRow;
       float2 factor{1.0f, 1.0f};
       if (is_live(p_, slot_[i]) && token < task.rows) {
         const std::int64_t position = task.first + token;
         const std::int64_t a_row = row_of(p_, p_.a_row, position, slot_[i]);
         row = static_cast<std::uint32_t>(p_.a_rows(a_row));
-        offset = p_.c_rows(row_of(p_, p_.c_row, position, slot_[i]));
-        if (p_.a_scale && !p_.block_scaled) {
-          factor.x = p_.a_scale[a_row * p_.a_scale_row + task.expert * p_.a_scale_expert];
+        c_row = static_cast<std::uint32_t>(row_of(p_, p_.c_row, position, slot_[i]));
+        if (p_.a_scale) {
+          const std::int64_t at = a_row * p_.a_scale_row + task.expert * p_.a_scale_expert;
+          if (S::kPromotes && p_.block_scaled) scale_[i] = static_cast<std::uint32_t>(at);
+          else factor.x = p_.a_scale[at];
         }
         if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
       }
       rows[row_in_pass() * S::kPassRoom + pass] = row;
       if (token < S::kTokens) {
-        token_offsets<S>(table)[token] = offset;
+        token_rows<S>(table)[token] = c_row;
         token_factors<S>(table)[token] = factor;
       }
     }
-    if (block_scales()) {
-#pragma unroll
-      for (int i = 0; i < kScalePasses; ++i) {
-        const int token = i * kLoaders + me();
-        scale_[i] = 0;
-        if (task.expert >= 0 && token < task.rows) {
-          const std::int64_t position = task.first + token;
-          const std::int32_t slot = slot_of(p_, position);
-          if (is_live(p_, slot)) {
-            scale_[i] = static_cast<std::uint32_t>(row_of(p_, p_.a_row, position, slot) * p_.a_scale_row +
-                                                   task.expert * p_.a_scale_expert);
-          }
-        }
-      }
+    if (block_scales() && task.expert >= 0 && me() < S::kRows / 8) {
+      // Cells begin at multiples of eight rows, so one scale serves eight of them.
+      const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
+      std::int64_t n = weight_row(p_, task.row_task, me() * 8);
+      if (n >= rows) n = rows - 1;
+      weight_scale_ =
+          static_cast<std::uint32_t>(task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row);
     }
     __syncwarp();
   }
 
   __device__ void load_stages(const Load& load) {
     const bool gather = p_.token_load == TokenLoad::kGather;
+    std::uint32_t rows[S::kPassRoom];
+    if (kInRegisters && gather) {
+#pragma unroll
+      for (int i = 0; i < S::kPassRoom; i += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(shared_.gathered() + me() / 8 * S::kPassRoom + i);
+        rows[i] = four.x, rows[i + 1] = four.y, rows[i + 2] = four.z, rows[i + 3] = four.w;
+      }
+#pragma unroll
+      for (int i = 0; i < S::kPassRoom; ++i) {
+        if (rows[i] == kNone) rows[i] = 0;  // padding reads row 0, whose sums nobody stores
+      }
+    }
     for (int i = 0; i < load.stages; ++i) {
       ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
       const std::uint32_t full = shared_.full(cursor_.stage);
       const std::uint32_t to = ptx::shared_address(shared_.tokens(cursor_.stage));
-      if (gather) gather_rows(load.rows, i, to);
+      if (gather && kInRegisters) gather_rows(load.rows, i, to, rows);
+      if (gather && !kInRegisters) gather_listed_rows(load.rows, i, to);
       if (block_scales()) copy_scales(load.rows, i);
       if (gather || block_scales()) ptx::copy_async_arrive(full);
       if (!gather && me() == 0) load_boxes(load, i, to, full);
@@ -224,53 +236,59 @@ class TokenLoader {
     __syncwarp();
   }
 
-  __device__ void gather_rows(int live, int stage, std::uint32_t to) {
+  __device__ void gather_rows(int live, int stage, std::uint32_t to,
+                              const std::uint32_t (&rows)[S::kPassRoom]) {
     const int piece = me() % 8, lead = me() / 8;
-    const int passes = (live + 7) / 8;
     const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
       const std::int64_t at = static_cast<std::int64_t>(stage * S::kChunks + c) * 128 + piece * 16;
       const bool inside = at < p_.k_bytes;  // behind the end of K: zeros
       const char* from = p_.a + (inside ? at : 0);
-      ptx::opaque(from);  // so that row * 16 + from stays one instruction
-      // Several addresses, then as many copies: one warp alone has no other way to hide its latencies.
-      // (e4m3 rows are quantized into consecutive positions and come by TMA; there registers are scarcer.)
-      constexpr int kBatch = S::kPromotes || S::kPasses == 2 ? 2 : 4;
-      using Batch = std::conditional_t<kBatch == 2, uint2, uint4>;
-      const auto* const batches = reinterpret_cast<const Batch*>(shared_.gathered() + lead * S::kPassRoom);
-#pragma unroll 1
-      for (int g = 0; g * kBatch < passes; ++g) {
-        const Batch row = batches[g];
-        const char* src[kBatch];
-        std::uint32_t bytes[kBatch];
+      ptx::opaque(from);  // so that row * 16 + from is one instruction
+      const std::uint32_t bytes = inside ? 16 : 0;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const std::uint32_t r = reinterpret_cast<const std::uint32_t*>(&row)[i];
-          const bool reads = r != kNone && inside;
-          src[i] = from + static_cast<std::uint64_t>(reads ? r : 0) * 16;
-          bytes[i] = reads ? 16 : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          ptx::copy_async_16(dst + c * S::kTokenBytes + (g * kBatch + i) * 1024, src[i], bytes[i]);
+      for (int i = 0; i < S::kPasses; ++i) {
+        if (i * 8 + lead < live) {
+          ptx::copy_async_16(dst + c * S::kTokenBytes + i * 1024, from + std::uint64_t{rows[i]} * 16, bytes);
         }
       }
     }
   }
 
+  __device__ void gather_listed_rows(int live, int stage, std::uint32_t to) {
+    const int piece = me() % 8, lead = me() / 8;
+    const std::uint32_t* const rows = shared_.gathered() + lead * S::kPassRoom;
+    const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
+#pragma unroll 1
+    for (int c = 0; c < S::kChunks; ++c) {
+      const std::int64_t at = static_cast<std::int64_t>(stage * S::kChunks + c) * 128 + piece * 16;
+      const bool inside = at < p_.k_bytes;
+#pragma unroll 1
+      for (int i = 0; i * 8 + lead < live; ++i) {
+        const bool reads = inside && rows[i] != kNone;
+        ptx::copy_async_16(dst + c * S::kTokenBytes + i * 1024,
+                           p_.a + (reads ? std::uint64_t{rows[i]} * 16 + at : 0), reads ? 16 : 0);
+      }
+    }
+  }
+
   __device__ void copy_scales(int live, int stage) {
-    const std::uint32_t at = ptx::shared_address(shared_.scales(cursor_.stage));
+    const std::uint32_t to = ptx::shared_address(shared_.scales(cursor_.stage));
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
       const int chunk = stage * S::kChunks + c;
       const int group = chunk < p_.k_chunks ? chunk : p_.k_chunks - 1;
 #pragma unroll
-      for (int j = 0; j < kScalePasses; ++j) {
-        const int token = j * kLoaders + me();
-        if (token < live) {
-          ptx::copy_async_4(at + (c * S::kTokens + token) * 4, p_.a_scale + scale_[j] + group * p_.a_scale_group);
+      for (int i = 0; i < kEntries; ++i) {
+        const int token = pass_of(i) * 8 + row_in_pass();
+        if (token < live && scale_[i] != kNone) {
+          ptx::copy_async_4(to + (c * S::kScales + token) * 4, p_.a_scale + scale_[i] + group * p_.a_scale_group);
         }
+      }
+      if (live > 0 && me() < S::kRows / 8) {
+        ptx::copy_async_4(to + (c * S::kScales + S::kTokens + me()) * 4,
+                          p_.weight_scale + weight_scale_ + group * p_.scale_k);
       }
     }
   }
@@ -294,7 +312,8 @@ class TokenLoader {
   const SharedMemory<S>& shared_;
   Cursor<S::kStages> cursor_;
   std::int32_t slot_[kEntries];
-  std::uint32_t scale_[kScalePasses];  // from p.a_scale; padding takes that of row 0
+  std::uint32_t scale_[kEntries];  // where a token's scales begin
+  std::uint32_t weight_scale_ = 0;
 };
 
 // --- the multiplying warpgroups -------------------------------------------------------------------
@@ -318,7 +337,6 @@ class Multiplier {
         continue;
       }
       epilogue(ring, task).begin(task);
-      if (S::kPromotes && p_.block_scaled) find_scales(task);
       Sums sums;
       multiply_rows<S::kTokens>(task.rows, sums);
       // The task is still there: its place is needed only when a stage of the next task is free again.
@@ -401,20 +419,6 @@ class Multiplier {
     release(last);
   }
 
-  // Where the scales of this thread's two weight rows begin (a scale tensor has fewer than 2^32 cells);
-  // the rows are those of block 0: with two blocks the host has made sure that both lie in one cell.
-  __device__ void find_scales(const Task& task) {
-    const int thread = ptx::thread_index() % 128;
-    const int row = warpgroup() * S::kBlocks * 64 + thread / 32 * 16 + thread % 32 / 4;
-    const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      std::int64_t n = weight_row(p_, task.row_task, row + 8 * r);
-      if (n >= rows) n = rows - 1;
-      scale_[r] = static_cast<std::uint32_t>(task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row);
-    }
-  }
-
   template <int N>
   __device__ void multiply_promoted(Sums& sums) {
 #pragma unroll
@@ -424,26 +428,15 @@ class Multiplier {
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int q = ptx::thread_index() % 4, mine = warpgroup() * S::kBlocks * 8192;
-    float next[2] = {1.0f, 1.0f};
-    if (p_.block_scaled) {
-      next[0] = __ldg(p_.weight_scale + scale_[0]);
-      next[1] = __ldg(p_.weight_scale + scale_[1]);
-    }
+    const int thread = ptx::thread_index() % 128, mine = warpgroup() * S::kBlocks * 8192;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();
 #pragma unroll
       for (int c = 0; c < S::kChunks; ++c) {
-        const float now[2] = {next[0], next[1]};
-        const int following = i * S::kChunks + c + 1;
-        if (p_.block_scaled && following < p_.k_chunks) {
-          scale_[0] += static_cast<std::uint32_t>(p_.scale_k);
-          scale_[1] += static_cast<std::uint32_t>(p_.scale_k);
-          next[0] = __ldg(p_.weight_scale + scale_[0]);
-          next[1] = __ldg(p_.weight_scale + scale_[1]);
-        }
-        const float* const token_scale = shared_.scales(cursor_.stage) + c * S::kTokens + 2 * q;
+        const float* const scales = shared_.scales(cursor_.stage) + c * S::kScales;
+        const float* const token_scale = scales + 2 * (thread % 4);
+        const float* const row_scale = scales + S::kTokens + mine / 1024 + thread / 32 * 2;
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b) {
           float part[N / 2];
@@ -454,13 +447,14 @@ class Multiplier {
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
           if (p_.block_scaled) {
+            const float2 now = *reinterpret_cast<const float2*>(row_scale + b * 8);
 #pragma unroll
             for (int j = 0; j < N / 8; ++j) {
               const float2 s = *reinterpret_cast<const float2*>(token_scale + 8 * j);
-              sums[b][4 * j] = fmaf(part[4 * j], s.x * now[0], sums[b][4 * j]);
-              sums[b][4 * j + 1] = fmaf(part[4 * j + 1], s.y * now[0], sums[b][4 * j + 1]);
-              sums[b][4 * j + 2] = fmaf(part[4 * j + 2], s.x * now[1], sums[b][4 * j + 2]);
-              sums[b][4 * j + 3] = fmaf(part[4 * j + 3], s.y * now[1], sums[b][4 * j + 3]);
+              sums[b][4 * j] = fmaf(part[4 * j], s.x * now.x, sums[b][4 * j]);
+              sums[b][4 * j + 1] = fmaf(part[4 * j + 1], s.y * now.x, sums[b][4 * j + 1]);
+              sums[b][4 * j + 2] = fmaf(part[4 * j + 2], s.x * now.y, sums[b][4 * j + 2]);
+              sums[b][4 * j + 3] = fmaf(part[4 * j + 3], s.y * now.y, sums[b][4 * j + 3]);
             }
           } else {
 #pragma unroll
@@ -476,7 +470,6 @@ class Multiplier {
   const Params& p_;
   const SharedMemory<S>& shared_;
   Cursor<S::kStages> cursor_;
-  std::uint32_t scale_[2];
 };
 
 // --- the kernel -----------------------------------------------------------------------------------

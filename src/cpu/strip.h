@@ -2,7 +2,8 @@
 // A strip: some rows of one expert against a few tiles of its weights. The same walk for every level;
 // `Level` brings the dot products:
 //   static constexpr bool has_b16();
-//   static constexpr bool can_fuse();  // unpacks in registers
+//   static constexpr bool can_fuse();       // unpacks in registers
+//   static constexpr bool can_fold_e8m0();  // has Code::kE2M1Scaled
 //   template <Compute> static void native(const Panel&, const Segments&);  // units ready in memory
 //   template <Compute> static void fused(const Panel&, const Segments&);   // packed, at most kFusedRows
 //   template <Compute> static void unpack(const Segments& one, void* out);
@@ -118,7 +119,10 @@ class StripRun {
         code_ = format == WeightFormat::kE4M3 ? Code::kE4M3 : zero ? Code::kByteZero : Code::kByte;
         break;
       case PackKind::kB8Quad: code_ = Code::kByteQuad; break;
-      case PackKind::kU4Pair: code_ = zero ? Code::kNibbleZero : Code::kNibble; break;
+      case PackKind::kU4Pair:
+        code_ = zero ? Code::kNibbleZero : Code::kNibble;
+        if (Level::can_fold_e8m0() && layout_.scale == ScaleKind::kE8M0) code_ = Code::kE2M1Scaled;
+        break;
       case PackKind::kU4Quad: code_ = Code::kNibbleQuad; break;
     }
     // Without a tensor of zero points: the integer kernels subtract this one.
@@ -179,7 +183,7 @@ class StripRun {
     Segments segments{.code = code_, .count = chunk.segments, .steps = chunk.steps,
                       .last_steps = steps_of(chunk, chunk.segments - 1),
                       .data = header + layout_.header_bytes, .data_stride = stride,
-                      .zero = header + layout_.zero_offset,
+                      .zero = header + (folded() ? 0 : layout_.zero_offset),
                       .e2m1 = call_.spec->format == WeightFormat::kE2M1};
     if (call_.packed != nullptr) segments.data += chunk.first_step * layout_.step_bytes;
     const bool last = chunk.first_step + segments.last_steps ==
@@ -189,7 +193,14 @@ class StripRun {
                 .begin = chunk.first_step == 0 ? Begin::kZero : Begin::kRaw,
                 .end = !last ? End::kRaw : chunk.segment == 0 ? End::kFirst : End::kAdd,
                 .row_stride = chunk.segments, .implicit_zero = implicit_zero_};
-    if (last) read_scales(header, stride, chunk.segments, &panel);
+    if (folded()) {  // sums run through: as one segment of all of K, cut into chunks
+      const bool ends = last && chunk.segment + chunk.segments == layout_.segments;
+      panel.begin = chunk.segment == 0 && chunk.first_step == 0 ? Begin::kZero : Begin::kRaw;
+      panel.end = ends ? End::kFirst : End::kRaw;
+      panel.sums = Sums::kThroughout;
+    } else if (last) {
+      read_scales(header, stride, chunk.segments, &panel);
+    }
     if (kCompute == Compute::kByte && layout_.zero_points) {
       for (std::int64_t i = 0; i < chunk.segments; ++i)
         for (std::int64_t c = 0; c < kTileCols; ++c)
@@ -204,7 +215,8 @@ class StripRun {
       panel.rows = (strip_.rows - row + panels - p - 1) / (panels - p);  // even shares
       panel.a = b_.rows + row * a_stride_;
       panel.total = b_.total + row * kStripCols + t * kTileCols;
-      panel.raw = layout_.segments == 1 ? panel.total : b_.raw + row * kStripCols + t * kTileCols;
+      panel.raw = layout_.segments == 1 || folded() ? panel.total
+                                                    : b_.raw + row * kStripCols + t * kTileCols;
       panel.row_sum = b_.row_sums + row * chunk.segments;
       if (grouped_rows_ && last) panel.row_scale = b_.row_scales + row * chunk.segments;
       if (fused_ && !is_native<kCompute>(code_))
@@ -214,6 +226,28 @@ class StripRun {
       if (panel.ahead != nullptr) panel.ahead += panel.ahead_step * units;
       row += panel.rows;
     }
+    if (folded()) mark_huge_scales(header, stride, chunk.segments, t);
+  }
+
+  bool folded() const { return code_ == Code::kE2M1Scaled; }
+
+  // E8M0's NaN, and scales whose largest weight leaves bf16: NaN, which stays through later chunks.
+  void mark_huge_scales(const std::uint8_t* header, std::int64_t stride, std::int64_t count,
+                        std::int64_t t) {
+    typedef std::uint8_t Bytes __attribute__((vector_size(kTileCols)));
+    Bytes largest{};
+    for (std::int64_t i = 0; i < count; ++i) {
+      Bytes next;
+      std::memcpy(&next, header + i * stride, sizeof(next));
+      largest = next > largest ? next : largest;
+    }
+    const Bytes over = (Bytes)(largest > 252);
+    std::uint64_t any[kTileCols / 8];
+    std::memcpy(any, &over, sizeof(over));
+    if ((any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7]) == 0) return;
+    for (std::int64_t c = 0; c < kTileCols; ++c)
+      for (std::int64_t r = 0; r < strip_.rows && over[c] != 0; ++r)
+        b_.total[r * kStripCols + t * kTileCols + c] = std::bit_cast<float>(0x7fc00000u);
   }
 
   // Into units, in scratch, unless they are that already.
@@ -226,6 +260,10 @@ class StripRun {
     segments->data_stride = bytes;
     segments->steps *= per_step_;
     segments->last_steps *= per_step_;
+    if (folded()) {
+      segments->last_steps += (segments->count - 1) * segments->steps;
+      segments->count = 1;
+    }
   }
 
   // With several panels the same weights are multiplied several times: each panel fetches its share of

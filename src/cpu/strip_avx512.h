@@ -16,12 +16,21 @@ namespace {
 struct ReadB16 {
   static constexpr std::int64_t kBytes = 256;
   ReadB16(const Segments&, std::int64_t) {}
+  template <int kRows>
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
   }
 };
 
 #if defined(__AVX512VBMI__)
+// Tables that the compiler keeps in registers over a loop push the sums of four and more rows out of
+// them; a pointer it knows nothing about makes it read them again.
+template <int kRows, typename T>
+const T* table_for(const T* table) {
+  if constexpr (kRows >= 4) asm("" : "+r"(table));
+  return table;
+}
+
 // 128 bytes to be looked up.
 struct alignas(64) ByteTable {
   std::uint8_t bytes[128];
@@ -40,17 +49,18 @@ constexpr ByteTable byte_table(int first, int shift, F value) {
 }
 
 constexpr float e4m3_value(int i) { return exact_e4m3(static_cast<std::uint8_t>(i)); }
-constexpr ByteTable kE4M3Low = byte_table(0, 0, e4m3_value);
-constexpr ByteTable kE4M3High = byte_table(0, 8, e4m3_value);
+constexpr ByteTable kE4M3Tables[2] = {byte_table(0, 0, e4m3_value), byte_table(0, 8, e4m3_value)};
 struct ReadE4M3 {
   static constexpr std::int64_t kBytes = 128;
   ReadE4M3(const Segments&, std::int64_t) {}
+  template <int kRows>
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
-      const __m512i lo = kE4M3Low[v];
+      const ByteTable* tables = table_for<kRows>(kE4M3Tables);
+      const __m512i lo = tables[0][v];
       // high | (v & 0x80)
-      const __m512i hi = _mm512_ternarylogic_epi32(kE4M3High[v], v, _mm512_set1_epi8(-128), 0xf8);
+      const __m512i hi = _mm512_ternarylogic_epi32(tables[1][v], v, _mm512_set1_epi8(-128), 0xf8);
       b[2 * half] = _mm512_unpacklo_epi8(lo, hi);
       b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
     }
@@ -58,19 +68,19 @@ struct ReadE4M3 {
 };
 
 constexpr float byte_value(int i) { return static_cast<float>(i - 128); }
-constexpr ByteTable kByteLow0 = byte_table(0, 0, byte_value);
-constexpr ByteTable kByteLow1 = byte_table(128, 0, byte_value);
-constexpr ByteTable kByteHigh0 = byte_table(0, 8, byte_value);
-constexpr ByteTable kByteHigh1 = byte_table(128, 8, byte_value);
+constexpr ByteTable kByteTables[4] = {byte_table(0, 0, byte_value), byte_table(128, 0, byte_value),
+                                      byte_table(0, 8, byte_value), byte_table(128, 8, byte_value)};
 struct ReadByte {
   static constexpr std::int64_t kBytes = 128;
   ReadByte(const Segments&, std::int64_t) {}
+  template <int kRows>
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
+      const ByteTable* tables = table_for<kRows>(kByteTables);
       const __mmask64 upper = _mm512_movepi8_mask(v);
-      const __m512i lo = _mm512_mask_mov_epi8(kByteLow0[v], upper, kByteLow1[v]);
-      const __m512i hi = _mm512_mask_mov_epi8(kByteHigh0[v], upper, kByteHigh1[v]);
+      const __m512i lo = _mm512_mask_mov_epi8(tables[0][v], upper, tables[1][v]);
+      const __m512i hi = _mm512_mask_mov_epi8(tables[2][v], upper, tables[3][v]);
       b[2 * half] = _mm512_unpacklo_epi8(lo, hi);
       b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
     }
@@ -80,6 +90,7 @@ struct ReadByte {
 struct ReadE4M3 {
   static constexpr std::int64_t kBytes = 128;
   ReadE4M3(const Segments&, std::int64_t) {}
+  template <int kRows>
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
@@ -116,6 +127,7 @@ struct ReadByteZero {
       for (__m512i& z : zero) z = _mm512_set1_epi16(128);
     }
   }
+  template <int kRows>
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     for (int half = 0; half < 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
@@ -152,6 +164,7 @@ struct ReadNibble {
   __m512i table;
   ReadNibble(const Segments& s, std::int64_t)
       : table(_mm512_load_si512(s.e2m1 ? kE2M1Words.words : kInt4Words.words)) {}
+  template <int kRows>
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     const __m512i v = _mm512_loadu_si512(p);
     b[0] = _mm512_permutexvar_epi16(v, table);
@@ -171,6 +184,7 @@ struct ReadNibbleZero {
       : table(_mm512_load_si512(kSignedWords.words)) {
     read_zero_words(s.zero + segment * s.data_stride, zero);
   }
+  template <int kRows>
   void pairs(const std::uint8_t* p, __m512i b[4]) const {
     const __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi16(15);
     const __m512i q[4] = {_mm512_and_si512(v, mask),
@@ -182,19 +196,53 @@ struct ReadNibbleZero {
   }
 };
 
+// e2m1 times 2^(e - 127): an addition to the exponent of what is not zero. Sums then need no scale, and
+// run on from group to group; scaling them every 32 of K would cost a fifth. e below 2 counts as 2 (bf16
+// products would be flushed anyway); what is above 252 has been made NaN by the caller.
+constexpr WordTable kE2M1Zero = word_table([](int i) { return i % 16 == 8 ? 0.0f : kE2M1[i % 16]; });
+struct ReadE2M1Scaled {
+  static constexpr std::int64_t kBytes = 64;
+  __m512i table, add[4];
+  ReadE2M1Scaled(const Segments& s, std::int64_t segment)
+      : table(_mm512_load_si512(kE2M1Zero.words)) {
+    const std::uint8_t* scales = s.zero + segment * s.data_stride;
+    for (int i = 0; i < 4; ++i) {
+      __m512i e = _mm512_cvtepu8_epi32(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16 * i)));
+      e = _mm512_min_epi32(_mm512_max_epi32(e, _mm512_set1_epi32(2)), _mm512_set1_epi32(252));
+      e = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(127)), 7);
+      add[i] = _mm512_mask_mov_epi16(e, 0xaaaaaaaa, _mm512_slli_epi32(e, 16));
+    }
+  }
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    const __m512i v = _mm512_loadu_si512(p);
+    const __m512i q[4] = {v, _mm512_srli_epi16(v, 4), _mm512_srli_epi16(v, 8),
+                          _mm512_srli_epi16(v, 12)};
+    for (int i = 0; i < 4; ++i) {
+      const __m512i x = _mm512_permutexvar_epi16(q[i], table);
+      b[i] = _mm512_mask_add_epi16(x, _mm512_test_epi16_mask(x, x), x, add[i]);
+    }
+  }
+};
+
 // --- what a block multiplies: `units` per packed step, each four registers -------------------------
 template <typename Read>
 struct AsPairs : Read {  // Compute::kB16
   using Read::Read;
   static constexpr int kUnits = 1;
-  void unit(const std::uint8_t* p, int, __m512i b[4]) const { Read::pairs(p, b); }
+  template <int kRows>
+  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
+    Read::template pairs<kRows>(p, b);
+  }
 };
 template <typename Read>
 struct AsFloats : Read {  // Compute::kF32: the pair's first, then its second
   using Read::Read;
   static constexpr int kUnits = 2;
+  template <int kRows>
   void unit(const std::uint8_t* p, int which, __m512i b[4]) const {
-    Read::pairs(p, b);
+    Read::template pairs<kRows>(p, b);
     for (int i = 0; i < 4; ++i)
       b[i] = which == 0 ? _mm512_slli_epi32(b[i], 16)
                         : _mm512_and_si512(b[i], _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
@@ -204,6 +252,7 @@ struct ReadF16 {  // Compute::kF32
   static constexpr std::int64_t kBytes = 128;
   static constexpr int kUnits = 1;
   ReadF16(const Segments&, std::int64_t) {}
+  template <int kRows>
   void unit(const std::uint8_t* p, int, __m512i b[4]) const {
     for (int i = 0; i < 4; ++i)
       b[i] = _mm512_castps_si512(
@@ -214,6 +263,7 @@ struct ReadUnits {  // ready in memory
   static constexpr std::int64_t kBytes = 256;
   static constexpr int kUnits = 1;
   ReadUnits(const Segments&, std::int64_t) {}
+  template <int kRows>
   void unit(const std::uint8_t* p, int, __m512i b[4]) const {
     for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
   }
@@ -222,6 +272,7 @@ struct ReadNibbleQuad {  // Compute::kByte
   static constexpr std::int64_t kBytes = 128;
   static constexpr int kUnits = 1;
   ReadNibbleQuad(const Segments&, std::int64_t) {}
+  template <int kRows>
   void unit(const std::uint8_t* p, int, __m512i b[4]) const {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int half = 0; half < 2; ++half) {
@@ -313,28 +364,30 @@ struct Finish {
 // kRows rows x 64 columns over a run of segments. Every loop over sums is unrolled by name: GCC 12
 // would otherwise keep them in memory around the main loop.
 template <Compute kCompute, int kRows, typename Unpack>
-void block(const Panel& p, const Segments& s) {
+__attribute__((noinline)) void block(const Panel& p, const Segments& s) {
   using D = Dot<kCompute>;
   const std::uint32_t* a[kRows];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) a[r] = p.a + r * p.a_stride;
   const std::uint8_t* ahead = p.ahead;
   const std::int64_t ahead_step = p.ahead_step;
+  typename D::Sum sums[kRows][4];
   for (std::int64_t segment = 0; segment < s.count; ++segment) {
     const std::uint8_t* data = s.data + segment * s.data_stride;
     const Unpack unpack(s, segment);
-    typename D::Sum sums[kRows][4];
+    if (segment == 0 || p.sums == Sums::kPerSegment) {
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[r][i] = D::begin(p, segment, r, 16 * i);
+        for (int i = 0; i < 4; ++i) sums[r][i] = D::begin(p, segment, r, 16 * i);
+    }
     const std::int64_t steps = s.steps_of(segment);
     std::int64_t u = segment * p.segment_units;
     for (std::int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 2
       for (int which = 0; which < Unpack::kUnits; ++which, ++u) {
         __m512i b[4];
-        unpack.unit(data, which, b);
+        unpack.template unit<kRows>(data, which, b);
         if (ahead != nullptr) {
           _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
           _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_step / 2), _MM_HINT_T1);
@@ -353,6 +406,7 @@ void block(const Panel& p, const Segments& s) {
       }
       data += Unpack::kBytes;
     }
+    if (p.sums == Sums::kThroughout && segment + 1 < s.count) continue;
     if (p.end == End::kRaw) {
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r)
@@ -362,7 +416,7 @@ void block(const Panel& p, const Segments& s) {
     }
     const Finish finish{.total = p.total,
                         .c_stride = p.c_stride,
-                        .end = segment == 0 ? p.end : End::kAdd,
+                        .end = segment == 0 || p.sums == Sums::kThroughout ? p.end : End::kAdd,
                         .scale = p.scale != nullptr ? p.scale + segment * p.scale_stride : nullptr,
                         .row_scale = p.row_scale != nullptr ? p.row_scale + segment : nullptr,
                         .row_stride = p.row_stride};
@@ -398,11 +452,14 @@ void with_unpacker(Code code, F&& f) {
         f(std::type_identity<AsFloats<Read>>());
     };
     switch (code) {
-      case Code::kB16: return pairs(std::type_identity<ReadB16>());
+      case Code::kB16:  // what is multiplied as it lies never gets here
+        if constexpr (kCompute == Compute::kF32) pairs(std::type_identity<ReadB16>());
+        return;
       case Code::kE4M3: return pairs(std::type_identity<ReadE4M3>());
       case Code::kByte: return pairs(std::type_identity<ReadByte>());
       case Code::kByteZero: return pairs(std::type_identity<ReadByteZero>());
       case Code::kNibble: return pairs(std::type_identity<ReadNibble>());
+      case Code::kE2M1Scaled: return pairs(std::type_identity<ReadE2M1Scaled>());
       case Code::kNibbleZero: return pairs(std::type_identity<ReadNibbleZero>());
       case Code::kF16:
         if constexpr (kCompute == Compute::kF32) f(std::type_identity<ReadF16>());
@@ -422,6 +479,7 @@ struct Level {
   }
 
   static constexpr bool can_fuse() { return true; }
+  static constexpr bool can_fold_e8m0() { return true; }
 
   template <Compute kCompute>
   static void native(const Panel& p, const Segments& s) {
@@ -443,7 +501,7 @@ struct Level {
       for (std::int64_t step = 0; step < s.steps; ++step, data += Unpack::kBytes) {
         for (int which = 0; which < Unpack::kUnits; ++which, to += 256) {
           __m512i b[4];
-          unpack.unit(data, which, b);
+          unpack.template unit<1>(data, which, b);
           for (int i = 0; i < 4; ++i) _mm512_store_si512(to + 64 * i, b[i]);
         }
       }

@@ -31,6 +31,7 @@ enum class Code : std::uint8_t {
   kByteZero,    // b - zero point
   kNibble,      // through a table of 16 values: int4 - 8, or e2m1
   kNibbleZero,  // q - zero point
+  kE2M1Scaled,  // e2m1 times its E8M0 scale, which bf16 holds exactly
   kByteQuad,    // integers as they are
   kNibbleQuad,
 };
@@ -42,7 +43,8 @@ struct Segments {
   std::int64_t steps = 0, last_steps = 0;  // packed steps of each, and of the last
   const std::uint8_t* data = nullptr;
   std::int64_t data_stride = 0;            // bytes from one segment's steps to the next one's
-  const std::uint8_t* zero = nullptr;      // [64] at data_stride: kByteZero and kNibbleZero
+  const std::uint8_t* zero = nullptr;      // [64] at data_stride: kByteZero and kNibbleZero;
+                                           // kE2M1Scaled: the scales
   bool e2m1 = false;                       // kNibble's table
 
   std::int64_t steps_of(std::int64_t i) const { return i + 1 < count ? steps : last_steps; }
@@ -58,6 +60,7 @@ struct Segments {
 
 enum class Begin : std::uint8_t { kZero, kRaw };        // sums start at 0, or go on
 enum class End : std::uint8_t { kRaw, kFirst, kAdd };   // sums are kept, or scaled into the total
+enum class Sums : std::uint8_t { kPerSegment, kThroughout };  // what is summed before scaling
 
 // Some rows of A against such a run. Behind each segment its sums are scaled and added to the total;
 // only a part of a segment begins or ends with raw sums.
@@ -71,6 +74,7 @@ struct Panel {
   std::int64_t c_stride = 0;
   Begin begin = Begin::kZero;
   End end = End::kRaw;             // of the first segment; kAdd of all others
+  Sums sums = Sums::kPerSegment;
   const float* scale = nullptr;    // [segments][64] at scale_stride, or none
   std::int64_t scale_stride = 0;
   const float* row_scale = nullptr;        // [rows][segments] at row_stride, or none

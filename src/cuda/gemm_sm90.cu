@@ -206,7 +206,9 @@ void set_output(Params& p, const Tensor& c) {
   p.c_rows = row_layout(c, 1);
   p.c_column = c.strides[last];
   const bool dense = c.shape[last] <= 1 || c.strides[last] == 1;
-  if (dense && p.c_type != OutType::kF32 && p.columns % 8 == 0 && multiples(c, 8) && aligned(c.data, 16)) {
+  const bool plain = p.c_rows.inner == 0 && p.c_rows.stride >= 0 && p.c_rows.stride <= 0xffffffffLL;
+  if (dense && plain && p.c_type != OutType::kF32 && p.columns % 8 == 0 && multiples(c, 8) &&
+      aligned(c.data, 16)) {
     p.store = StorePath::kMatrix;
   } else if (dense && p.columns % 4 == 0 && multiples(c, 4) && aligned(c.data, 16)) {
     p.store = StorePath::kVector;

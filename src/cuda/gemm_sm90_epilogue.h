@@ -221,7 +221,8 @@ class Epilogue {
             const int token = i / kUnits, part = i % kUnits;
             const std::uint32_t row = rows()[chunk * kChunk + token];
             if (row != kNoRow && first + part * 8 < end) {
-              const std::int64_t offset = p_.c_rows(row);
+              // The host has made sure that one 32-bit stride is all there is.
+              const std::uint64_t offset = std::uint64_t{row} * static_cast<std::uint32_t>(p_.c_rows.stride);
               const uint4 v = *reinterpret_cast<const uint4*>(out + token * S::kPitch + part * 16);
               *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) + 2 * (offset + first + part * 8)) = v;
             }

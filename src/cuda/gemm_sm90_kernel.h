@@ -350,7 +350,7 @@ class Multiplier {
   // Fewer tokens than the tile has room for need a smaller instruction only.
   template <int N>
   __device__ void multiply_rows(int rows, Sums& sums) {
-    constexpr int kSmaller = N > 64 ? N - 32 : N / 2;
+    constexpr int kSmaller = N > 64 ? N - 16 : N / 2;
     if constexpr (kSmaller >= (S::kTokens > 16 ? 16 : 8)) {
       if (rows <= kSmaller) return multiply_rows<kSmaller>(rows, sums);
     }

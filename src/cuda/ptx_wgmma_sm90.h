@@ -37,16 +37,10 @@ __device__ __forceinline__ void wgmma_wait() {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define MOESAIC_R32 \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define MOESAIC_R32_HALF "%32, %33, %34, %35, %36, %37, %38, %39"
+#define MOESAIC_R48_HALF "%48, %49, %50, %51, %52, %53, %54, %55"
 #define MOESAIC_R48 \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MOESAIC_R64 \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define MOESAIC_R80 \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define MOESAIC_R96 \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define MOESAIC_R112 \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define MOESAIC_WGMMA(n, type, tail, registers, a, b, p, ...)                                 \
   asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " p ", 0;\n"                            \
@@ -79,18 +73,18 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], std::uint64_t desc
   } else if constexpr (N == 64) {
     MOESAIC_WGMMA_TYPES("64", MOESAIC_R0 ", " MOESAIC_R16, "%32", "%33", "%34",
                         MOESAIC_D32(0));
+  } else if constexpr (N == 80) {
+    MOESAIC_WGMMA_TYPES("80", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32_HALF, "%40", "%41", "%42",
+                        MOESAIC_D32(0), MOESAIC_D4(32), MOESAIC_D4(36));
+  } else if constexpr (N == 112) {
+    MOESAIC_WGMMA_TYPES("112", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48_HALF, "%56", "%57",
+                        "%58", MOESAIC_D32(0), MOESAIC_D16(32), MOESAIC_D4(48), MOESAIC_D4(52));
   } else if constexpr (N == 96) {
     MOESAIC_WGMMA_TYPES("96", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32, "%48", "%49", "%50",
                         MOESAIC_D32(0), MOESAIC_D16(32));
   } else if constexpr (N == 128) {
     MOESAIC_WGMMA_TYPES("128", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48, "%64", "%65", "%66",
                         MOESAIC_D64(0));
-  } else if constexpr (N == 192) {
-    MOESAIC_WGMMA_TYPES("192", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48 ", " MOESAIC_R64 ", " MOESAIC_R80, "%96", "%97", "%98",
-                        MOESAIC_D64(0), MOESAIC_D32(64));
-  } else if constexpr (N == 256) {
-    MOESAIC_WGMMA_TYPES("256", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48 ", " MOESAIC_R64 ", " MOESAIC_R80 ", " MOESAIC_R96 ", " MOESAIC_R112, "%128", "%129", "%130",
-                        MOESAIC_D64(0), MOESAIC_D64(64));
   } else {
     static_assert(N == 8, "no such instruction listed");
   }
@@ -104,10 +98,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], std::uint64_t desc
 #undef MOESAIC_R16
 #undef MOESAIC_R32
 #undef MOESAIC_R48
-#undef MOESAIC_R64
-#undef MOESAIC_R80
-#undef MOESAIC_R96
-#undef MOESAIC_R112
+#undef MOESAIC_R32_HALF
+#undef MOESAIC_R48_HALF
 #undef MOESAIC_WGMMA
 #undef MOESAIC_WGMMA_TYPES
 

@@ -106,7 +106,8 @@ GroupedOutput grouped_gemm(const GroupedGemmArgs& args, const Choices& choices) 
   std::map<std::int64_t, Bounded> largest;  // batched: of each expert
   const auto pool = [&](const Work& w) { return batched ? w.expert : 0; };
   if (quantizes && spec.act_scale == ActScale::kTensorDynamic)
-    for (const Work& w : work) largest[pool(w)] = larger(largest[pool(w)], absmax(read_row(w)));
+    for (const Work& w : work)
+      largest[pool(w)] = larger(largest[pool(w)], finite_absmax(read_row(w)));
 
   std::int64_t dequantized = -1;
   Matrix matrix;

@@ -61,7 +61,7 @@ void quantize_slots(const Stage& stage, Slots* slots) {
   if (spec.act_scale == ActScale::kTensorDynamic) {
     for (const Slot& slot : *slots) {
       Bounded& l = largest[pool(slot)];
-      l = larger(l, absmax(slot.numbers));
+      l = larger(l, finite_absmax(slot.numbers));
     }
   }
   for (Slot& slot : *slots) {

@@ -46,6 +46,13 @@ Bounded absmax(std::span<const Bounded> row) {
   return largest;
 }
 
+Bounded finite_absmax(std::span<const Bounded> row) {
+  Bounded largest;
+  for (const Bounded& b : row)
+    if (std::isfinite(b.value)) largest = larger(largest, {std::abs(b.value), b.error});
+  return largest;
+}
+
 Bounded scale_of(DType to, Bounded largest) {
   const float limit = to == DType::kF8E4M3 ? kE4M3Max : kI8Max;
   const auto scale = [&](double m) { return activation_scale(static_cast<float>(m), limit); };

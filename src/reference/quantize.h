@@ -29,6 +29,9 @@ struct QuantizeRule {
 
 // The largest magnitude of a row; of many rows by taking the largest again.
 Bounded absmax(std::span<const Bounded> row);
+// The same without NaN and infinities: for a scale that rows share, which one of them must not
+// spoil.
+Bounded finite_absmax(std::span<const Bounded> row);
 Bounded larger(Bounded a, Bounded b);
 
 // The scale that a largest magnitude gives, absmax / 448 or / 127 ...

@@ -145,7 +145,7 @@ Routed route(const RoutingSpec& spec, std::int64_t top_k, const std::vector<doub
       break;
     case kDeepSeekV2:
       weight = softmax(z);
-      select = keep_groups(spec, weight, largest);
+      select = keep_groups(spec, plus(weight, selection_bias), largest);
       break;
     case kLlama4:
       weight = each(z, sigmoid);
@@ -157,7 +157,7 @@ Routed route(const RoutingSpec& spec, std::int64_t top_k, const std::vector<doub
       break;
     case kSigmoidRenorm:
       weight = each(z, sigmoid);
-      select.scores = z;  // sigmoid is monotone
+      select.scores = z;
       divide = true;
       added = 1e-20;
       break;
@@ -183,6 +183,9 @@ Routed route(const RoutingSpec& spec, std::int64_t top_k, const std::vector<doub
       floor = spec.sum_floor;
       break;
   }
+  // Softmax and sigmoid are monotone, so z itself ranks; a selection bias adds to the score
+  // instead.
+  if (!selection_bias.empty() && select.scores == z) select.scores = plus(weight, selection_bias);
   if (spec.renormalize != Renormalize::kDefault) divide = spec.renormalize == Renormalize::kAlways;
 
   Routed out{.ids = {}, .weights = {}, .scores = {}, .group_margin = select.margin};

@@ -66,7 +66,7 @@ bool supports(const WeightSpec& spec) { return obstacle(spec).empty(); }
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
   const std::int64_t active = std::max<std::int64_t>(1, std::min(slots, fc1.experts));
   const std::int64_t mean = (slots + active - 1) / active;
-  std::int64_t rows = mean <= 4 ? 8 : mean <= 10 ? 16 : mean <= 22 ? 32 : mean <= 80 ? 64 : 128;
+  std::int64_t rows = mean <= 3 ? 8 : mean <= 10 ? 16 : mean <= 22 ? 32 : mean <= 80 ? 64 : 128;
   const auto list = kernels_of(fc1);
   if (!list.empty()) rows = std::min<std::int64_t>(rows, list.back().tokens);
   return rows;
@@ -209,7 +209,7 @@ void set_scales(Sm80Params& p, const GemmStage& stage) {
     p.byte_flip = 0x80808080u;  // stored q + 128 after the flip
     p.implicit_zero = 128;
   }
-  const std::int64_t whole = (spec.k + 31) / 32;
+  const std::int64_t whole = (spec.k + 255) / 256 * 8;  // whole stages: the kernel's simple path
   if (groups_k > 1) p.group_blocks = static_cast<std::int32_t>(spec.scale.group_k / 32);
   if (weights.scale.defined() && !spec.e8m0_scales) {
     const GridStrides strides(weights.scale);
@@ -226,6 +226,7 @@ void set_scales(Sm80Params& p, const GemmStage& stage) {
     std::int64_t span = 1;
     for (int i = 0; i < zero.rank; ++i) span += (zero.shape[i] - 1) * zero.strides[i];
     p.zero_end = p.zero + span;
+    p.zero_whole = address(p.zero_end) % 4 == 0;
     p.zero_expert = strides.expert;
     p.zero_row = strides.row;
     p.zero_group = groups_k > 1 ? strides.group : 0;
@@ -287,6 +288,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   set_rows(p, stage);
   set_activations(p, stage);
   set_weights(p, stage);
+  p.aligned = p.a_shift == 4 && p.w_shift == 4;
   set_scales(p, stage);
   set_epilogue(p, stage);
 

@@ -37,6 +37,8 @@ struct Sm80Params {
   std::int32_t n_out = 0, k = 0;
   std::int32_t column_tiles = 0;
 
+  std::int32_t aligned = 0;  // rows of A and of the weights begin at multiples of 16 bytes
+
   // Activations. A pitch counts units of 1 << a_shift bytes, which also divide every address.
   const char* a = nullptr;
   RowStrides a_rows;
@@ -64,6 +66,7 @@ struct Sm80Params {
   const std::uint8_t* zero = nullptr;
   const std::uint8_t* zero_end = nullptr;
   std::int64_t zero_expert = 0, zero_row = 0, zero_group = 0;
+  std::int32_t zero_whole = 0;  // zero_end is a multiple of 4
   std::int32_t zero_nibbles = 0;
   std::uint32_t implicit_zero = 0;
   std::uint32_t byte_flip = 0;  // 0x80808080: signed bytes

@@ -41,8 +41,13 @@ struct Sm80Tile {
   static constexpr int kStageBytes = kActScaleOffset + (kActScales ? kGroups * kTokens * 4 : 0);
   // Behind the stages: two tables of the tokens and columns of a tile.
   static constexpr int kTableBytes = kTokens * 16 + kRows * 8;
-  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kTableBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kTableBytes + 16;
   static_assert(kWeightBytes % 16 == 0 && kActBytes % 16 == 0 && kStageBytes % 16 == 0);
+};
+
+// How much there is to do. In shared memory: read once per tile, no register kept.
+struct Sm80Extent {
+  std::uint32_t token_tiles, total;
 };
 
 // A CTA's share of work: `rows` tokens from position `first`, one tile of columns.
@@ -96,62 +101,84 @@ __device__ __forceinline__ std::int64_t weight_row(const Sm80Params& p, std::int
   return p.gated ? static_cast<std::int64_t>(column) * p.row_multiple + p.row_offset[half] : column;
 }
 
-// Issues the copies of one stage after another, running ahead of the products.
+// Issues the copies of one stage after another, running ahead of the products. All that a stage costs is
+// kept in pointers that move along K: at decode a warp has one stage's bytes to hide these instructions.
 template <typename T>
 class Sm80Loader {
  public:
-  __device__ Sm80Loader(const Sm80Params& p, std::uint32_t stages, std::uint32_t token_tiles,
-                        std::uint32_t total)
-      : p_(p), stages_(stages), index_(blockIdx.x), total_(total), token_tiles_(token_tiles) {
-    seek();
+  __device__ Sm80Loader(const Sm80Params& p, std::uint32_t stages, const Sm80Extent& extent)
+      : p_(p), extent_(extent), index_(blockIdx.x) {
+    const int tid = threadIdx.x;
+    weight_dst_ = stages + WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks);
+    act_dst_ = stages + T::kActOffset + ActSwizzle::offset(tid / kActChunks, tid % kActChunks);
+    k_ = p.k;  // "a tile has ended": the first issue looks for one
+    index_ -= gridDim.x;
   }
 
   // The next stage's copies, as one group (empty behind the end, so that the count of groups holds).
   __device__ __forceinline__ void issue() {
-    if (index_ < total_) {
-      copy_stage();
-      k_ += T::kDepth;
-      if (k_ >= p_.k) {
-        index_ += gridDim.x;
-        seek();
+    if (k_ >= p_.k) {
+      index_ += gridDim.x;
+      seek();
+    }
+    if (k_ >= 0) {
+      if (k_ + T::kDepth <= p_.k && p_.aligned) {
+        copy_whole();
+      } else {
+        copy_partial();
       }
+      if constexpr (T::kScales) {
+        if (p_.group_blocks != 0) copy_scales();
+      }
+      w_ += T::kWeightBytes;
+      a_ += T::kActBytes;
+      k_ += T::kDepth;
     }
     ptx::cp_async_commit();
-    slot_ = slot_ + 1 == T::kStages ? 0 : slot_ + 1;
+    slot_offset_ = next_slot();
+  }
+
+  // Where the slot behind the one that is filled next begins. kStages - 1 stages ahead, that is the one to read.
+  __device__ __forceinline__ std::uint32_t next_slot() const {
+    return slot_offset_ == (T::kStages - 1) * T::kStageBytes ? 0 : slot_offset_ + T::kStageBytes;
   }
 
  private:
   static constexpr int kWeightChunks = T::kWeightBytes / 16, kActChunks = T::kActBytes / 16;
   static constexpr int kWeightStep = T::kThreads / kWeightChunks, kActStep = T::kThreads / kActChunks;
-  static constexpr int kWeightCount = (T::kRows + kWeightStep - 1) / kWeightStep;
+  static constexpr int kWeightCount = T::kRows / kWeightStep;
   static constexpr int kActCount = (T::kTokens + kActStep - 1) / kActStep;
-  static constexpr int kScaleCount = T::kScales ? (T::kRows + T::kThreads - 1) / T::kThreads : 0;
   static constexpr std::uint32_t kNone = 0xffffffffu;
   using WeightSwizzle = Swizzle<T::kWeightBytes, T::Op::kWeightUnit>;
   using ActSwizzle = Swizzle<T::kActBytes, T::Op::kActUnit>;
   static_assert(T::kThreads % kWeightChunks == 0 && T::kThreads % kActChunks == 0);
+  static_assert(T::kRows % kWeightStep == 0 && kWeightCount > 0);
+  static_assert(!T::kScales || T::kRows <= T::kThreads);
 
   // Moves to the next work item that has a product to compute.
-  __device__ void seek() {
+  __device__ __forceinline__ void seek() {
     Sm80Work work;
-    for (; index_ < total_; index_ += gridDim.x) {
-      if (locate(p_, index_, token_tiles_, T::kTokens, work) && work.expert >= 0) break;
+    for (; index_ < extent_.total; index_ += gridDim.x) {
+      if (locate(p_, index_, extent_.token_tiles, T::kTokens, work) && work.expert >= 0) break;
+    }
+    if (index_ >= extent_.total) {
+      k_ = -1;  // nothing more
+      return;
     }
     k_ = 0;
-    if (index_ >= total_) return;
-    w_ = p_.w + work.expert * p_.w_expert;
+    const int tid = threadIdx.x;
+    w_ = p_.w + work.expert * p_.w_expert + tid % kWeightChunks * 16;
+    a_ = p_.a + tid % kActChunks * 16;
 #pragma unroll
-    for (int i = 0; i < kWeightCount; ++i) {
-      const int row = static_cast<int>(threadIdx.x) / kWeightChunks + i * kWeightStep;
+    for (int i = 0; i < kWeightCount; ++i) {  // rows behind the last one: any row, the result is dropped
       int half;
-      const std::int32_t column = column_of<T>(p_, work.column_tile, row, half);
-      weight_[i] = row < T::kRows && column < p_.n_out
-                       ? static_cast<std::uint32_t>(weight_row(p_, column, half) * p_.w_row)
-                       : kNone;
+      const std::int32_t column =
+          min(column_of<T>(p_, work.column_tile, tid / kWeightChunks + i * kWeightStep, half), p_.n_out - 1);
+      weight_[i] = static_cast<std::uint32_t>(weight_row(p_, column, half) * p_.w_row);
     }
 #pragma unroll
-    for (int i = 0; i < kActCount; ++i) {
-      const int row = static_cast<int>(threadIdx.x) / kActChunks + i * kActStep;
+    for (int i = 0; i < kActCount; ++i) {  // tokens that are not there: nothing, columns do not mix
+      const int row = tid / kActChunks + i * kActStep;
       act_[i] = kNone;
       if (row < work.rows) {
         const std::int64_t position = work.first + row;
@@ -163,26 +190,20 @@ class Sm80Loader {
     }
     if constexpr (T::kScales) {
       if (p_.group_blocks == 0) return;
-#pragma unroll
-      for (int i = 0; i < kScaleCount; ++i) {
-        const int row = threadIdx.x + i * T::kThreads;
+      in_group_ = 0;
+      if (tid < T::kRows) {
         int half;
-        const std::int32_t column = column_of<T>(p_, work.column_tile, row, half);
+        const std::int32_t column = min(column_of<T>(p_, work.column_tile, tid, half), p_.n_out - 1);
         const std::int64_t n = weight_row(p_, column, half);
-        const bool live = row < T::kRows && column < p_.n_out;
-        scale_[i] = live && p_.scale ? p_.scale + work.expert * p_.scale_expert + n / p_.scale_rows * p_.scale_row
-                                     : nullptr;
+        scale_ = p_.scale + work.expert * p_.scale_expert + n / p_.scale_rows * p_.scale_row;
         if constexpr (T::kZeros) {
-          zero_[i] = live && p_.zero ? p_.zero + work.expert * p_.zero_expert +
-                                           (p_.zero_nibbles ? n / 2 : n) * p_.zero_row
-                                     : nullptr;
+          zero_ = p_.zero + work.expert * p_.zero_expert + (p_.zero_nibbles ? n / 2 : n) * p_.zero_row;
         }
       }
       if constexpr (T::kActScales) {
         act_scale_ = nullptr;
-        const int row = threadIdx.x;
-        if (p_.a_scale_grouped && row < work.rows) {
-          const std::int64_t position = work.first + row;
+        if (p_.a_scale_grouped && tid < work.rows) {
+          const std::int64_t position = work.first + tid;
           const std::uint32_t slot = slot_of(p_, position);
           if (!is_padding(p_, slot)) {
             act_scale_ = p_.a_scale + work.expert * p_.a_scale_expert +
@@ -193,94 +214,123 @@ class Sm80Loader {
     }
   }
 
-  // 16 bytes, or as much of them as lies before the row's end; in words when rows are not aligned to 16.
-  __device__ __forceinline__ static void copy_chunk(std::uint32_t dst, const char* src, int bytes, int shift) {
-    bytes = bytes < 0 ? 0 : (bytes > 16 ? 16 : bytes);
-    if (shift == 4) {
-      ptx::cp_async16(dst, src, bytes);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < 16; i += 4) {
-        const int left = bytes - i;
-        ptx::cp_async4(dst + i, left > 0 ? src + i : src, left > 4 ? 4 : (left < 0 ? 0 : left));
-      }
-    }
-  }
-
-  __device__ __forceinline__ void copy_stage() {
-    const std::uint32_t stage = stages_ + slot_ * T::kStageBytes;
+  // Shared address of this thread's i-th chunk: rows a multiple of 8 apart are swizzled alike.
+  __device__ __forceinline__ std::uint32_t weight_dst(int i) const {
+    if constexpr (kWeightStep % 8 == 0) return weight_dst_ + slot_offset_ + i * kWeightStep * T::kWeightBytes;
     const int tid = threadIdx.x;
-    {
-      const int chunk = tid % kWeightChunks, row = tid / kWeightChunks;
-      const int begin = k_ * T::Op::kWeightBits / 8 + chunk * 16;
-      const int left = p_.k * T::Op::kWeightBits / 8 - begin;
+    return weight_dst_ - WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks) + slot_offset_ +
+           WeightSwizzle::offset(tid / kWeightChunks + i * kWeightStep, tid % kWeightChunks);
+  }
+  __device__ __forceinline__ std::uint32_t act_dst(int i) const {
+    if constexpr (kActStep % 8 == 0) return act_dst_ + slot_offset_ + i * kActStep * T::kActBytes;
+    const int tid = threadIdx.x;
+    return act_dst_ - ActSwizzle::offset(tid / kActChunks, tid % kActChunks) + slot_offset_ +
+           ActSwizzle::offset(tid / kActChunks + i * kActStep, tid % kActChunks);
+  }
+
+  __device__ __forceinline__ void copy_whole() {
 #pragma unroll
-      for (int i = 0; i < kWeightCount; ++i) {
-        if (kWeightCount * kWeightStep != T::kRows && row + i * kWeightStep >= T::kRows) break;
-        const bool live = weight_[i] != kNone && left > 0;
-        const char* src = live ? w_ + (static_cast<std::int64_t>(weight_[i]) << p_.w_shift) + begin : w_;
-        copy_chunk(stage + WeightSwizzle::offset(row + i * kWeightStep, chunk), src, live ? left : 0, p_.w_shift);
-      }
+    for (int i = 0; i < kWeightCount; ++i) {
+      ptx::cp_async16(weight_dst(i), w_ + static_cast<std::uint64_t>(weight_[i]) * 16);
     }
-    {
-      const int chunk = tid % kActChunks, row = tid / kActChunks;
-      const int begin = k_ * T::Op::kActBits / 8 + chunk * 16;
-      const int left = p_.k * T::Op::kActBits / 8 - begin;
 #pragma unroll
-      for (int i = 0; i < kActCount; ++i) {
-        if (kActCount * kActStep != T::kTokens && row + i * kActStep >= T::kTokens) break;
-        const bool live = act_[i] != kNone && left > 0;
-        const char* src = live ? p_.a + (static_cast<std::int64_t>(act_[i]) << p_.a_shift) + begin : p_.a;
-        copy_chunk(stage + T::kActOffset + ActSwizzle::offset(row + i * kActStep, chunk), src, live ? left : 0,
-                   p_.a_shift);
-      }
-    }
-    if constexpr (T::kScales) {
-      if (p_.group_blocks != 0) copy_scales(stage);
+    for (int i = 0; i < kActCount; ++i) {
+      if (act_[i] != kNone) ptx::cp_async16(act_dst(i), a_ + static_cast<std::uint64_t>(act_[i]) * 16);
     }
   }
 
-  __device__ __forceinline__ void copy_scales(std::uint32_t stage) {
-    const int blocks = p_.group_blocks, begin = k_ / 32;
-    const int end = min(begin + T::kGroups, (p_.k + 31) / 32);
-    const int first = begin / blocks, last = (end - 1) / blocks;
-#pragma unroll 1
-    for (int g = first; g <= last; ++g) {
+  // K's tail (zeros behind its end, of weights and tokens both), or rows that are not aligned to 16 bytes.
+  __device__ __forceinline__ void copy_partial() {
+    const int tid = threadIdx.x;
+    const int w_left = (p_.k - k_) * T::Op::kWeightBits / 8 - tid % kWeightChunks * 16;
+    const int a_left = (p_.k - k_) * T::Op::kActBits / 8 - tid % kActChunks * 16;
 #pragma unroll
-      for (int i = 0; i < kScaleCount; ++i) {
-        const int row = threadIdx.x + i * T::kThreads;
-        if (row >= T::kRows) break;
-        const std::uint32_t cell = stage + ((g - first) * T::kRows + row) * 4;
-        const float* s = scale_[i];
-        if (p_.scale) ptx::cp_async4(cell + T::kScaleOffset, s ? s + g * p_.scale_group : p_.scale, s ? 4 : 0);
-        if constexpr (T::kZeros) {
-          if (p_.zero) {  // the aligned word that holds the byte, never beyond the tensor
-            const std::uint8_t* z = zero_[i] ? zero_[i] + g * p_.zero_group : p_.zero;
-            const auto word = reinterpret_cast<std::uintptr_t>(z) & ~std::uintptr_t{3};
-            const auto left = reinterpret_cast<std::uintptr_t>(p_.zero_end) - word;
-            ptx::cp_async4(cell + T::kZeroOffset, reinterpret_cast<const void*>(word),
-                           zero_[i] ? (left < 4 ? static_cast<int>(left) : 4) : 0);
-          }
-        }
+    for (int i = 0; i < kWeightCount; ++i) {
+      copy_chunk(weight_dst(i), w_, static_cast<std::uint64_t>(weight_[i]) << p_.w_shift, w_left, p_.w_shift, p_.w);
+    }
+#pragma unroll
+    for (int i = 0; i < kActCount; ++i) {
+      if (act_[i] == kNone) continue;
+      copy_chunk(act_dst(i), a_, static_cast<std::uint64_t>(act_[i]) << p_.a_shift, a_left, p_.a_shift, p_.a);
+    }
+  }
+  __device__ __forceinline__ static void copy_chunk(std::uint32_t dst, const char* base, std::uint64_t offset,
+                                                    int left, int shift, const char* valid) {
+    const char* src = base + offset;
+    if (shift == 4) {
+      ptx::cp_async16(dst, left > 0 ? src : valid, left > 16 ? 16 : (left > 0 ? left : 0));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        ptx::cp_async4(dst + i, left > i ? src + i : valid, left > i ? 4 : 0);
       }
-      if constexpr (T::kActScales) {
-        if (p_.a_scale_grouped && threadIdx.x < T::kTokens) {
-          const std::uint32_t cell = stage + T::kActScaleOffset + ((g - first) * T::kTokens + threadIdx.x) * 4;
-          ptx::cp_async4(cell, act_scale_ ? act_scale_ + g * p_.a_scale_group : p_.a_scale, act_scale_ ? 4 : 0);
+    }
+  }
+
+  // One row of scales (zero points, token scales) per group that the stage touches.
+  __device__ __forceinline__ void copy_scales() {
+    if (in_group_ == p_.group_blocks) next_group();
+    copy_group(0);
+    if (p_.group_blocks % T::kGroups == 0) {  // whole stages: one group
+      in_group_ += T::kGroups;
+      return;
+    }
+    int row = 0;
+#pragma unroll 1
+    for (int block = 1; block < T::kGroups && k_ + block * 32 < p_.k; ++block) {
+      if (++in_group_ == p_.group_blocks) {
+        next_group();
+        copy_group(++row);
+      }
+    }
+    ++in_group_;
+  }
+  __device__ __forceinline__ void next_group() {
+    in_group_ = 0;
+    scale_ += p_.scale_group;
+    if constexpr (T::kZeros) zero_ += p_.zero_group;
+    if constexpr (T::kActScales) {
+      if (act_scale_) act_scale_ += p_.a_scale_group;
+    }
+  }
+  __device__ __forceinline__ void copy_group(int row) {
+    const int tid = threadIdx.x;
+    const std::uint32_t stage = weight_base() + slot_offset_;
+    if (tid < T::kRows) {
+      const std::uint32_t cell = stage + (row * T::kRows + tid) * 4;
+      if (p_.scale) ptx::cp_async4(cell + T::kScaleOffset, scale_, 4);
+      if constexpr (T::kZeros) {
+        if (p_.zero) {  // the aligned word that holds the byte, never beyond the tensor
+          const auto word = reinterpret_cast<std::uintptr_t>(zero_) & ~std::uintptr_t{3};
+          int bytes = 4;
+          if (!p_.zero_whole) {
+            bytes = static_cast<int>(min(reinterpret_cast<std::uintptr_t>(p_.zero_end) - word, std::uintptr_t{4}));
+          }
+          ptx::cp_async4(cell + T::kZeroOffset, reinterpret_cast<const void*>(word), bytes);
         }
       }
     }
+    if constexpr (T::kActScales) {
+      if (act_scale_ && tid < T::kTokens) {
+        ptx::cp_async4(stage + T::kActScaleOffset + (row * T::kTokens + tid) * 4, act_scale_, 4);
+      }
+    }
+  }
+  __device__ __forceinline__ std::uint32_t weight_base() const {
+    const int tid = threadIdx.x;
+    return weight_dst_ - WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks);
   }
 
   const Sm80Params& p_;
-  const std::uint32_t stages_;
+  const Sm80Extent& extent_;
   std::uint32_t index_;
-  const std::uint32_t total_, token_tiles_;
-  int k_ = 0, slot_ = 0;
-  const char* w_ = nullptr;
-  std::uint32_t weight_[kWeightCount], act_[kActCount];
-  const float* scale_[kScaleCount ? kScaleCount : 1];
-  const std::uint8_t* zero_[kScaleCount ? kScaleCount : 1];
+  std::uint32_t weight_dst_, act_dst_, slot_offset_ = 0;
+  int k_ = 0, in_group_ = 0;
+  const char* w_ = nullptr;  // this thread's chunk of row 0, and of A's row 0, at k_
+  const char* a_ = nullptr;
+  std::uint32_t weight_[kWeightCount], act_[kActCount];  // rows, in units of the row's alignment
+  const float* scale_ = nullptr;                          // of the current group
+  const std::uint8_t* zero_ = nullptr;
   const float* act_scale_ = nullptr;
 };
 
@@ -289,14 +339,16 @@ template <typename T>
 class Sm80Consumer {
  public:
   using Op = typename T::Op;
-  float acc[T::kMFrags][T::kNFrags][4];
+  static constexpr int kM = T::kMFrags, kN = T::kNFrags;
+  static constexpr int kBlocks = T::kDepth / Op::kBlock;
+  float acc[kM][kN][4];
 
   __device__ Sm80Consumer(const Sm80Params& p) : p_(p), lane_(threadIdx.x % 32) {
     const int warp = threadIdx.x / 32;
     warp_m_ = warp % T::kWarpsM;
     warp_n_ = warp / T::kWarpsM;
-    weights_ = warp_m_ * T::kMFrags * 16 * T::kWeightBytes;
-    tokens_ = T::kActOffset + warp_n_ * T::kNFrags * 8 * T::kActBytes;
+    weights_ = warp_m_ * kM * 16 * T::kWeightBytes;
+    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes;
   }
   __device__ int warp_m() const { return warp_m_; }
   __device__ int warp_n() const { return warp_n_; }
@@ -308,17 +360,20 @@ class Sm80Consumer {
       for (auto& n : f)
         for (float& x : n) x = 0.0f;
     if constexpr (T::kScales) {
+      in_group_ = 0;
+      group_ = 0;
 #pragma unroll
-      for (int f = 0; f < T::kMFrags; ++f) {
+      for (int f = 0; f < kM; ++f) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           scale_[f][h] = 1.0f;
           if constexpr (Op::kZeros) zero_[f][h] = Op::make_zero(p_.implicit_zero);
           if constexpr (T::kZeros) {  // which byte (and nibble) of the copied word: its bit position
+            zero_byte_[f][h] = 0;
             if (p_.zero == nullptr) continue;
             int half;
-            const int row = (warp_m_ * T::kMFrags + f) * 16 + h * 8 + lane_ / 4;
-            const std::int32_t column = column_of<T>(p_, work.column_tile, row, half);
+            const int row = (warp_m_ * kM + f) * 16 + h * 8 + lane_ / 4;
+            const std::int32_t column = min(column_of<T>(p_, work.column_tile, row, half), p_.n_out - 1);
             const std::int64_t n = weight_row(p_, column, half);
             const auto low = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(p_.zero) +
                                                         work.expert * p_.zero_expert +
@@ -330,60 +385,91 @@ class Sm80Consumer {
     }
   }
 
-  __device__ __forceinline__ void consume(std::uint32_t stage, int k) {
-    int group = 0, in_group = 0;
-    if constexpr (T::kScales) {
-      if (p_.group_blocks != 0) {
-        const int begin = k / 32;
-        group_ = begin / p_.group_blocks;
-        in_group = begin - group_ * p_.group_blocks;
-        load_group(stage, 0);
-      }
-    }
-    constexpr int kUnroll = T::kMFrags * T::kNFrags >= 16 ? 1 : 4;
-#pragma unroll kUnroll
-    for (int block = 0; block < T::kDepth / Op::kBlock; ++block) {
-      if constexpr (T::kScales) {
-        if (p_.group_blocks != 0 && in_group == p_.group_blocks && k + block * 32 < p_.k) {
-          in_group = 0;
-          ++group;
-          ++group_;
-          load_group(stage, group);
+  // Large tiles copy between the two halves of a stage: the tensor cores then have work in hand while the
+  // addresses are computed. Small ones copy first: their bytes must be on the way early.
+  __device__ __forceinline__ void consume(std::uint32_t stage, int k, Sm80Loader<T>& loader) {
+    if constexpr (kM * kN >= 16) {
+      int row = -1;
+#pragma unroll 1
+      for (int block = 0; block < kBlocks; ++block) {
+        if (block == kBlocks / 2) loader.issue();
+        if constexpr (T::kScales) {
+          if (p_.group_blocks != 0) advance_group(stage, k + block * 32, row);
         }
-        ++in_group;
+        multiply(stage, block, row);
       }
-      typename Op::A a[T::kMFrags];
-#pragma unroll
-      for (int f = 0; f < T::kMFrags; ++f) {
-        Op::template load_a<T::kWeightBytes>(a[f], stage + weights_ + f * 16 * T::kWeightBytes, block, lane_,
-                                             zero_[f], p_.byte_flip);
+    } else {
+      loader.issue();
+      if constexpr (T::kScales) {
+        int row = -1;
+        if (p_.group_blocks % T::kGroups != 0) {  // several groups in a stage, or one that ends within
+#pragma unroll 1
+          for (int block = 0; block < kBlocks; ++block) {
+            advance_group(stage, k + block * 32, row);
+            multiply(stage, block, row);
+          }
+          return;
+        }
+        if (p_.group_blocks != 0) {
+          advance_group(stage, k, row);
+          in_group_ += T::kGroups - 1;
+        }
       }
 #pragma unroll
-      for (int n = 0; n < T::kNFrags; ++n) {
-        typename Op::B b;
-        Op::template load_b<T::kActBytes>(b, stage + tokens_ + n * 8 * T::kActBytes, block, lane_);
-        if constexpr (!Op::kPromote) {
+      for (int block = 0; block < kBlocks; ++block) multiply(stage, block, 0);
+    }
+  }
+
+ private:
+  // One block of K; its token scales are in row `group` of the stage.
+  __device__ __forceinline__ void multiply(std::uint32_t stage, int block, int group) {
+    typename Op::A a[kM];
 #pragma unroll
-          for (int f = 0; f < T::kMFrags; ++f) Op::multiply(acc[f][n], a[f], b);
-        } else {
+    for (int f = 0; f < kM; ++f) {
+      Op::template load_a<T::kWeightBytes>(a[f], stage + weights_ + f * 16 * T::kWeightBytes, block, lane_,
+                                           zero_[f], p_.byte_flip);
+    }
+    constexpr int kPair = kN % 2 == 0 && Op::kPromote ? 2 : 1;
+#pragma unroll
+    for (int n0 = 0; n0 < kN; n0 += kPair) {
+      typename Op::B b[kPair];
+#pragma unroll
+      for (int j = 0; j < kPair; ++j) {
+        Op::template load_b<T::kActBytes>(b[j], stage + tokens_ + (n0 + j) * 8 * T::kActBytes, block, lane_);
+      }
+      if constexpr (!Op::kPromote) {
+#pragma unroll
+        for (int s = 0; s < Op::kSteps; ++s)
+#pragma unroll
+          for (int j = 0; j < kPair; ++j)
+#pragma unroll
+            for (int f = 0; f < kM; ++f) Op::step(s, acc[f][n0 + j], a[f], b[j]);
+      } else {
+        typename Op::Sum part[kM][kPair][4] = {};
+#pragma unroll
+        for (int s = 0; s < Op::kSteps; ++s)
+#pragma unroll
+          for (int j = 0; j < kPair; ++j)
+#pragma unroll
+            for (int f = 0; f < kM; ++f) Op::step(s, part[f][j], a[f], b[j]);
+#pragma unroll
+        for (int j = 0; j < kPair; ++j) {
           float token_scale[2] = {1.0f, 1.0f};
           if constexpr (T::kActScales) {
             if (p_.a_scale_grouped) {
               std::uint32_t s[2];
-              const int token = warp_n_ * T::kNFrags * 8 + n * 8 + lane_ % 4 * 2;
+              const int token = (warp_n_ * kN + n0 + j) * 8 + lane_ % 4 * 2;
               ptx::load_shared8(s, stage + T::kActScaleOffset + (group * T::kTokens + token) * 4);
               token_scale[0] = __uint_as_float(s[0]), token_scale[1] = __uint_as_float(s[1]);
             }
           }
 #pragma unroll
-          for (int f = 0; f < T::kMFrags; ++f) {
-            float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            Op::multiply(part, a[f], b);
+          for (int f = 0; f < kM; ++f) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               float s = scale_[f][i / 2];
               if constexpr (T::kActScales) s = __fmul_rn(s, token_scale[i % 2]);
-              acc[f][n][i] = __fmaf_rn(part[i], s, acc[f][n][i]);
+              acc[f][n0 + j][i] = __fmaf_rn(static_cast<float>(part[f][j][i]), s, acc[f][n0 + j][i]);
             }
           }
         }
@@ -391,14 +477,23 @@ class Sm80Consumer {
     }
   }
 
- private:
-  __device__ __forceinline__ void load_group(std::uint32_t stage, int group) {
-    const int row0 = warp_m_ * T::kMFrags * 16 + lane_ / 4;
+  // Enters the next block: fetches scales at the begin of a stage (row < 0) and of a group. Behind the end
+  // of K (tokens are zero there) the last ones stay.
+  __device__ __forceinline__ void advance_group(std::uint32_t stage, int k, int& row) {
+    const bool ended = in_group_ == p_.group_blocks;
+    if (k < p_.k && (ended || row < 0)) {
+      if (ended) in_group_ = 0, ++group_;
+      load_group(stage, ++row);
+    }
+    ++in_group_;
+  }
+  __device__ __forceinline__ void load_group(std::uint32_t stage, int row) {
+    const int row0 = warp_m_ * kM * 16 + lane_ / 4;
 #pragma unroll
-    for (int f = 0; f < T::kMFrags; ++f) {
+    for (int f = 0; f < kM; ++f) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const std::uint32_t cell = stage + (group * T::kRows + row0 + f * 16 + h * 8) * 4;
+        const std::uint32_t cell = stage + (row * T::kRows + row0 + f * 16 + h * 8) * 4;
         if constexpr (!Op::kE8M0) {
           if (p_.scale) scale_[f][h] = ptx::load_shared_float(cell + T::kScaleOffset);
         }
@@ -420,10 +515,10 @@ class Sm80Consumer {
   const Sm80Params& p_;
   int lane_, warp_m_, warp_n_;
   int weights_, tokens_;
-  int group_ = 0;
-  float scale_[T::kMFrags][2];
-  std::uint32_t zero_[T::kMFrags][2];
-  std::uint32_t zero_byte_[T::kMFrags][2];
+  int group_ = 0, in_group_ = 0;
+  float scale_[kM][2];
+  std::uint32_t zero_[kM][2];
+  std::uint32_t zero_byte_[kM][2];
 };
 
 // --- epilogue -------------------------------------------------------------------------------------------
@@ -646,22 +741,26 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_sm80(const __grid_
   extern __shared__ __align__(128) unsigned char shared[];
   const std::uint32_t stages = ptx::shared_address(shared);
   Sm80Table<T>* tables = reinterpret_cast<Sm80Table<T>*>(shared + T::kStages * T::kStageBytes);
+  Sm80Extent& extent = *reinterpret_cast<Sm80Extent*>(tables + 2);
 
   ptx::wait_for_predecessor();  // the tile list is the predecessor's work
   ptx::let_successor_start();
-  const std::uint32_t token_tiles = min(*p.num_tiles, p.max_tiles) * p.parts;
-  const std::uint32_t total = token_tiles * p.column_tiles;
+  if (threadIdx.x == 0) {
+    extent.token_tiles = min(*p.num_tiles, p.max_tiles) * p.parts;
+    extent.total = extent.token_tiles * p.column_tiles;
+  }
+  __syncthreads();
 
-  Sm80Loader<T> loader(p, stages, token_tiles, total);
+  Sm80Loader<T> loader(p, stages, extent);
 #pragma unroll 1
   for (int i = 0; i < T::kStages - 1; ++i) loader.issue();
 
   Sm80Consumer<T> sums(p);
-  int slot = 0, parity = 0;
+  int parity = 0;
 #pragma unroll 1
-  for (std::uint32_t index = blockIdx.x; index < total; index += gridDim.x) {
+  for (std::uint32_t index = blockIdx.x; index < extent.total; index += gridDim.x) {
     Sm80Work work;
-    if (!locate(p, index, token_tiles, T::kTokens, work)) continue;
+    if (!locate(p, index, extent.token_tiles, T::kTokens, work)) continue;
     if (work.expert < 0) {
       write_zeros<T>(p, work);
       continue;
@@ -674,9 +773,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_sm80(const __grid_
     for (int k = 0; k < p.k; k += T::kDepth) {
       ptx::cp_async_wait<T::kStages - 2>();
       __syncthreads();  // this stage has landed, and everyone is done with the one that is refilled next
-      loader.issue();
-      sums.consume(stages + slot * T::kStageBytes, k);
-      slot = slot + 1 == T::kStages ? 0 : slot + 1;
+      sums.consume(stages + loader.next_slot(), k, loader);
     }
     finish<T>(p, work, sums, table);
   }

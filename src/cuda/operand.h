@@ -83,7 +83,7 @@ struct WeightU4 {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const std::uint32_t bytes = __byte_perm(w, high, 0x4400 | (i << 12) | (i << 8) | (i << 4) | i);
-      pair[i] = sub2<T>((bytes & 0x000f000fu) | Half2Of<T>::kMagic, zero);
+      pair[i] = sub2<T>(ptx::and_or(bytes, 0x000f000fu, Half2Of<T>::kMagic), zero);
     }
   }
 };
@@ -176,8 +176,9 @@ struct WeightE2M1 {
 
 // --- operands -----------------------------------------------------------------------------------------
 // An operand gives: bits per weight and activation element, the swizzle units, the fragments of 32 of K
-// (A: 16 weight rows, B: 8 tokens), and their product. kPromote: the product starts from zero and the
-// kernel adds it, scaled, to the sums; otherwise it accumulates in place.
+// (A: 16 weight rows, B: 8 tokens), and their product in kSteps mma, which depend on each other: the kernel
+// interleaves those of several fragments. kPromote: the product starts from zero and the kernel adds it,
+// scaled, to the sums; otherwise it accumulates in place.
 // kBlock_ = 16 halves the registers of the fragments in flight, for the largest tile.
 template <typename T, int kBlock_ = 32>
 struct Natural16 {
@@ -210,9 +211,10 @@ struct Natural16 {
       ptx::ldmatrix_x2(b.r, tile + S::offset(lane % 8, block * 2 + lane / 8 % 2));
     }
   }
-  __device__ static void multiply(float (&d)[4], const A& a, const B& b) {
-#pragma unroll
-    for (int h = 0; h < kBlock / 16; ++h) ptx::mma_16816(d, a.r[h], b.r + 2 * h, T{});
+  using Sum = float;
+  static constexpr int kSteps = kBlock / 16;
+  __device__ static void step(int s, float (&d)[4], const A& a, const B& b) {
+    ptx::mma_16816(d, a.r[s], b.r + 2 * s, T{});
   }
 };
 
@@ -254,9 +256,10 @@ struct Direct16 {
       WeightE4M3<T>::unpack(b.r, WeightE4M3<T>::load(tile + S::offset(g, block * 2), t), 0, 0);
     }
   }
-  __device__ static void multiply(float (&d)[4], const A& a, const B& b) {
-    ptx::mma_16816(d, a.r[0], b.r, T{});
-    ptx::mma_16816(d, a.r[1], b.r + 2, T{});
+  using Sum = float;
+  static constexpr int kSteps = 2;
+  __device__ static void step(int s, float (&d)[4], const A& a, const B& b) {
+    ptx::mma_16816(d, a.r[s], b.r + 2 * s, T{});
   }
 };
 
@@ -286,12 +289,9 @@ struct Int8 {
     using S = Swizzle<kRowBytes, kActUnit>;
     ptx::load_shared8(b.r, tile + S::offset(lane / 4, block * 2) + lane % 4 * 8);
   }
-  __device__ static void multiply(float (&d)[4], const A& a, const B& b) {
-    int sum[4] = {0, 0, 0, 0};
-    ptx::mma_16832_s8(sum, a.r, b.r);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sum[i]);
-  }
+  using Sum = int;
+  static constexpr int kSteps = 1;
+  __device__ static void step(int, int (&d)[4], const A& a, const B& b) { ptx::mma_16832_s8(d, a.r, b.r); }
 };
 
 // f32 as three TF32 products of high and low parts (22 significant bits; low * low, below 2^-22 of the
@@ -334,16 +334,14 @@ struct Tf32x3 {
   __device__ static void load_b(B& b, std::uint32_t tile, int block, int lane) {
     load_row<kRowBytes>(b, tile, block, lane);
   }
-  __device__ static void multiply(float (&d)[4], const A& a, const B& b) {
-    const auto product = [&](const std::uint32_t* low, const std::uint32_t* high, const std::uint32_t* token) {
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        ptx::mma_1688_tf32(d, low[j], high[j], low[j + 1], high[j + 1], token[j], token[j + 1]);
-      }
-    };
-    product(a.row[0].low, a.row[1].low, b.high);  // small terms first
-    product(a.row[0].high, a.row[1].high, b.low);
-    product(a.row[0].high, a.row[1].high, b.high);
+  using Sum = float;
+  static constexpr int kSteps = 12;
+  __device__ static void step(int s, float (&d)[4], const A& a, const B& b) {
+    const int j = s % 4 * 2, pass = s / 4;  // low * high, high * low, high * high: small terms first
+    const auto& low = pass == 0 ? a.row[0].low : a.row[0].high;
+    const auto& high = pass == 0 ? a.row[1].low : a.row[1].high;
+    const auto& token = pass == 1 ? b.low : b.high;
+    ptx::mma_1688_tf32(d, low[j], high[j], low[j + 1], high[j + 1], token[j], token[j + 1]);
   }
 };
 

@@ -12,9 +12,10 @@ namespace moesaic::cuda {
 template <typename Op>
 std::span<const Sm80Kernel> narrow_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 2, 1, 1, 1, 128, 6, 6>>(),  //   8 x  32
+      sm80_kernel<Sm80Tile<Op, 2, 1, 1, 1, 256, 4, 5>>(),  //   8 x  32
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 256, 4, 3>>(),  //   8 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 5>>(),  //   8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 4>>(),  //  16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 256, 3, 3>>(),  //  16 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  //  32 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),  //  64 x 128
       sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256

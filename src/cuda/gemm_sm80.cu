@@ -50,7 +50,7 @@ std::string obstacle(const WeightSpec& spec) {
            " along K are not multiples of 32; use groups of 32, 64 or 128";
   }
   if (spec.act_scale == ActScale::kGroup) {
-    if (spec.act_group % 32 != 0) return "activation groups must be multiples of 32; use 128";
+    if (spec.act_group % 32 != 0 && spec.act_group < spec.k) return "activation groups must be multiples of 32; use 128";
     if (grouped(spec) && spec.act_group != spec.scale.group_k) {
       return "activation groups and weight groups differ along K; use the same block_k";
     }
@@ -233,7 +233,7 @@ void set_scales(Sm80Params& p, const GemmStage& stage) {
     p.zero_nibbles = spec.format == WeightFormat::kU4;
     if (p.group_blocks == 0) p.group_blocks = static_cast<std::int32_t>(whole);
   }
-  if (stage.a_scale.data && stage.a_scale.group_stride != 0) {
+  if (stage.a_scale.data && stage.a_scale.group_stride != 0 && spec.act_group < spec.k) {
     p.a_scale_grouped = 1;
     if (p.group_blocks == 0) p.group_blocks = static_cast<std::int32_t>(spec.act_group / 32);
   }
@@ -254,6 +254,10 @@ void set_epilogue(Sm80Params& p, const GemmStage& stage) {
   if (stage.activation) {
     p.has_activation = 1;
     p.activation = activation_view(*stage.activation, side.activation);
+  }
+  // Scales in the main loop are read without asking whether there are any.
+  if (p.group_blocks != 0 && p.scale == nullptr && !stage.b->spec.e8m0_scales) {
+    unsupported("weight scales: grouped activation scales or zero points need weight scales, too");
   }
   p.row_weights = stage.row_weights;
   const Tensor& c = stage.c;

@@ -34,15 +34,18 @@ struct Sm80Tile {
   static constexpr bool kZeros = Op::kZeros || Op::kE8M0;
   static constexpr bool kActScales = Op::kPromote && Op::kActBits == 8;
   // Layout of a stage.
-  static constexpr int kActOffset = kRows * kWeightBytes;
+  // Everything that is addressed by XOR begins at a multiple of the longest row.
+  static constexpr int kAlign = kActBytes > kWeightBytes ? kActBytes : kWeightBytes;
+  static constexpr int kActOffset = (kRows * kWeightBytes + kAlign - 1) / kAlign * kAlign;
   static constexpr int kScaleOffset = kActOffset + kTokens * kActBytes;
   static constexpr int kZeroOffset = kScaleOffset + (kScales ? kGroups * kRows * 4 : 0);
   static constexpr int kActScaleOffset = kZeroOffset + (kZeros ? kGroups * kRows * 4 : 0);
-  static constexpr int kStageBytes = kActScaleOffset + (kActScales ? kGroups * kTokens * 4 : 0);
+  static constexpr int kStageBytes =
+      (kActScaleOffset + (kActScales ? kGroups * kTokens * 4 : 0) + kAlign - 1) / kAlign * kAlign;
   // Behind the stages: two tables of the tokens and columns of a tile.
   static constexpr int kTableBytes = kTokens * 16 + kRows * 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kTableBytes + 16;
-  static_assert(kWeightBytes % 16 == 0 && kActBytes % 16 == 0 && kStageBytes % 16 == 0);
+  static_assert(kWeightBytes % 16 == 0 && kActBytes % 16 == 0 && kAlign <= 1024);
 };
 
 // How much there is to do. In shared memory: read once per tile, no register kept.
@@ -111,6 +114,7 @@ class Sm80Loader {
     const int tid = threadIdx.x;
     weight_dst_ = stages + WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks);
     act_dst_ = stages + T::kActOffset + ActSwizzle::offset(tid / kActChunks, tid % kActChunks);
+    scale_dst_ = stages + T::kScaleOffset + tid * 4;
     k_ = p.k;  // "a tile has ended": the first issue looks for one
     index_ -= gridDim.x;
   }
@@ -269,8 +273,9 @@ class Sm80Loader {
 
   // One row of scales (zero points, token scales) per group that the stage touches.
   __device__ __forceinline__ void copy_scales() {
+    const std::uint32_t cell = scale_dst_ + slot_offset_;
     if (in_group_ == p_.group_blocks) next_group();
-    copy_group(0);
+    copy_group(cell, 0);
     if (p_.group_blocks % T::kGroups == 0) {  // whole stages: one group
       in_group_ += T::kGroups;
       return;
@@ -280,7 +285,7 @@ class Sm80Loader {
     for (int block = 1; block < T::kGroups && k_ + block * 32 < p_.k; ++block) {
       if (++in_group_ == p_.group_blocks) {
         next_group();
-        copy_group(++row);
+        copy_group(cell, ++row);
       }
     }
     ++in_group_;
@@ -293,38 +298,33 @@ class Sm80Loader {
       if (act_scale_) act_scale_ += p_.a_scale_group;
     }
   }
-  __device__ __forceinline__ void copy_group(int row) {
-    const int tid = threadIdx.x;
-    const std::uint32_t stage = weight_base() + slot_offset_;
-    if (tid < T::kRows) {
-      const std::uint32_t cell = stage + (row * T::kRows + tid) * 4;
-      if (p_.scale) ptx::cp_async4(cell + T::kScaleOffset, scale_, 4);
+  __device__ __forceinline__ void copy_group(std::uint32_t cell, int row) {
+    if (T::kRows == T::kThreads || threadIdx.x < T::kRows) {
+      if constexpr (!T::Op::kE8M0) ptx::cp_async4(cell + row * T::kRows * 4, scale_);
       if constexpr (T::kZeros) {
         if (p_.zero) {  // the aligned word that holds the byte, never beyond the tensor
           const auto word = reinterpret_cast<std::uintptr_t>(zero_) & ~std::uintptr_t{3};
-          int bytes = 4;
-          if (!p_.zero_whole) {
-            bytes = static_cast<int>(min(reinterpret_cast<std::uintptr_t>(p_.zero_end) - word, std::uintptr_t{4}));
+          const std::uint32_t dst = cell + T::kZeroOffset - T::kScaleOffset + row * T::kRows * 4;
+          if (p_.zero_whole) {
+            ptx::cp_async4(dst, reinterpret_cast<const void*>(word));
+          } else {
+            const auto left = reinterpret_cast<std::uintptr_t>(p_.zero_end) - word;
+            ptx::cp_async4(dst, reinterpret_cast<const void*>(word), left < 4 ? static_cast<int>(left) : 4);
           }
-          ptx::cp_async4(cell + T::kZeroOffset, reinterpret_cast<const void*>(word), bytes);
         }
       }
     }
     if constexpr (T::kActScales) {
-      if (act_scale_ && tid < T::kTokens) {
-        ptx::cp_async4(stage + T::kActScaleOffset + (row * T::kTokens + tid) * 4, act_scale_, 4);
+      if (act_scale_ && threadIdx.x < T::kTokens) {
+        ptx::cp_async4(cell + T::kActScaleOffset - T::kScaleOffset + row * T::kTokens * 4, act_scale_);
       }
     }
-  }
-  __device__ __forceinline__ std::uint32_t weight_base() const {
-    const int tid = threadIdx.x;
-    return weight_dst_ - WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks);
   }
 
   const Sm80Params& p_;
   const Sm80Extent& extent_;
   std::uint32_t index_;
-  std::uint32_t weight_dst_, act_dst_, slot_offset_ = 0;
+  std::uint32_t weight_dst_, act_dst_, scale_dst_, slot_offset_ = 0;
   int k_ = 0, in_group_ = 0;
   const char* w_ = nullptr;  // this thread's chunk of row 0, and of A's row 0, at k_
   const char* a_ = nullptr;
@@ -347,8 +347,8 @@ class Sm80Consumer {
     const int warp = threadIdx.x / 32;
     warp_m_ = warp % T::kWarpsM;
     warp_n_ = warp / T::kWarpsM;
-    weights_ = warp_m_ * kM * 16 * T::kWeightBytes;
-    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes;
+    weights_ = warp_m_ * kM * 16 * T::kWeightBytes + Op::template lane_offset_a<T::kWeightBytes>(lane_);
+    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes + Op::template lane_offset_b<T::kActBytes>(lane_);
   }
   __device__ int warp_m() const { return warp_m_; }
   __device__ int warp_n() const { return warp_n_; }
@@ -424,54 +424,78 @@ class Sm80Consumer {
   // One block of K; its token scales are in row `group` of the stage.
   __device__ __forceinline__ void multiply(std::uint32_t stage, int block, int group) {
     typename Op::A a[kM];
+    const std::uint32_t weights = (stage + weights_) ^ (block * (Op::kBlock * Op::kWeightBits / 8));
+    const std::uint32_t tokens = (stage + tokens_) ^ (block * (Op::kBlock * Op::kActBits / 8));
 #pragma unroll
     for (int f = 0; f < kM; ++f) {
-      Op::template load_a<T::kWeightBytes>(a[f], stage + weights_ + f * 16 * T::kWeightBytes, block, lane_,
-                                           zero_[f], p_.byte_flip);
+      Op::template load_a<T::kWeightBytes>(a[f], weights, f * 16, zero_[f], p_.byte_flip);
     }
-    constexpr int kPair = kN % 2 == 0 && Op::kPromote ? 2 : 1;
+    // A pair of token fragments (or one) at a time: the next pair is read, and the last pair's sums are added, while
+    // this pair's products are in the tensor cores.
+    constexpr int kPair = kN % 2 != 0 || (Op::kPromote && kM * kN >= 32) ? 1 : 2;  // 1: registers
+    typename Op::B b[2][kPair];
+    typename Op::Sum part[2][kM][kPair][4];
+#pragma unroll
+    for (int j = 0; j < kPair; ++j) Op::template load_b<T::kActBytes>(b[0][j], tokens, j * 8);
 #pragma unroll
     for (int n0 = 0; n0 < kN; n0 += kPair) {
-      typename Op::B b[kPair];
-#pragma unroll
-      for (int j = 0; j < kPair; ++j) {
-        Op::template load_b<T::kActBytes>(b[j], stage + tokens_ + (n0 + j) * 8 * T::kActBytes, block, lane_);
-      }
-      if constexpr (!Op::kPromote) {
-#pragma unroll
-        for (int s = 0; s < Op::kSteps; ++s)
-#pragma unroll
-          for (int j = 0; j < kPair; ++j)
-#pragma unroll
-            for (int f = 0; f < kM; ++f) Op::step(s, acc[f][n0 + j], a[f], b[j]);
-      } else {
-        typename Op::Sum part[kM][kPair][4] = {};
-#pragma unroll
-        for (int s = 0; s < Op::kSteps; ++s)
-#pragma unroll
-          for (int j = 0; j < kPair; ++j)
-#pragma unroll
-            for (int f = 0; f < kM; ++f) Op::step(s, part[f][j], a[f], b[j]);
+      constexpr int kNext = kPair;
+      const int now = n0 / kPair % 2;
+      if (n0 + kNext < kN) {
 #pragma unroll
         for (int j = 0; j < kPair; ++j) {
-          float token_scale[2] = {1.0f, 1.0f};
-          if constexpr (T::kActScales) {
-            if (p_.a_scale_grouped) {
-              std::uint32_t s[2];
-              const int token = (warp_n_ * kN + n0 + j) * 8 + lane_ % 4 * 2;
-              ptx::load_shared8(s, stage + T::kActScaleOffset + (group * T::kTokens + token) * 4);
-              token_scale[0] = __uint_as_float(s[0]), token_scale[1] = __uint_as_float(s[1]);
-            }
-          }
+          Op::template load_b<T::kActBytes>(b[now ^ 1][j], tokens, (n0 + kNext + j) * 8);
+        }
+      }
+      if constexpr (Op::kPromote) {
+#pragma unroll
+        for (int f = 0; f < kM; ++f)
+#pragma unroll
+          for (int j = 0; j < kPair; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) part[now][f][j][i] = 0;
+      }
+#pragma unroll
+      for (int s = 0; s < Op::kSteps; ++s)
+#pragma unroll
+        for (int j = 0; j < kPair; ++j)
 #pragma unroll
           for (int f = 0; f < kM; ++f) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float s = scale_[f][i / 2];
-              if constexpr (T::kActScales) s = __fmul_rn(s, token_scale[i % 2]);
-              acc[f][n0 + j][i] = __fmaf_rn(static_cast<float>(part[f][j][i]), s, acc[f][n0 + j][i]);
+            if constexpr (Op::kPromote) {
+              Op::step(s, part[now][f][j], a[f], b[now][j]);
+            } else {
+              Op::step(s, acc[f][n0 + j], a[f], b[now][j]);
             }
           }
+      if constexpr (Op::kPromote) {
+        if (n0 > 0) promote(part[now ^ 1], n0 - kPair, stage, group);
+      }
+    }
+    if constexpr (Op::kPromote) promote(part[(kN / kPair - 1) % 2], kN - kPair, stage, group);
+  }
+
+  // acc += scale * part, of kPair fragments from n0 on.
+  template <int kPair>
+  __device__ __forceinline__ void promote(const typename Op::Sum (&part)[kM][kPair][4], int n0, std::uint32_t stage,
+                                          int group) {
+#pragma unroll
+    for (int j = 0; j < kPair; ++j) {
+      float token_scale[2] = {1.0f, 1.0f};
+      if constexpr (T::kActScales) {
+        if (p_.a_scale_grouped) {
+          std::uint32_t s[2];
+          const int token = (warp_n_ * kN + n0 + j) * 8 + lane_ % 4 * 2;
+          ptx::load_shared8(s, stage + T::kActScaleOffset + (group * T::kTokens + token) * 4);
+          token_scale[0] = __uint_as_float(s[0]), token_scale[1] = __uint_as_float(s[1]);
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < kM; ++f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float s = scale_[f][i / 2];
+          if constexpr (T::kActScales) s = __fmul_rn(s, token_scale[i % 2]);
+          acc[f][n0 + j][i] = __fmaf_rn(static_cast<float>(part[f][j][i]), s, acc[f][n0 + j][i]);
         }
       }
     }
@@ -495,7 +519,7 @@ class Sm80Consumer {
       for (int h = 0; h < 2; ++h) {
         const std::uint32_t cell = stage + (row * T::kRows + row0 + f * 16 + h * 8) * 4;
         if constexpr (!Op::kE8M0) {
-          if (p_.scale) scale_[f][h] = ptx::load_shared_float(cell + T::kScaleOffset);
+          scale_[f][h] = ptx::load_shared_float(cell + T::kScaleOffset);
         }
         if constexpr (T::kZeros) {
           if (p_.zero == nullptr) continue;
@@ -738,7 +762,7 @@ __device__ __noinline__ void write_zeros(const Sm80Params& p, const Sm80Work& wo
 // --- the kernel -----------------------------------------------------------------------------------------
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_sm80(const __grid_constant__ Sm80Params p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   const std::uint32_t stages = ptx::shared_address(shared);
   Sm80Table<T>* tables = reinterpret_cast<Sm80Table<T>*>(shared + T::kStages * T::kStageBytes);
   Sm80Extent& extent = *reinterpret_cast<Sm80Extent*>(tables + 2);

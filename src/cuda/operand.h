@@ -76,7 +76,7 @@ struct WeightU4 {
   static constexpr int kBits = 4;
   static constexpr bool kZeros = true;
   using Raw = std::uint32_t;
-  __device__ static Raw load(std::uint32_t unit, int t) { return ptx::load_shared4(unit + 4 * t); }
+  __device__ static Raw load(std::uint32_t at) { return ptx::load_shared4(at); }
   __device__ static std::uint32_t make_zero(std::uint32_t z) { return Half2Of<T>::kMagic | (z * 0x10001u); }
   __device__ static void unpack(std::uint32_t (&pair)[4], Raw w, std::uint32_t zero, std::uint32_t) {
     const std::uint32_t high = w >> 4;
@@ -98,9 +98,9 @@ struct WeightI8<__half> {
   struct Raw {
     std::uint32_t w[2];
   };
-  __device__ static Raw load(std::uint32_t unit, int t) {
+  __device__ static Raw load(std::uint32_t at) {
     Raw raw;
-    ptx::load_shared8(raw.w, unit + 8 * t);
+    ptx::load_shared8(raw.w, at);
     return raw;
   }
   __device__ static std::uint32_t make_zero(std::uint32_t z) { return 0x64006400u | (z * 0x10001u); }
@@ -117,7 +117,7 @@ struct WeightI8<__nv_bfloat16> {
   static constexpr int kBits = 8;
   static constexpr bool kZeros = true;
   using Raw = WeightI8<__half>::Raw;
-  __device__ static Raw load(std::uint32_t unit, int t) { return WeightI8<__half>::load(unit, t); }
+  __device__ static Raw load(std::uint32_t at) { return WeightI8<__half>::load(at); }
   __device__ static std::uint32_t make_zero(std::uint32_t z) { return 0x4b000000u | z; }
   // bf16 has 8 significant bits: 256 + q would not fit. So through fp32, where 2^23 + q does, and the
   // difference (at most 255 in magnitude) is exact in bf16 again.
@@ -138,7 +138,7 @@ struct WeightE4M3 {
   static constexpr int kBits = 8;
   static constexpr bool kZeros = false;
   using Raw = WeightI8<__half>::Raw;
-  __device__ static Raw load(std::uint32_t unit, int t) { return WeightI8<__half>::load(unit, t); }
+  __device__ static Raw load(std::uint32_t at) { return WeightI8<__half>::load(at); }
   __device__ static std::uint32_t make_zero(std::uint32_t) { return 0; }
   __device__ static void unpack(std::uint32_t (&pair)[4], Raw raw, std::uint32_t, std::uint32_t) {
 #pragma unroll
@@ -161,7 +161,7 @@ struct WeightE2M1 {
   static constexpr int kBits = 4;
   static constexpr bool kZeros = false;
   using Raw = std::uint32_t;
-  __device__ static Raw load(std::uint32_t unit, int t) { return ptx::load_shared4(unit + 4 * t); }
+  __device__ static Raw load(std::uint32_t at) { return ptx::load_shared4(at); }
   __device__ static std::uint32_t make_zero(std::uint32_t) { return 0; }
   __device__ static void unpack(std::uint32_t (&pair)[4], Raw w, std::uint32_t, std::uint32_t) {
     const std::uint32_t high = w >> 4;
@@ -191,24 +191,29 @@ struct Natural16 {
   struct B {
     std::uint32_t r[kBlock / 8];
   };
-  // `tile`: shared address of the fragment's first row; `block`: which kBlock of K.
+  // Where this lane reads in block 0 of a fragment's rows. Rows begin at multiples of their (power of two)
+  // size, so another block's place is one XOR away: swizzle and block number meet in the same bits.
   template <int kRowBytes>
-  __device__ static void load_a(A& a, std::uint32_t tile, int block, int lane, const std::uint32_t (&)[2],
-                                std::uint32_t) {
-    using S = Swizzle<kRowBytes, kWeightUnit>;
-#pragma unroll
-    for (int h = 0; h < kBlock / 16; ++h) {
-      const int row = lane % 16;
-      ptx::ldmatrix_x4(a.r[h], tile + S::offset(row, block * (kBlock / 8) + h * 2 + lane / 16));
-    }
+  __device__ static int lane_offset_a(int lane) {
+    return Swizzle<kRowBytes, kWeightUnit>::offset(lane % 16, lane / 16);
   }
   template <int kRowBytes>
-  __device__ static void load_b(B& b, std::uint32_t tile, int block, int lane) {
-    using S = Swizzle<kRowBytes, kActUnit>;
+  __device__ static int lane_offset_b(int lane) {
+    if constexpr (kBlock == 32) return Swizzle<kRowBytes, kActUnit>::offset(lane % 8, lane / 8);
+    return Swizzle<kRowBytes, kActUnit>::offset(lane % 8, lane / 8 % 2);
+  }
+  // `at`: the fragment's first row + lane_offset, for block 0 ^ block * the bytes of a block.
+  template <int kRowBytes>
+  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2], std::uint32_t) {
+#pragma unroll
+    for (int h = 0; h < kBlock / 16; ++h) ptx::ldmatrix_x4(a.r[h], (at ^ (h * 32)) + row * kRowBytes);
+  }
+  template <int kRowBytes>
+  __device__ static void load_b(B& b, std::uint32_t at, int row) {
     if constexpr (kBlock == 32) {
-      ptx::ldmatrix_x4(b.r, tile + S::offset(lane % 8, block * 4 + lane / 8));
+      ptx::ldmatrix_x4(b.r, at + row * kRowBytes);
     } else {
-      ptx::ldmatrix_x2(b.r, tile + S::offset(lane % 8, block * 2 + lane / 8 % 2));
+      ptx::ldmatrix_x2(b.r, at + row * kRowBytes);
     }
   }
   using Sum = float;
@@ -233,13 +238,17 @@ struct Direct16 {
   };
   __device__ static std::uint32_t make_zero(std::uint32_t z) { return W::make_zero(z); }
   template <int kRowBytes>
-  __device__ static void load_a(A& a, std::uint32_t tile, int block, int lane,
-                                const std::uint32_t (&zero)[2], std::uint32_t flip) {
-    using S = Swizzle<kRowBytes, kWeightUnit>;
-    constexpr int kChunks = kWeightUnit / 16;
-    const int g = lane / 4, t = lane % 4;
-    const std::uint32_t unit = tile + S::offset(g, block * kChunks);
-    const auto low = W::load(unit, t), high = W::load(unit + 8 * kRowBytes, t);
+  __device__ static int lane_offset_a(int lane) {
+    return Swizzle<kRowBytes, kWeightUnit>::offset(lane / 4, 0) + lane % 4 * kWeightBits;
+  }
+  template <int kRowBytes>
+  __device__ static int lane_offset_b(int lane) {
+    return (Swizzle<kRowBytes, kActUnit>::offset(lane / 4, 0)) + lane % 4 * kActBits;
+  }
+  template <int kRowBytes>
+  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&zero)[2],
+                                std::uint32_t flip) {
+    const auto low = W::load(at + row * kRowBytes), high = W::load(at + (row + 8) * kRowBytes);
     std::uint32_t pair[4];
     W::unpack(pair, low, zero[0], flip);
     a.r[0][0] = pair[0], a.r[0][2] = pair[1], a.r[1][0] = pair[2], a.r[1][2] = pair[3];
@@ -247,13 +256,11 @@ struct Direct16 {
     a.r[0][1] = pair[0], a.r[0][3] = pair[1], a.r[1][1] = pair[2], a.r[1][3] = pair[3];
   }
   template <int kRowBytes>
-  __device__ static void load_b(B& b, std::uint32_t tile, int block, int lane) {
-    using S = Swizzle<kRowBytes, kActUnit>;
-    const int g = lane / 4, t = lane % 4;
+  __device__ static void load_b(B& b, std::uint32_t at, int row) {
     if constexpr (kActBits == 16) {
-      ptx::load_shared16(b.r, tile + S::offset(g, block * 4 + t));
+      ptx::load_shared16(b.r, at + row * kRowBytes);
     } else {
-      WeightE4M3<T>::unpack(b.r, WeightE4M3<T>::load(tile + S::offset(g, block * 2), t), 0, 0);
+      WeightE4M3<T>::unpack(b.r, WeightE4M3<T>::load(at + row * kRowBytes), 0, 0);
     }
   }
   using Sum = float;
@@ -275,19 +282,23 @@ struct Int8 {
     std::uint32_t r[2];
   };
   template <int kRowBytes>
-  __device__ static void load_a(A& a, std::uint32_t tile, int block, int lane, const std::uint32_t (&)[2],
-                                std::uint32_t) {
-    using S = Swizzle<kRowBytes, kWeightUnit>;
-    const std::uint32_t unit = tile + S::offset(lane / 4, block * 2) + lane % 4 * 8;
+  __device__ static int lane_offset_a(int lane) {
+    return Swizzle<kRowBytes, kWeightUnit>::offset(lane / 4, 0) + lane % 4 * 8;
+  }
+  template <int kRowBytes>
+  __device__ static int lane_offset_b(int lane) {
+    return lane_offset_a<kRowBytes>(lane);
+  }
+  template <int kRowBytes>
+  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2], std::uint32_t) {
     std::uint32_t low[2], high[2];
-    ptx::load_shared8(low, unit);
-    ptx::load_shared8(high, unit + 8 * kRowBytes);
+    ptx::load_shared8(low, at + row * kRowBytes);
+    ptx::load_shared8(high, at + (row + 8) * kRowBytes);
     a.r[0] = low[0], a.r[1] = high[0], a.r[2] = low[1], a.r[3] = high[1];
   }
   template <int kRowBytes>
-  __device__ static void load_b(B& b, std::uint32_t tile, int block, int lane) {
-    using S = Swizzle<kRowBytes, kActUnit>;
-    ptx::load_shared8(b.r, tile + S::offset(lane / 4, block * 2) + lane % 4 * 8);
+  __device__ static void load_b(B& b, std::uint32_t at, int row) {
+    ptx::load_shared8(b.r, at + row * kRowBytes);
   }
   using Sum = int;
   static constexpr int kSteps = 1;
@@ -308,12 +319,18 @@ struct Tf32x3 {
   };
   using B = Parts;
   template <int kRowBytes>
-  __device__ static void load_row(Parts& out, std::uint32_t tile, int block, int lane) {
-    using S = Swizzle<kRowBytes, kWeightUnit>;
+  __device__ static int lane_offset_a(int lane) {
+    return Swizzle<kRowBytes, kWeightUnit>::offset(lane / 4, lane % 4 * 2);
+  }
+  template <int kRowBytes>
+  __device__ static int lane_offset_b(int lane) {
+    return lane_offset_a<kRowBytes>(lane);
+  }
+  __device__ static void load_row(Parts& out, std::uint32_t at, int row_offset) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       std::uint32_t raw[4];
-      ptx::load_shared16(raw, tile + S::offset(lane / 4, block * 8 + lane % 4 * 2 + h));
+      ptx::load_shared16(raw, (at ^ (h * 16)) + row_offset);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float x = __uint_as_float(raw[i]);
@@ -325,14 +342,13 @@ struct Tf32x3 {
     }
   }
   template <int kRowBytes>
-  __device__ static void load_a(A& a, std::uint32_t tile, int block, int lane, const std::uint32_t (&)[2],
-                                std::uint32_t) {
-    load_row<kRowBytes>(a.row[0], tile, block, lane);
-    load_row<kRowBytes>(a.row[1], tile + 8 * kRowBytes, block, lane);
+  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2], std::uint32_t) {
+    load_row(a.row[0], at, row * kRowBytes);
+    load_row(a.row[1], at, (row + 8) * kRowBytes);
   }
   template <int kRowBytes>
-  __device__ static void load_b(B& b, std::uint32_t tile, int block, int lane) {
-    load_row<kRowBytes>(b, tile, block, lane);
+  __device__ static void load_b(B& b, std::uint32_t at, int row) {
+    load_row(b, at, row * kRowBytes);
   }
   using Sum = float;
   static constexpr int kSteps = 12;

@@ -185,7 +185,7 @@ TEST_F(GemmSm80, DISABLED_Timing) {
                     t.floor, t.both / t.floor);
         std::fflush(stdout);
         if (!sweep) continue;
-        for (const std::int64_t rows : {policy / 2, policy, policy * 2}) {
+        for (const std::int64_t rows : {policy / 2, policy, policy * 2}) {  // of a tile
           if (rows < 8 || rows > 128) continue;
           for (const Tactic& tactic : family.tactics(layer.fc1(), layer.traits())) {
             if (tactic.description.find(" " + std::to_string(rows) + "x") == std::string::npos) continue;
@@ -197,6 +197,17 @@ TEST_F(GemmSm80, DISABLED_Timing) {
       }
     }
   }
+}
+
+// For a profiler: MOESAIC_PROFILE = "format tokens tile_rows tactic".
+TEST_F(GemmSm80, DISABLED_Profile) {
+  int format = 0, tokens = 0, tile_rows = 0, tactic = 0;
+  const char* text = std::getenv("MOESAIC_PROFILE");
+  if (!text || std::sscanf(text, "%d %d %d %d", &format, &tokens, &tile_rows, &tactic) != 4) {
+    GTEST_SKIP() << "set MOESAIC_PROFILE";
+  }
+  TimedLayer layer({"qwen3-30b-a3b", 128, 2048, 768, 8}, static_cast<WeightFormat>(format));
+  layer.once(cuda::family_sm80(), tokens, tile_rows, tactic);
 }
 
 }  // namespace

@@ -44,6 +44,13 @@ class TimedLayer {
             1e3 * std::max(bytes / kReadRate, operations / kProductRate)};
   }
 
+  // One GEMM1 without a graph, for a profiler.
+  void once(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows, int tactic) {
+    prepare(tokens, tile_rows, 2);
+    for (int i = 0; i < 2; ++i) family.run(stage1(i, tactic), traits_, nullptr);
+    cuda_ok(cudaDeviceSynchronize());
+  }
+
   const WeightSpec& fc1() const { return fc1_.spec; }
   const WeightSpec& fc2() const { return fc2_.spec; }
   const cuda::DeviceTraits& traits() const { return traits_; }

@@ -308,7 +308,10 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   if (work > 0x7fffffff || stage.rows.positions > 0x7fffffff) {
     unsupported("rows: more than 2^31 tiles or positions; run in token chunks (workspace_cap)");
   }
-  const std::int64_t ctas = std::min<std::int64_t>(work, std::int64_t{kernel.ctas_per_sm} * device.sm_count);
+  // An SM holds 1 KiB more than a CTA may have, and every CTA costs 1 KiB more than it asks for.
+  const auto resident = static_cast<std::int64_t>((device.shared_per_block + 1024) / (kernel.shared_bytes + 1024));
+  const std::int64_t ctas =
+      std::min<std::int64_t>(work, std::min<std::int64_t>(kernel.ctas_per_sm, resident) * device.sm_count);
   launch("gemm (sm80)", kernel.kernel,
          {.grid = dim3(static_cast<unsigned>(ctas)),
           .block = dim3(static_cast<unsigned>(kernel.threads)),

@@ -46,6 +46,7 @@ struct Sm80Tile {
   static constexpr int kTableBytes = kTokens * 16 + kRows * 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kTableBytes + 16;
   static_assert(kWeightBytes % 16 == 0 && kActBytes % 16 == 0 && kAlign <= 1024);
+  static_assert(kCtas * (kSharedBytes + 1024) <= 228 * 1024);  // of an SM90; others hold fewer CTAs
 };
 
 // How much there is to do. In shared memory: read once per tile, no register kept.

@@ -7,21 +7,18 @@
 
 namespace moesaic::cuda {
 
-// A warp's tile is at most 32 x 64: at 32 x 128 the compiler has no registers left to keep the next fragments'
-// reads and the last ones' scaling in flight beside the products, and runs at half the speed.
-//
 //                  warps M x N, fragments M x N, K per stage, stages, CTAs per SM
 // 4-bit weights, 16-bit activations.
 template <typename Op>
 std::span<const Sm80Kernel> narrow_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 5>>(),  //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 4, 4>>(),  //  8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 4>>(),  // 16 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 3>>(),  // 16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  // 32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),  // 64 x 128
-      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 8, 128, 4, 1>>(),  // 64 x 256
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 5>>(),   //   8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 4>>(),   //   8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 4>>(),   //  16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 3>>(),   //  16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),   //  32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),   //  64 x 128
+      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),   // 128 x 256
   };
   return kKernels;
 }
@@ -30,13 +27,13 @@ std::span<const Sm80Kernel> narrow_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> wide_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),  //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),  //  8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 4, 3>>(),  // 16 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 3, 3>>(),  // 16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 3, 2>>(),  // 32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),   // 64 x 128
-      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 8, 64, 5, 1>>(),   // 64 x 256
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),   //   8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),   //   8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 4, 3>>(),   //  16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),   //  16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 3, 2>>(),   //  32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),    //  64 x 128
+      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),   // 128 x 256
   };
   return kKernels;
 }
@@ -45,12 +42,12 @@ std::span<const Sm80Kernel> wide_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> byte_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 4>>(),  //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),  //  8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 3, 3>>(),  // 16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  // 32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),  // 64 x 128
-      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 8, 128, 4, 1>>(),  // 64 x 256
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),   //   8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),   //   8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),   //  16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),   //  32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),   //  64 x 128
+      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),   // 128 x 256
   };
   return kKernels;
 }
@@ -60,7 +57,7 @@ std::span<const Sm80Kernel> f32_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 32, 5, 4>>(),  //  8 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 4, 32, 4, 3>>(),  // 32 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 32, 4, 2>>(),  // 64 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 2, 1, 4, 32, 4, 1>>(),  // 64 x  64
   };
   return kKernels;
 }

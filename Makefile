@@ -13,6 +13,10 @@ FUZZ_SECONDS ?= 30
 CHECKPOINT := examples/data/qwen3-moe-tiny
 NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
 
+# ccache, where it is: one cache for all clones and build folders of this project.
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= 1
+
 .PHONY: demo test build cuda asan tsan fuzz install clean deps
 .DEFAULT_GOAL := build
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "backend.h"
 #include "scheme.h"
 
 namespace moesaic::harness {
@@ -21,17 +22,22 @@ FormatRunner::FormatRunner(const Layer& layer, Format format, std::int64_t token
     workspace_ = WorkspaceBuffer(device, layer.workspace_bytes(tokens));
     return;
   }
-  workspace_ = WorkspaceBuffer(device, stage_workspace_bytes(c, format, tokens, capacity_, device));
+  // A slot's output as the layer itself keeps it: then all formats give the same bits.
+  const DType slot_dtype = backend(device).slot_dtype(weight_spec(c, Product::kFc2));
   if (format == Format::kSorted) {
-    std::int64_t positions = align_capacity(slots, c.experts, block_rows_);
-    positions = (positions + block_rows_ - 1) / block_rows_ * block_rows_;
+    const std::int64_t blocks =
+        (align_capacity(slots, c.experts, block_rows_) + block_rows_ - 1) / block_rows_;
+    const std::int64_t positions = blocks * block_rows_;
+    workspace_ = WorkspaceBuffer(
+        device, stage_workspace_bytes(c, Format::kSorted, tokens, positions, device));
     slots_ = DeviceTensor(device, DType::kI32, {positions});
-    block_experts_ = DeviceTensor(device, DType::kI32, {positions / block_rows_});
+    block_experts_ = DeviceTensor(device, DType::kI32, {blocks});
     num_padded_ = DeviceTensor(device, DType::kI32, {1});
-    slot_outputs_ = DeviceTensor(device, intermediate_dtype(c), {tokens, c.top_k, c.hidden});
-    align_workspace_ = WorkspaceBuffer(device, align_workspace_bytes(slots, c.experts));
+    slot_outputs_ = DeviceTensor(device, slot_dtype, {tokens, c.top_k, c.hidden});
+    align_workspace_ = WorkspaceBuffer(device, align_workspace_bytes(slots, c.experts, device));
     return;
   }
+  workspace_ = WorkspaceBuffer(device, stage_workspace_bytes(c, format, tokens, capacity_, device));
   const WeightSpec fc1 = weight_spec(c, Product::kFc1);
   rows_ = DeviceTensor(device, fc1.act_dtype, {local, capacity_, c.hidden});
   if (fc1.act_scale != ActScale::kDefault) {
@@ -43,7 +49,7 @@ FormatRunner::FormatRunner(const Layer& layer, Format format, std::int64_t token
   }
   num_tokens_ = DeviceTensor(device, DType::kI32, {local});
   slot_row_ = DeviceTensor(device, DType::kI32, {tokens, c.top_k});
-  expert_outputs_ = DeviceTensor(device, intermediate_dtype(c), {local, capacity_, c.hidden});
+  expert_outputs_ = DeviceTensor(device, slot_dtype, {local, capacity_, c.hidden});
 }
 
 void FormatRunner::run(const FormatInputs& in, Stream stream) const {
@@ -83,14 +89,17 @@ void FormatRunner::run_sorted(const FormatInputs& in, Stream stream) const {
   weights.rank = 1;
   weights.shape = {tokens_ * c.top_k};
   weights.strides = {1};
+  // The routing weight belongs to the sum, as inside the layer; Llama-4's multiplies the input.
+  const bool on_input = c.weight_on == WeightOn::kInput;
   experts(*layer_, {.format = Format::kSorted,
                     .rows = in.hidden_states,
                     .sorted = sorted,
-                    .row_weights = weights,
+                    .row_weights = on_input ? weights : Tensor{},
                     .output = by_slot,
                     .workspace = workspace_.view(),
                     .stream = stream});
   sum_slots({.input = slot_outputs_.view(),
+             .topk_weights = on_input ? Tensor{} : in.topk_weights,
              .topk_ids = in.topk_ids,
              .output = in.output,
              .stream = stream});

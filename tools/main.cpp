@@ -44,6 +44,17 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   const Command commands[] = {add_info(app),   add_inspect(app), add_run(app),
                               add_verify(app), add_bench(app),   add_quantize(app)};
+  if (argc > 1 && argv[1][0] != '-') {  // CLI11 would only say that a subcommand is missing
+    std::string names;
+    bool known = false;
+    for (const Command& command : commands) {
+      known = known || command.app->get_name() == argv[1];
+      names += (names.empty() ? "" : ", ") + command.app->get_name();
+    }
+    if (!known)
+      return complain(fmt::format("there is no command '{}'; the commands are {}", argv[1], names),
+                      2);
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -125,6 +125,16 @@ Chosen choose(const Checkpoint& checkpoint, std::int64_t index, const LayerConfi
   return {ids.to_host(), weights.to_host()};
 }
 
+// Ids that no expert has contribute nothing; the sum over slots of the sorted format wants them -1.
+HostTensor known_ids(const HostTensor& given, std::int64_t experts) {
+  HostTensor ids = given;
+  for (std::int64_t i = 0; i < ids.numel(); ++i) {
+    std::int32_t& id = ids.as<std::int32_t>()[i];
+    if (id < 0 || id >= experts) id = -1;
+  }
+  return ids;
+}
+
 int run(const RunFlags& flags, const Common& common) {
   const Device device = apply(common);
   const Output out(common);
@@ -153,7 +163,7 @@ int run(const RunFlags& flags, const Common& common) {
           : random_hidden(tokens, config.hidden, config.input_dtype, flags.seed);
   const DeviceTensor device_hidden = DeviceTensor::from(hidden, device);
   const Chosen chosen = choose(checkpoint, flags.layer, config, in, device_hidden, device);
-  const DeviceTensor ids = DeviceTensor::from(chosen.ids, device);
+  const DeviceTensor ids = DeviceTensor::from(known_ids(chosen.ids, config.experts), device);
   const DeviceTensor weights = DeviceTensor::from(chosen.weights, device);
   const DeviceTensor answer(device, config.output_dtype, {tokens, config.hidden});
   const harness::FormatInputs inputs{.hidden_states = device_hidden.view(),

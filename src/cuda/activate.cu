@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The activation as a stage of its own, for callers of the pieces: the layer applies it inside GEMM1.
-// The same functions as there, so the same bits.
+// The activation as a stage of its own, for callers of the pieces: the layer applies it inside
+// GEMM1. The same functions as there, so the same bits.
 #include <algorithm>
 
 #include "cuda/activation_math.h"
@@ -20,12 +20,12 @@ struct ActivateParams {
   std::int64_t input_stride = 0, output_stride = 0, rows = 0, columns = 0;
   std::int64_t gate = 0, up = 0, step = 1;  // first gate and up column; distance of neighbours
   const std::int32_t* row_expert = nullptr;
-  std::int64_t experts = 0;                 // of the parameter tensors; 0: scalars only
+  std::int64_t experts = 0;  // of the parameter tensors; 0: scalars only
   void* output = nullptr;
 };
 
-// Eight outputs a thread. Inputs are read one by one through the cache: halves and interleaved pairs
-// of any alignment are the same code, and a warp's reads still cover whole lines.
+// Eight outputs a thread. Inputs are read one by one through the cache: halves and interleaved
+// pairs of any alignment are the same code, and a warp's reads still cover whole lines.
 __global__ void __launch_bounds__(kThreads) activate_rows(ActivateParams p, std::int64_t pieces) {
   begin_kernel();
   constexpr int kEach = 8;
@@ -45,7 +45,9 @@ __global__ void __launch_bounds__(kThreads) activate_rows(ActivateParams p, std:
           if (column + e >= p.columns) break;
           const std::int64_t at = row * p.input_stride + (column + e) * p.step;
           const float gate = load_float(p.input, p.input_dtype, at + p.gate);
-          const float up = is_gated(decltype(kind)::value) ? load_float(p.input, p.input_dtype, at + p.up) : 0.0f;
+          const float up = is_gated(decltype(kind)::value)
+                               ? load_float(p.input, p.input_dtype, at + p.up)
+                               : 0.0f;
           out[e] = activate<decltype(kind)::value>(gate, up, terms);
         }
       });

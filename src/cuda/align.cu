@@ -4,8 +4,8 @@
 // counters handed out by atomics lost: faster to write, but the order then varies from run to run.
 //
 // Up to kSlotsAtOnce slots one block does everything (decode: one tiny kernel). Above, each block
-// counts a contiguous chunk, one block scans the counts, and each block places its chunk: the scattered
-// stores of one multiprocessor would take longer than the two further launches.
+// counts a contiguous chunk, one block scans the counts, and each block places its chunk: the
+// scattered stores of one multiprocessor would take longer than the two further launches.
 #include <algorithm>
 
 #include "cuda/align_slots.h"
@@ -17,14 +17,15 @@
 namespace moesaic::cuda {
 namespace {
 
-constexpr std::int64_t kSlotsAtOnce = 2048;   // 16 warps of kWarpSlots
-constexpr std::int64_t kMaxChunks = 256;      // the scan of chunks stays short
+constexpr std::int64_t kSlotsAtOnce = 2048;  // 16 warps of kWarpSlots
+constexpr std::int64_t kMaxChunks = 256;     // the scan of chunks stays short
 constexpr std::int64_t kMinChunk = 1024;
-constexpr std::int64_t kMaxChunk = 64512;     // ranks inside a chunk fit 16 bits
+constexpr std::int64_t kMaxChunk = 64512;  // ranks inside a chunk fit 16 bits
 constexpr int kChunkWarps = 8;
 
 // From counts (in table.live) to the table and every small output. One block; all threads call it.
-__device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p, const GroupTable& table) {
+__device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p,
+                                                      const GroupTable& table) {
   const int per_thread = (p.groups + blockDim.x - 1) / blockDim.x;
   const int begin = threadIdx.x * per_thread;
   const int end = begin + per_thread < p.groups ? begin + per_thread : p.groups;
@@ -69,7 +70,8 @@ __device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p, cons
   if (p.dropped != nullptr) block_scan({lost, 0}, &lost_total);
   if (threadIdx.x == 0) {
     if (p.num_tiles != nullptr)
-      *p.num_tiles = total.tiles < p.max_tiles ? total.tiles : static_cast<std::int32_t>(p.max_tiles);
+      *p.num_tiles =
+          total.tiles < p.max_tiles ? total.tiles : static_cast<std::int32_t>(p.max_tiles);
     if (p.num_padded != nullptr) *p.num_padded = total.rows;
     if (p.dropped != nullptr) *p.dropped = lost_total.rows;
   }
@@ -88,7 +90,8 @@ __device__ __forceinline__ void place(const AlignParams& p, std::int64_t slot, i
       position = base + rank;
     if (position >= p.positions) position = -1;
   }
-  if (position >= 0 && p.row_slot != nullptr) p.row_slot[position] = static_cast<std::int32_t>(slot);
+  if (position >= 0 && p.row_slot != nullptr)
+    p.row_slot[position] = static_cast<std::int32_t>(slot);
   if (p.slot_row != nullptr) p.slot_row[slot] = static_cast<std::int32_t>(position);
 }
 
@@ -120,7 +123,8 @@ __device__ __forceinline__ std::int32_t padded_rows(const AlignParams& p, const 
 }
 
 // --- one block does everything ------------------------------------------------------------------
-__global__ void __launch_bounds__(1024, 1) align_small(AlignParams p, int warps, std::int64_t per_warp) {
+__global__ void __launch_bounds__(1024, 1)
+    align_small(AlignParams p, int warps, std::int64_t per_warp) {
   extern __shared__ std::int32_t shared[];
   const GroupTable table = GroupTable::at(shared, p.groups);
   auto* counters = reinterpret_cast<std::uint16_t*>(shared + kTableColumns * p.groups);
@@ -129,26 +133,31 @@ __global__ void __launch_bounds__(1024, 1) align_small(AlignParams p, int warps,
   const int warp = threadIdx.x / 32;
   const std::int64_t first = warp * per_warp;
   const std::int64_t end = first + per_warp < p.slots ? first + per_warp : p.slots;
-  int group[kSteps];
+  int group[kSteps], rank[kSteps];
   if (warp < warps) {
     load_groups(p, first, end, group);
-    rank_groups(group, counters + warp * p.groups, [](int, int) {});
+    rank_groups(group, counters + warp * p.groups, rank);
   }
   fill_padding(p, threadIdx.x, blockDim.x);
   sum_warps(p, warps, counters, [&](int g, int count) { table.live[g] = count; });
   const std::int32_t tiles = finish_counts(p, table);
   if (warp < warps) {
-    rank_groups(group, counters + warp * p.groups, [&](int s, int rank) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
       const std::int64_t slot = first + s * 32 + threadIdx.x % 32;
-      if (slot < end) place(p, slot, group[s], group[s] >= 0 ? table.start[group[s]] : 0, rank);
-    });
+      if (slot >= end) break;
+      const bool placed = group[s] >= 0;
+      place(p, slot, group[s], placed ? table.start[group[s]] : 0,
+            placed ? counters[warp * p.groups + group[s]] + rank[s] : 0);
+    }
   }
   write_tiles(p.writer, table, tiles, threadIdx.x, blockDim.x);
   write_blocks(p, table, padded_rows(p, table), threadIdx.x, blockDim.x);
 }
 
-// --- many blocks: count, scan, place -----------------------------------------------------------------
-// What one warp of a block has of its chunk.
+// --- many blocks: count, scan, place
+// ----------------------------------------------------------------- What one warp of a block has of
+// its chunk.
 struct WarpSlots {
   std::int64_t begin, end;
 };
@@ -158,11 +167,13 @@ __device__ __forceinline__ WarpSlots warp_slots(const AlignParams& p) {
   return {begin, begin + per_warp < p.slots ? begin + per_warp : p.slots};
 }
 
-__device__ __forceinline__ void count_warp(const AlignParams& p, const WarpSlots& mine, std::uint16_t* counter) {
+// Counts the warp's slots; what is left in `group` and `rank` are those of its last kWarpSlots.
+__device__ __forceinline__ void count_warp(const AlignParams& p, const WarpSlots& mine,
+                                           std::uint16_t* counter, int (&group)[kSteps],
+                                           int (&rank)[kSteps]) {
   for (std::int64_t first = mine.begin; first < mine.end; first += kWarpSlots) {
-    int group[kSteps];
     load_groups(p, first, mine.end, group);
-    rank_groups(group, counter, [](int, int) {});
+    rank_groups(group, counter, rank);
   }
 }
 
@@ -170,7 +181,8 @@ __global__ void __launch_bounds__(kChunkWarps * 32, 1) align_count(AlignParams p
   extern __shared__ std::uint16_t counters[];
   clear(counters, kChunkWarps * p.groups);
   begin_kernel();
-  count_warp(p, warp_slots(p), counters + threadIdx.x / 32 * p.groups);
+  int group[kSteps], rank[kSteps];
+  count_warp(p, warp_slots(p), counters + threadIdx.x / 32 * p.groups, group, rank);
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   fill_padding(p, thread, static_cast<std::int64_t>(gridDim.x) * blockDim.x);
   sum_warps(p, kChunkWarps, counters, [&](int g, int count) {
@@ -178,8 +190,8 @@ __global__ void __launch_bounds__(kChunkWarps * 32, 1) align_count(AlignParams p
   });
 }
 
-// counts[chunk][group] becomes the position (batched: the rank) of the chunk's first slot of the group.
-// `segments` threads share a group's column of chunks.
+// counts[chunk][group] becomes the position (batched: the rank) of the chunk's first slot of the
+// group. `segments` threads share a group's column of chunks.
 __global__ void __launch_bounds__(1024, 1) align_scan(AlignParams p, int segments) {
   begin_kernel();
   extern __shared__ std::int32_t shared[];  // table, then [segments, groups]
@@ -229,18 +241,27 @@ __global__ void __launch_bounds__(kChunkWarps * 32, 1) align_place(AlignParams p
   begin_kernel();
   const WarpSlots mine = warp_slots(p);
   std::uint16_t* counter = counters + threadIdx.x / 32 * p.groups;
-  count_warp(p, mine, counter);
+  int group[kSteps], rank[kSteps];
+  count_warp(p, mine, counter, group, rank);
   sum_warps(p, kChunkWarps, counters, [](int, int) {});
   const std::int32_t* base = p.counts + static_cast<std::int64_t>(blockIdx.x) * p.groups;
+  const bool one_round = mine.end - mine.begin <= kWarpSlots;  // then all ranks are at hand
   for (std::int64_t from = mine.begin; from < mine.end; from += kWarpSlots) {
-    int group[kSteps];
-    load_groups(p, from, mine.end, group);
-    rank_groups(group, counter, [&](int s, int rank) {
+    int before[kSteps];  // of the group's slots in the chunk
+    if (one_round) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) before[s] = group[s] >= 0 ? counter[group[s]] + rank[s] : 0;
+    } else {
+      load_groups(p, from, mine.end, group);
+      rank_groups(group, counter, before);
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
       const std::int64_t slot = from + s * 32 + threadIdx.x % 32;
-      if (slot >= mine.end) return;
+      if (slot >= mine.end) break;
       const std::int64_t first = group[s] >= 0 ? base[group[s]] : 0;
-      place(p, slot, group[s], first, p.batched ? first + rank : rank);
-    });
+      place(p, slot, group[s], first, p.batched ? first + before[s] : before[s]);
+    }
   }
   const GroupTable table = GroupTable::at(p.table, p.groups);
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -307,14 +328,16 @@ void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t
   const std::size_t table_bytes = static_cast<std::size_t>(kTableColumns * p.groups) * 4;
   if (p.slots <= kSlotsAtOnce) {
     // Few slots: a warp each 32, the shortest way. More: full warps, so that fewer are summed.
-    const std::int64_t per_warp = p.slots <= 256 ? 32 : kWarpSlots, warps = ceil_div(p.slots, per_warp);
+    const std::int64_t per_warp = p.slots <= 512 ? 32 : p.slots <= 1024 ? 64 : kWarpSlots;
+    const std::int64_t warps = ceil_div(p.slots, per_warp);
     const std::int64_t wanted = std::max({warps * 32, std::int64_t{p.groups}, std::int64_t{128}});
-    launch("align", align_small,
-           {.grid = 1,
-            .block = dim3(static_cast<unsigned>(std::min<std::int64_t>(1024, round_up(wanted, 32)))),
-            .shared_bytes = table_bytes + static_cast<std::size_t>(warps * p.groups) * 2,
-            .dependency = overlap(device)},
-           stream, p, static_cast<int>(warps), per_warp);
+    launch(
+        "align", align_small,
+        {.grid = 1,
+         .block = dim3(static_cast<unsigned>(std::min<std::int64_t>(1024, round_up(wanted, 32)))),
+         .shared_bytes = table_bytes + static_cast<std::size_t>(warps * p.groups) * 2,
+         .dependency = overlap(device)},
+        stream, p, static_cast<int>(warps), per_warp);
     return;
   }
   p.chunk = chunk_size(p.slots);

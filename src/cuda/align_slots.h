@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device side of align: which group of rows a slot belongs to, and its rank among the slots before it.
+// Device side of align: which group of rows a slot belongs to, and its rank among the slots before
+// it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +12,7 @@
 
 namespace moesaic::cuda {
 
-constexpr int kSteps = 4;                     // slots that a lane reads at once
+constexpr int kSteps = 4;  // slots that a lane reads at once
 constexpr std::int64_t kWarpSlots = 32 * kSteps;
 
 struct AlignParams {
@@ -24,8 +25,8 @@ struct AlignParams {
   std::int64_t capacity = 0, block_rows = 0;
   std::int64_t positions = 0, slot_count = 0, max_tiles = 0, tile_rows = 1;
   TileWriter writer;
-  // A group is a local expert; in padded lists it is an expert of the model, in the order of the global
-  // ids as in the original, so that filtered blocks lie where their expert would.
+  // A group is a local expert; in padded lists it is an expert of the model, in the order of the
+  // global ids as in the original, so that filtered blocks lie where their expert would.
   int groups = 0;
   std::int32_t* num_tiles = nullptr;
   std::int32_t* row_slot = nullptr;
@@ -47,8 +48,7 @@ __device__ __forceinline__ int local_of(const AlignParams& p, std::int64_t id) {
 // -1: the slot contributes nothing.
 __device__ __forceinline__ int group_of(const AlignParams& p, std::int64_t slot) {
   std::int64_t at = slot;
-  if (!p.ids_are_dense)
-    at = slot / p.top_k * p.token_stride + slot % p.top_k * p.slot_stride;
+  if (!p.ids_are_dense) at = slot / p.top_k * p.token_stride + slot % p.top_k * p.slot_stride;
   const std::int64_t id = p.ids_are_64bit ? static_cast<const std::int64_t*>(p.ids)[at]
                                           : static_cast<const std::int32_t*>(p.ids)[at];
   if (id < 0 || id >= p.experts) return -1;
@@ -60,8 +60,8 @@ __device__ __forceinline__ int expert_of(const AlignParams& p, int group) {
 }
 
 // The groups of kWarpSlots slots from `first` on, all requested before the first is used.
-__device__ __forceinline__ void load_groups(const AlignParams& p, std::int64_t first, std::int64_t end,
-                                            int (&group)[kSteps]) {
+__device__ __forceinline__ void load_groups(const AlignParams& p, std::int64_t first,
+                                            std::int64_t end, int (&group)[kSteps]) {
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const std::int64_t slot = first + s * 32 + threadIdx.x % 32;
@@ -69,30 +69,32 @@ __device__ __forceinline__ void load_groups(const AlignParams& p, std::int64_t f
   }
 }
 
-// Those slots in order: f(step, rank), rank counting the warp's earlier slots of that group from
-// counter[group] on.
-template <typename F>
-__device__ __forceinline__ void rank_groups(const int (&group)[kSteps], std::uint16_t* counter, F&& f) {
+// rank[s]: how many of the warp's earlier slots have the group of slot s; counter[group] counts
+// them. A match costs some 300 cycles when all 32 differ, so ranks are kept and not found a second
+// time.
+__device__ __forceinline__ void rank_groups(const int (&group)[kSteps], std::uint16_t* counter,
+                                            int (&rank)[kSteps]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    if (!__any_sync(kAllLanes, group[s] >= 0)) {  // also the steps behind the last slot
-      f(s, 0);
-      continue;
-    }
+    rank[s] = 0;
+    if (!__any_sync(kAllLanes, group[s] >= 0)) continue;  // also the steps behind the last slot
     const unsigned same = __match_any_sync(kAllLanes, group[s]);
     const unsigned before = same & ((1u << lane) - 1);
     const int base = group[s] >= 0 ? counter[group[s]] : 0;
     __syncwarp();
-    f(s, base + __popc(before));
-    if (group[s] >= 0 && before == 0) counter[group[s]] = static_cast<std::uint16_t>(base + __popc(same));
+    rank[s] = base + __popc(before);
+    if (group[s] >= 0 && before == 0)
+      counter[group[s]] = static_cast<std::uint16_t>(base + __popc(same));
     __syncwarp();
   }
 }
 
-// counters[warp][group] of a block become each warp's first rank. total(group, count) once per group.
+// counters[warp][group] of a block become each warp's first rank. total(group, count) once per
+// group.
 template <typename F>
-__device__ __forceinline__ void sum_warps(const AlignParams& p, int warps, std::uint16_t* counters, F&& total) {
+__device__ __forceinline__ void sum_warps(const AlignParams& p, int warps, std::uint16_t* counters,
+                                          F&& total) {
   __syncthreads();
   for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
     int sum = 0;

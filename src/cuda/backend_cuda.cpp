@@ -30,7 +30,8 @@ Support CudaBackend::supports(const LayerConfig& config, Format) const {
   return {.supported = true, .reason = {}};
 }
 
-// --- memory ---------------------------------------------------------------------------------------
+// --- memory
+// ---------------------------------------------------------------------------------------
 void* CudaBackend::allocate(std::size_t bytes) const {
   const DeviceGuard guard(device_.index);
   void* data = nullptr;
@@ -46,16 +47,19 @@ void CudaBackend::deallocate(void* data) const noexcept {
 void CudaBackend::copy(void* dst, const void* src, std::size_t bytes, Stream stream) const {
   if (bytes == 0) return;
   const DeviceGuard guard(device_.index);
-  check_cuda(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, native(stream)), "cudaMemcpyAsync");
+  check_cuda(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, native(stream)),
+             "cudaMemcpyAsync");
 }
 
 std::unique_ptr<PackedWeights> CudaBackend::make_packed(const WeightSpec& spec) const {
   return make_cuda_weights(spec, family_for(spec, device_), device_);
 }
 
-// --- what the plan is made from -----------------------------------------------------------------------
+// --- what the plan is made from
+// -----------------------------------------------------------------------
 Fusions CudaBackend::fusions(const WeightSpec&, const WeightSpec&, Format) const {
-  // Both families write 16-bit rows behind the activation: the separate quantizer reads them from L2.
+  // Both families write 16-bit rows behind the activation: the separate quantizer reads them from
+  // L2.
   return {};
 }
 
@@ -76,7 +80,8 @@ std::vector<Tactic> CudaBackend::tactics(const WeightSpec& spec) const {
   return family_for(spec, device_).tactics(spec, device_);
 }
 
-// --- the stages -----------------------------------------------------------------------------------
+// --- the stages
+// -----------------------------------------------------------------------------------
 void CudaBackend::route(const RouteStage& stage, Stream stream) const {
   const DeviceGuard guard(device_.index);
   run_route(stage, device_, native(stream));
@@ -106,7 +111,8 @@ void CudaBackend::combine(const CombineStage& stage, Stream stream) const {
   run_combine(stage, device_, native(stream));
 }
 
-// --- which backends there are ----------------------------------------------------------------------
+// --- which backends there are
+// ----------------------------------------------------------------------
 namespace {
 
 int attribute(cudaDeviceAttr which, int index) {
@@ -140,10 +146,10 @@ DeviceBackends make_backends(int index) {
   if (device.compute_capability < 80) return made;
   cudaDeviceProp properties{};
   check_cuda(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
-  const std::string note =
-      has_sass(device.compute_capability)
-          ? std::string()
-          : "no machine code for this part in the library: the driver compiles its PTX once and caches it";
+  const std::string note = has_sass(device.compute_capability)
+                               ? std::string()
+                               : "no machine code for this part in the library: the driver "
+                                 "compiles its PTX once and caches it";
   made.sm80 = std::make_unique<CudaBackend>(device, properties.name, note);
   if (device.compute_capability == 90) {
     device.use_sm90 = true;
@@ -173,7 +179,8 @@ Level parse_level(std::string_view text, std::string_view argument) {
   if (text.empty()) return Level::kBest;
   if (text == "sm80") return Level::kSm80;
   if (text == "sm90a") return Level::kSm90;
-  invalid(std::string(argument) + ": unknown CUDA kernels '" + std::string(text) + "'; known: sm80, sm90a");
+  invalid(std::string(argument) + ": unknown CUDA kernels '" + std::string(text) +
+          "'; known: sm80, sm90a");
 }
 
 std::atomic<Level>& level() {

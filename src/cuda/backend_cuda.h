@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backend of one CUDA device with one choice of kernels. A device has up to two of them (SM90a and
-// SM80 kernels); cuda_backend() hands out the one that the override in force asks for, and a layer
-// keeps the one it was made with.
+// The backend of one CUDA device with one choice of kernels. A device has up to two of them (SM90a
+// and SM80 kernels); cuda_backend() hands out the one that the override in force asks for, and a
+// layer keeps the one it was made with.
 #pragma once
 
 #include <string>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Expert outputs to tokens: a gather and a sum in slot order, fp32, one rounding. Deterministic because
-// nothing but the token decides the order. Adding into the output from GEMM2 with atomics lost: as fast
-// at best, and the bits vary from run to run.
+// Expert outputs to tokens: a gather and a sum in slot order, fp32, one rounding. Deterministic
+// because nothing but the token decides the order. Adding into the output from GEMM2 with atomics
+// lost: as fast at best, and the bits vary from run to run.
 #include <algorithm>
 
 #include "cuda/device.h"
@@ -29,8 +29,8 @@ struct CombineParams {
   unsigned blocks_per_token = 1;
 };
 
-// Two roundings, as on the CPU: both backends sum the same rows to the same bits. The fused form would
-// save nothing, the memory is what is waited for.
+// Two roundings, as on the CPU: both backends sum the same rows to the same bits. The fused form
+// would save nothing, the memory is what is waited for.
 __device__ __forceinline__ float add_product(float sum, float a, float b) {
   return __fadd_rn(sum, __fmul_rn(a, b));
 }
@@ -42,15 +42,16 @@ __device__ __forceinline__ void load_any(const void* data, DType dtype, std::int
   for (int i = 0; i < kVec; ++i) v[i] = load_float(data, dtype, at + i);
 }
 
-// A thread sums kVec neighbouring columns of one token. kAtOnce rows are requested before the first is
-// added: at T = 1 the whole top_k is one trip to memory.
+// A thread sums kVec neighbouring columns of one token. kAtOnce rows are requested before the first
+// is added: at T = 1 the whole top_k is one trip to memory.
 template <typename Row, typename Out, int kVec>
 __global__ void __launch_bounds__(256) combine_rows(CombineParams p) {
   begin_kernel();
   constexpr int kAtOnce = 8;
   const std::int64_t token = blockIdx.x / p.blocks_per_token;
   const std::int64_t column =
-      (static_cast<std::int64_t>(blockIdx.x % p.blocks_per_token) * blockDim.x + threadIdx.x) * kVec;
+      (static_cast<std::int64_t>(blockIdx.x % p.blocks_per_token) * blockDim.x + threadIdx.x) *
+      kVec;
   if (column >= p.columns) return;
   float sum[kVec] = {};
   const std::int64_t first_slot = token * p.top_k;
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(256) combine_rows(CombineParams p) {
     for (int i = 0; i < kAtOnce; ++i) {
       if (row[i] < 0) continue;
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) sum[e] = add_product(sum[e], weight[i], to_float(raw[i].element[e]));
+      for (int e = 0; e < kVec; ++e)
+        sum[e] = add_product(sum[e], weight[i], to_float(raw[i].element[e]));
     }
   }
 #pragma unroll
@@ -127,8 +129,9 @@ void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t
   const std::int64_t threads = ceil_div(columns, wide ? 8 : 1);
   p.blocks_per_token = static_cast<unsigned>(ceil_div(threads, 256));
   const std::int64_t block = round_up(ceil_div(threads, p.blocks_per_token), 32);
-  // The grid's first dimension takes 2^31 - 1 blocks; tokens * blocks_per_token stays below for every
-  // number of slots that 32-bit slot ids can name and rows up to 2^24 columns are split between calls.
+  // The grid's first dimension takes 2^31 - 1 blocks; tokens * blocks_per_token stays below for
+  // every number of slots that 32-bit slot ids can name and rows up to 2^24 columns are split
+  // between calls.
   const std::int64_t most = 0x7fffffff / p.blocks_per_token;
   for (std::int64_t first = 0; first < tokens; first += most) {
     const std::int64_t count = std::min(most, tokens - first);
@@ -136,15 +139,18 @@ void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t
     const std::int64_t slot = first * p.top_k;
     if (p.slot_row != nullptr) q.slot_row += slot;
     if (p.slot_row == nullptr) {
-      q.rows = static_cast<const char*>(p.rows) + slot * p.row_stride * static_cast<std::int64_t>(size_of(s.rows.dtype));
+      q.rows = static_cast<const char*>(p.rows) +
+               slot * p.row_stride * static_cast<std::int64_t>(size_of(s.rows.dtype));
       q.row_count -= slot;
     }
     if (p.topk_ids != nullptr) q.topk_ids += slot;
     if (p.weights != nullptr) q.weights += slot;
     if (p.shared != nullptr)
-      q.shared = static_cast<const char*>(p.shared) + first * p.shared_stride * static_cast<std::int64_t>(size_of(p.shared_dtype));
+      q.shared = static_cast<const char*>(p.shared) +
+                 first * p.shared_stride * static_cast<std::int64_t>(size_of(p.shared_dtype));
     if (p.shared_weight != nullptr) q.shared_weight += first;
-    q.output = static_cast<char*>(p.output) + first * p.output_stride * static_cast<std::int64_t>(size_of(s.output.dtype));
+    q.output = static_cast<char*>(p.output) +
+               first * p.output_stride * static_cast<std::int64_t>(size_of(s.output.dtype));
     for_float_type(s.rows.dtype, [&](auto row) {
       for_float_type(s.output.dtype, [&](auto out) {
         using Row = decltype(row);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the stages share on the host: the current device, how a dependent kernel is launched, and the
-// closed switch from a dtype to a type.
+// What the stages share on the host: the current device, how a dependent kernel is launched, and
+// the closed switch from a dtype to a type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,7 +44,8 @@ inline Dependency overlap(const DeviceTraits& device) {
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-// Blocks for `work` blocks' worth of a grid-stride loop: enough to fill the machine a few times over.
+// Blocks for `work` blocks' worth of a grid-stride loop: enough to fill the machine a few times
+// over.
 inline dim3 strided_grid(std::int64_t work, const DeviceTraits& device, int blocks_per_sm) {
   const std::int64_t most = static_cast<std::int64_t>(device.sm_count) * blocks_per_sm;
   return dim3(static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most));
@@ -54,9 +55,12 @@ inline dim3 strided_grid(std::int64_t work, const DeviceTraits& device, int bloc
 template <typename F>
 void for_float_type(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kF16: return f(__half{});
-    case DType::kBF16: return f(__nv_bfloat16{});
-    default: return f(float{});
+    case DType::kF16:
+      return f(__half{});
+    case DType::kBF16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(float{});
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From rows per expert to where each expert begins and which tiles it has: what align and tiles share.
-// Device side; one block does the scan, any number of threads write the tiles.
+// From rows per expert to where each expert begins and which tiles it has: what align and tiles
+// share. Device side; one block does the scan, any number of threads write the tiles.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,9 +14,9 @@ namespace moesaic::cuda {
 
 // One entry per group of rows: an expert.
 struct GroupTable {
-  std::int32_t* start = nullptr;      // [groups]: rows before the group (batched: not used)
-  std::int32_t* live = nullptr;       // [groups]: rows that hold a slot
-  std::int32_t* first_tile = nullptr; // [groups]: tiles before the group
+  std::int32_t* start = nullptr;       // [groups]: rows before the group (batched: not used)
+  std::int32_t* live = nullptr;        // [groups]: rows that hold a slot
+  std::int32_t* first_tile = nullptr;  // [groups]: tiles before the group
   __host__ __device__ static GroupTable at(std::int32_t* memory, std::int64_t groups) {
     return {memory, memory + groups, memory + 2 * groups};
   }
@@ -52,11 +52,15 @@ __device__ __forceinline__ ScanSums block_scan(ScanSums mine, ScanSums* total) {
 
 // The group that entry `index` of an exclusive prefix belongs to: the last one that begins at or
 // before it. Groups of length 0 begin where the next does and are never found.
-__device__ __forceinline__ int group_at(const std::int32_t* prefix, int groups, std::int32_t index) {
+__device__ __forceinline__ int group_at(const std::int32_t* prefix, int groups,
+                                        std::int32_t index) {
   int low = 0, high = groups;  // prefix[low] <= index
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (prefix[middle] <= index) low = middle; else high = middle;
+    if (prefix[middle] <= index)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
@@ -65,7 +69,7 @@ struct TileWriter {
   Tile* tiles = nullptr;
   std::int64_t max_tiles = 0, tile_rows = 1;
   std::int64_t capacity = 0;  // batched: rows per expert; else groups follow each other
-  int groups = 0;              // local experts
+  int groups = 0;             // local experts
 };
 
 // Every thread of `stride` writes the tiles begin, begin + stride, ...

@@ -9,8 +9,8 @@
 namespace moesaic::cuda {
 
 const GemmFamily* find_family(const WeightSpec& spec, const DeviceTraits& device) {
-  // Decided by the scheme and the shape of the weights alone, never by the number of tokens: the two
-  // families need not give the same bits in 8 bit.
+  // Decided by the scheme and the shape of the weights alone, never by the number of tokens: the
+  // two families need not give the same bits in 8 bit.
   if (device.use_sm90 && family_sm90().supports(spec)) return &family_sm90();
   if (family_sm80().supports(spec)) return &family_sm80();
   return nullptr;
@@ -22,19 +22,23 @@ const GemmFamily& family_for(const WeightSpec& spec, const DeviceTraits& device)
 }
 
 std::string refusal(const WeightSpec& spec) {
-  const std::string product =
-      fmt::format("scheme {} with {} outputs of {} inputs per expert", traits(spec.scheme).name, spec.n, spec.k);
+  const std::string product = fmt::format("scheme {} with {} outputs of {} inputs per expert",
+                                          traits(spec.scheme).name, spec.n, spec.k);
   if (spec.k % 8 != 0 || spec.n % 8 != 0)
-    return fmt::format("cuda: {}: hidden and intermediate must be multiples of 8; pad the weights with zeros, "
-                       "or use device cpu",
-                       product);
+    return fmt::format(
+        "cuda: {}: hidden and intermediate must be multiples of 8; pad the weights with zeros, "
+        "or use device cpu",
+        product);
   if (spec.scale.grid_k > 1 && spec.scale.group_k % 32 != 0)
-    return fmt::format("cuda: {}: groups of {} along the inputs; scale groups must be multiples of 32. Requantize, "
-                       "or use device cpu",
-                       product, spec.scale.group_k);
-  return fmt::format("cuda: no kernel for {} (weight scales per {} x {}, activations {}); use device cpu, which "
-                     "runs every scheme, or one of the schemes that `moesaic info` lists for cuda",
-                     product, spec.scale.group_n, spec.scale.group_k, name(spec.act_dtype));
+    return fmt::format(
+        "cuda: {}: groups of {} along the inputs; scale groups must be multiples of 32. "
+        "Requantize, "
+        "or use device cpu",
+        product, spec.scale.group_k);
+  return fmt::format(
+      "cuda: no kernel for {} (weight scales per {} x {}, activations {}); use device cpu, which "
+      "runs every scheme, or one of the schemes that `moesaic info` lists for cuda",
+      product, spec.scale.group_n, spec.scale.group_k, name(spec.act_dtype));
 }
 
 }  // namespace moesaic::cuda

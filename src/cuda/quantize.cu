@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows to where a product wants them, and to 8 bit. Work is handed out by tile and row, so that it
-// follows the live rows and not the capacity; nothing is read or written behind an expert's last row.
+// follows the live rows and not the capacity; nothing is read or written behind an expert's last
+// row.
 #include <algorithm>
 #include <type_traits>
 
@@ -17,14 +18,16 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 8;
 constexpr int kMaxPartials = 1024;
 
-// --- moved, not quantized ---------------------------------------------------------------------------
+// --- moved, not quantized
+// ---------------------------------------------------------------------------
 template <typename In, int kVec>
 __device__ __forceinline__ void store_moved(const QuantizeParams& p, std::int64_t at,
                                             const float (&v)[kVec]) {
   if constexpr (std::is_same_v<In, std::int8_t>) {  // bytes, whatever they mean
     Pack<std::int8_t, kVec> pack;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) pack.element[i] = static_cast<std::int8_t>(static_cast<int>(v[i]));
+    for (int i = 0; i < kVec; ++i)
+      pack.element[i] = static_cast<std::int8_t>(static_cast<int>(v[i]));
     *reinterpret_cast<Pack<std::int8_t, kVec>*>(static_cast<std::int8_t*>(p.output) + at) = pack;
   } else {
     store_float<kVec>(p.output, p.output_dtype, at, v);
@@ -32,14 +35,16 @@ __device__ __forceinline__ void store_moved(const QuantizeParams& p, std::int64_
 }
 
 // The scales of 8-bit rows move along, in the granularity they have.
-__device__ __forceinline__ void move_scales(const QuantizeParams& p, const QuantizeRow& row, int lane,
-                                            int threads) {
-  if (p.scale == nullptr || p.input_scale.data == nullptr || p.granularity == ActScale::kDefault) return;
+__device__ __forceinline__ void move_scales(const QuantizeParams& p, const QuantizeRow& row,
+                                            int lane, int threads) {
+  if (p.scale == nullptr || p.input_scale.data == nullptr || p.granularity == ActScale::kDefault)
+    return;
   const float* given = p.input_scale.data + row.expert * p.input_scale.expert_stride;
   if (p.granularity == ActScale::kToken || p.granularity == ActScale::kGroup) {
     given += row.source * p.input_scale.row_stride;
     float* scale = p.scale + row.position * p.scale_row_stride;
-    for (std::int64_t g = lane; g < p.groups; g += threads) scale[g] = given[g * p.input_scale.group_stride];
+    for (std::int64_t g = lane; g < p.groups; g += threads)
+      scale[g] = given[g * p.input_scale.group_stride];
   } else if (lane == 0) {  // one for all, or for the expert: every row writes the same
     p.scale[p.per_expert || p.input_scale.expert_stride != 0 ? row.expert : 0] = *given;
   }
@@ -55,14 +60,15 @@ __global__ void __launch_bounds__(kThreads, 1) move_rows(QuantizeParams p, int r
        i < items; i += static_cast<std::int64_t>(gridDim.x) * rows) {
     QuantizeRow row;
     if (!find_row(p, i, &row)) continue;
-    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float (&v)[kVec]) {
+    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float(&v)[kVec]) {
       store_moved<In, kVec>(p, row.position * p.output_stride + column, v);
     });
     move_scales(p, row, lane, row_threads);
   }
 }
 
-// --- one scale per row, or one that is known ---------------------------------------------------------
+// --- one scale per row, or one that is known
+// ---------------------------------------------------------
 __device__ __forceinline__ unsigned block_max(unsigned v) {
   __shared__ unsigned warps[kWarps];
   v = __reduce_max_sync(kAllLanes, v);
@@ -103,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
       p.scale[i] = p.static_scale[i * p.static_stride];
   if (p.granularity == ActScale::kTensorDynamic && !p.per_expert) {
     unsigned top = 0;
-    for (int i = threadIdx.x; i < p.partials; i += kThreads) top = max(top, __float_as_uint(p.partial[i]));
+    for (int i = threadIdx.x; i < p.partials; i += kThreads)
+      top = max(top, __float_as_uint(p.partial[i]));
     given = scale_of(p.output_dtype, block_max(top));
     if (first_block && threadIdx.x == 0 && p.scale != nullptr) p.scale[0] = given;
   }
@@ -117,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
     float scale = given;
     if (p.granularity == ActScale::kToken) {
       unsigned top = 0;
-      for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t, float (&v)[kVec]) {
+      for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t, float(&v)[kVec]) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) top = max(top, magnitude(v[e]));
       });
@@ -132,14 +139,14 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
     if (p.granularity != ActScale::kToken && p.per_expert && lane == 0 && p.scale != nullptr)
       p.scale[row.expert] = scale;  // every row of the expert writes the same
     const float inverse = inverse_of(scale);
-    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float (&v)[kVec]) {
+    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float(&v)[kVec]) {
       store_quantized<kVec>(p, row.position, column, v, scale, inverse);
     });
   }
 }
 
-// First pass of a dynamic scale: the largest finite magnitude, per block or (per_expert) per tile. NaN
-// and infinities stay out, or one token would spoil all others.
+// First pass of a dynamic scale: the largest finite magnitude, per block or (per_expert) per tile.
+// NaN and infinities stay out, or one token would spoil all others.
 template <typename In, int kVec>
 __global__ void __launch_bounds__(kThreads, 1) tensor_absmax(QuantizeParams p) {
   begin_kernel();
@@ -148,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) tensor_absmax(QuantizeParams p) {
     unsigned top = 0;
     QuantizeRow row;
     if (find_row(p, item, &row))
-      for_row<In, kVec>(p, row, lane, 32, [&](std::int64_t, float (&v)[kVec]) {
+      for_row<In, kVec>(p, row, lane, 32, [&](std::int64_t, float(&v)[kVec]) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) top = max(top, finite_magnitude(v[e]));
       });
@@ -174,35 +181,39 @@ __global__ void __launch_bounds__(kThreads, 1) tensor_absmax(QuantizeParams p) {
   if (threadIdx.x == 0) p.partial[blockIdx.x] = __uint_as_float(top);
 }
 
-// --- one scale per group of a row --------------------------------------------------------------------
-// Groups of 8, 16, ... 256 elements: eight elements a lane, so a group is 1 to 32 neighbouring lanes
-// and a warp takes 256 elements at a time, in one pass over the memory. kRowsAtOnce rows go side by
-// side, so that their lookups and loads overlap: one at a time took three times as long. `segments` pieces
-// of 256 go to one warp: one when there are few rows, so that a single token still fills the machine.
+// --- one scale per group of a row
+// -------------------------------------------------------------------- Groups of 8, 16, ... 256
+// elements: eight elements a lane, so a group is 1 to 32 neighbouring lanes and a warp takes 256
+// elements at a time, in one pass over the memory. kRowsAtOnce rows go side by side, so that their
+// lookups and loads overlap: one at a time took three times as long. `segments` pieces of 256 go to
+// one warp: one when there are few rows, so that a single token still fills the machine.
 constexpr int kRowsAtOnce = 4;
 template <typename In>
-__global__ void __launch_bounds__(kThreads, 2) quantize_groups(QuantizeParams p, int lanes_per_group,
-                                                               int segments, std::int64_t pieces) {
+__global__ void __launch_bounds__(kThreads, 2)
+    quantize_groups(QuantizeParams p, int lanes_per_group, int segments, std::int64_t pieces) {
   begin_kernel();
   constexpr int kVec = 8, kWarpElements = 32 * kVec;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, group_shift = __ffs(lanes_per_group) - 1;
   const std::int64_t rows = item_count(p), items = (rows + kRowsAtOnce - 1) / kRowsAtOnce * pieces;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < items;
-       i += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+       i < items; i += static_cast<std::int64_t>(gridDim.x) * kWarps) {
     const std::int64_t first = i / pieces * kRowsAtOnce;
     const std::int64_t begin = i % pieces * segments * kWarpElements + lane * kVec;
     QuantizeRow row[kRowsAtOnce];
     bool live[kRowsAtOnce];
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) live[r] = first + r < rows && find_row(p, first + r, &row[r]);
+    for (int r = 0; r < kRowsAtOnce; ++r)
+      live[r] = first + r < rows && find_row(p, first + r, &row[r]);
     for (int s = 0; s < segments; ++s) {
       const std::int64_t column = begin + s * kWarpElements;
+      const unsigned group = static_cast<unsigned>(column / kVec) >> group_shift;
       Pack<In, kVec> raw[kRowsAtOnce];
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
         raw[r] = {};
         if (live[r] && column < p.columns)
-          raw[r] = load_pack<kVec>(static_cast<const In*>(p.input) + row[r].source * p.input_stride + column);
+          raw[r] = load_pack<kVec>(static_cast<const In*>(p.input) +
+                                   row[r].source * p.input_stride + column);
       }
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
@@ -219,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_groups(QuantizeParams p,
         if (!mine) continue;
         const float scale = scale_of(p.output_dtype, top);
         if (lane % lanes_per_group == 0 && p.scale != nullptr)
-          p.scale[row[r].position * p.scale_row_stride + column / p.group] = scale;
+          p.scale[row[r].position * p.scale_row_stride + group] = scale;
         store_quantized<kVec>(p, row[r].position, column, v, scale, inverse_of(scale));
       }
     }
@@ -232,8 +243,8 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_odd_groups(QuantizeParam
   begin_kernel();
   const int lane = threadIdx.x % 32;
   const std::int64_t items = item_count(p) * p.groups;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < items;
-       i += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+       i < items; i += static_cast<std::int64_t>(gridDim.x) * kWarps) {
     QuantizeRow row;
     if (!find_row(p, i / p.groups, &row)) continue;
     const std::int64_t g = i % p.groups, begin = g * p.group, end = min(begin + p.group, p.columns);
@@ -256,7 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_odd_groups(QuantizeParam
   }
 }
 
-// --- the host's side ------------------------------------------------------------------------------
+// --- the host's side
+// ------------------------------------------------------------------------------
 QuantizeParams make_params(const QuantizeStage& s) {
   QuantizeParams p{.input = s.input.data,
                    .input_rows = s.input.shape[0],
@@ -316,7 +328,8 @@ void pick(bool first, F&& f) {
 
 std::size_t quantize_scratch(std::int64_t rows, std::int64_t experts) {
   // One float per block of the first pass, or per tile: never more of those than rows and experts.
-  return static_cast<std::size_t>(std::max<std::int64_t>(kMaxPartials, rows + experts)) * sizeof(float);
+  return static_cast<std::size_t>(std::max<std::int64_t>(kMaxPartials, rows + experts)) *
+         sizeof(float);
 }
 
 void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaStream_t stream) {
@@ -328,14 +341,15 @@ void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const Dependency dependency = overlap(device);
   const auto go = [&](const char* what, auto kernel, std::int64_t blocks, auto... more) {
     launch(what, kernel,
-           {.grid = strided_grid(blocks, device, kBlocksPerSm), .block = dim3(kThreads),
+           {.grid = strided_grid(blocks, device, kBlocksPerSm),
+            .block = dim3(kThreads),
             .dependency = dependency},
            stream, p, more...);
   };
   // A block per row while rows are few or very wide; a warp per row when there are plenty.
   const std::int64_t live = std::min(rows, p.tiles != nullptr ? p.positions : rows);
-  const bool warp_rows = p.columns <= 32 * (wide ? 8 : 1) ||
-                         (live > device.sm_count * 16 && p.columns <= 8192);
+  const bool warp_rows =
+      p.columns <= 32 * (wide ? 8 : 1) || (live > device.sm_count * 16 && p.columns <= 8192);
   const std::int64_t row_blocks = warp_rows ? ceil_div(rows, kWarps) : rows;
 
   const int row_threads = warp_rows ? 32 : kThreads;
@@ -352,12 +366,15 @@ void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
     if (p.granularity == ActScale::kGroup) {
       const std::int64_t lanes = p.group / 8;
       const bool even = wide && p.group % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
-      if (!even) return go("quantize: groups", quantize_odd_groups<In>, ceil_div(rows * p.groups, kWarps));
+      if (!even)
+        return go("quantize: groups", quantize_odd_groups<In>, ceil_div(rows * p.groups, kWarps));
       const std::int64_t all = ceil_div(p.columns, 256);
-      const int segments = live > device.sm_count * 16 ? static_cast<int>(std::min<std::int64_t>(all, 8)) : 1;
+      const int segments =
+          live > device.sm_count * 16 ? static_cast<int>(std::min<std::int64_t>(all, 8)) : 1;
       const std::int64_t pieces = ceil_div(all, segments);
-      return go("quantize: groups", quantize_groups<In>, ceil_div(ceil_div(rows, kRowsAtOnce) * pieces, kWarps),
-                static_cast<int>(lanes), segments, pieces);
+      return go("quantize: groups", quantize_groups<In>,
+                ceil_div(ceil_div(rows, kRowsAtOnce) * pieces, kWarps), static_cast<int>(lanes),
+                segments, pieces);
     }
     pick<8, 1>(wide, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;

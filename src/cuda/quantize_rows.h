@@ -38,7 +38,8 @@ struct QuantizeParams {
   std::int64_t static_scales = 0, static_stride = 0;
   float* scale = nullptr;
   std::int64_t scale_row_stride = 0;
-  // Dynamic per tensor: one absmax per block of the first pass, or per tile when they are per expert.
+  // Dynamic per tensor: one absmax per block of the first pass, or per tile when they are per
+  // expert.
   float* partial = nullptr;
   int partials = 0;
   bool per_expert = false;
@@ -59,7 +60,8 @@ __device__ __forceinline__ std::int64_t item_count(const QuantizeParams& p) {
 }
 
 // False: item `i` is no live row.
-__device__ __forceinline__ bool find_row(const QuantizeParams& p, std::int64_t i, QuantizeRow* row) {
+__device__ __forceinline__ bool find_row(const QuantizeParams& p, std::int64_t i,
+                                         QuantizeRow* row) {
   if (p.tiles == nullptr) {
     *row = {.position = i, .source = i};
     return true;
@@ -103,8 +105,8 @@ __device__ __forceinline__ void unpack(const Pack<In, kVec>& pack, float (&v)[kV
   for (int i = 0; i < kVec; ++i) v[i] = to_float(pack.element[i]);
 }
 
-// Calls f(column, values) for the packs of one row that thread `lane` of `threads` owns. The loads of
-// a batch are issued together: a row is read at the speed of the memory, not of its latency.
+// Calls f(column, values) for the packs of one row that thread `lane` of `threads` owns. The loads
+// of a batch are issued together: a row is read at the speed of the memory, not of its latency.
 template <typename In, int kVec, typename F>
 __device__ __forceinline__ void for_row(const QuantizeParams& p, const QuantizeRow& row, int lane,
                                         int threads, F&& f) {
@@ -129,8 +131,9 @@ __device__ __forceinline__ void for_row(const QuantizeParams& p, const QuantizeR
   }
 }
 
-// --- 8-bit numbers ---------------------------------------------------------------------------------
-// Magnitudes compare as integers, and a NaN is the largest of them.
+// --- 8-bit numbers
+// --------------------------------------------------------------------------------- Magnitudes
+// compare as integers, and a NaN is the largest of them.
 __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }
 __device__ __forceinline__ unsigned finite_magnitude(float v) {
   const unsigned m = magnitude(v);

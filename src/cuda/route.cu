@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing: one warp per token, its experts in registers, k picks of the largest key. Every sum has a
-// fixed tree, so a token's experts and weights do not depend on the batch.
+// Routing: one warp per token, its experts in registers, k picks of the largest key. Every sum has
+// a fixed tree, so a token's experts and weights do not depend on the batch.
 //
-// Where a score is a monotone function of the logit and nothing is added to it, the logits themselves
-// are compared: a saturated sigmoid would make ties of numbers that differ.
+// Where a score is a monotone function of the logit and nothing is added to it, the logits
+// themselves are compared: a saturated sigmoid would make ties of numbers that differ.
 #include <algorithm>
 
 #include "cuda/device.h"
@@ -33,12 +33,14 @@ struct RouteParams {
   bool renormalize = false, sparsemixer = false;
   Divisor divisor = Divisor::kPlain;
   int groups = 1, topk_groups = 1;
-  int group_best = 1;               // a group's score: the sum of its best 1 or 2
+  int group_best = 1;  // a group's score: the sum of its best 1 or 2
   float scale = 1.0f, sum_floor = 0.0f, threshold = 0.0f;
 };
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
-__device__ __forceinline__ float softplus(float z) { return fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z))); }
+__device__ __forceinline__ float softplus(float z) {
+  return fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z)));
+}
 
 // Order as of floats, -0 equal to 0; NaN below all numbers; 0 is free for "not to be chosen".
 __device__ __forceinline__ unsigned order_key(float v) {
@@ -54,10 +56,14 @@ struct SoftmaxSums {
 // A call, not inlined: it would be unrolled for every expert of a lane, and compile for a minute.
 __device__ __noinline__ float score(Score kind, float z, const SoftmaxSums& softmax) {
   switch (kind) {
-    case Score::kSoftmax: return expf(z - softmax.top) / softmax.sum;
-    case Score::kSigmoid: return sigmoid(z);
-    case Score::kSqrtSoftplus: return sqrtf(softplus(z));
-    default: return z;
+    case Score::kSoftmax:
+      return expf(z - softmax.top) / softmax.sum;
+    case Score::kSigmoid:
+      return sigmoid(z);
+    case Score::kSqrtSoftplus:
+      return sqrtf(softplus(z));
+    default:
+      return z;
   }
 }
 
@@ -67,8 +73,8 @@ __device__ __forceinline__ float logit(const RouteParams& p, std::int64_t token,
 }
 
 // Which groups stay: kept[g] in shared memory. A group's score is the sum of its best one or two.
-__device__ __forceinline__ void choose_groups(const RouteParams& p, const float* choice, float* group_score,
-                                              bool* kept) {
+__device__ __forceinline__ void choose_groups(const RouteParams& p, const float* choice,
+                                              float* group_score, bool* kept) {
   const int lane = threadIdx.x, size = p.experts / p.groups;
   for (int g = lane; g < p.groups; g += 32) {
     float first = -INFINITY, second = -INFINITY;
@@ -100,8 +106,8 @@ __device__ __forceinline__ void choose_groups(const RouteParams& p, const float*
 
 // Phi-3.5's weight of the best expert that is left: a softmax over the experts near it. `chosen` is
 // the pick of lane j for j < picks: those are masked out.
-__device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, std::int64_t token, float top,
-                                                    int chosen, int picks) {
+__device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, std::int64_t token,
+                                                    float top, int chosen, int picks) {
   float sum = 0.0f;
   for (int first = 0; first < p.experts; first += 32) {
     const int expert = first + static_cast<int>(threadIdx.x);
@@ -126,7 +132,8 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
   for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * 32 + lane;
     z[i] = -INFINITY;
-    if (expert < p.experts) z[i] = load_float(p.logits, p.logits_dtype, token * p.logits_stride + expert);
+    if (expert < p.experts)
+      z[i] = load_float(p.logits, p.logits_dtype, token * p.logits_stride + expert);
   }
   if (p.bias != nullptr) {
 #pragma unroll
@@ -154,7 +161,8 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
     key[i] = 0;
     if (expert >= p.experts) continue;
     float choice = p.selection == Score::kLogit ? z[i] : score(p.selection, z[i], softmax);
-    if (p.selection_bias != nullptr) choice += load_float(p.selection_bias, p.selection_dtype, expert);
+    if (p.selection_bias != nullptr)
+      choice += load_float(p.selection_bias, p.selection_dtype, expert);
     key[i] = order_key(choice);
     if (p.groups > 1) shared[expert] = choice;
   }
@@ -216,7 +224,8 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
   }
 }
 
-// --- the host's side ---------------------------------------------------------------------------------
+// --- the host's side
+// ---------------------------------------------------------------------------------
 RouteParams make_params(const RouteStage& s, const Tensor& logits) {
   const RoutingSpec& spec = s.spec;
   RouteParams p{.logits = logits.data,
@@ -304,11 +313,14 @@ void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t
     logits = stage.logits_scratch;
   }
   const RouteParams p = make_params(stage, logits);
-  const std::size_t shared =
-      p.groups > 1 ? static_cast<std::size_t>(p.experts + p.groups) * 4 + static_cast<std::size_t>(p.groups) : 0;
+  const std::size_t shared = p.groups > 1 ? static_cast<std::size_t>(p.experts + p.groups) * 4 +
+                                                static_cast<std::size_t>(p.groups)
+                                          : 0;
   const auto go = [&](auto kernel) {
     launch("route", kernel,
-           {.grid = dim3(static_cast<unsigned>(tokens)), .block = dim3(32), .shared_bytes = shared,
+           {.grid = dim3(static_cast<unsigned>(tokens)),
+            .block = dim3(32),
+            .shared_bytes = shared,
             .dependency = overlap(device)},
            stream, p);
   };

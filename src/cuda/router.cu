@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The router's product: logits = x W^T, accumulated in fp32 in one order of the width for every T, because
-// an expert chosen by a different last bit would be another token's doing.
+// The router's product: logits = x W^T, accumulated in fp32 in one order of the width for every T,
+// because an expert chosen by a different last bit would be another token's doing.
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/stages.h"
@@ -18,7 +18,8 @@ struct LogitsParams {
 };
 
 template <typename T>
-__device__ __forceinline__ void load_eight(const T* at, std::int64_t left, bool wide, float (&v)[8]) {
+__device__ __forceinline__ void load_eight(const T* at, std::int64_t left, bool wide,
+                                           float (&v)[8]) {
   if (wide) {
     const Pack<T, 8> pack = load_pack<8>(at);
 #pragma unroll
@@ -89,7 +90,8 @@ void run_router(const RouteStage& s, const DeviceTraits& device, cudaStream_t st
   const auto go = [&](auto kernel, int tokens, int experts) {
     const std::int64_t warps = ceil_div(p.tokens, tokens) * ceil_div(p.experts, experts);
     launch("route: logits", kernel,
-           {.grid = dim3(static_cast<unsigned>(ceil_div(warps, 4))), .block = dim3(128),
+           {.grid = dim3(static_cast<unsigned>(ceil_div(warps, 4))),
+            .block = dim3(128),
             .dependency = overlap(device)},
            stream, p);
   };
@@ -97,7 +99,8 @@ void run_router(const RouteStage& s, const DeviceTraits& device, cudaStream_t st
     for_float_type(w.dtype, [&](auto w_tag) {
       using X = decltype(x_tag);
       using W = decltype(w_tag);
-      // One product a warp until those fill the machine; then tiles that read each row four times less.
+      // One product a warp until those fill the machine; then tiles that read each row four times
+      // less.
       if (p.tokens * p.experts <= 32 * device.sm_count) return go(router_logits<X, W, 1, 1>, 1, 1);
       go(router_logits<X, W, 4, 4>, 4, 4);
     });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The stages that are not products: one function and one .cu file each, in the order of the data.
-// None allocates or synchronizes; all kernels wait for their predecessors themselves (begin_kernel).
+// None allocates or synchronizes; all kernels wait for their predecessors themselves
+// (begin_kernel).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +14,8 @@
 
 namespace moesaic::cuda {
 
-void run_router(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream);  // logits_scratch
+void run_router(const RouteStage& stage, const DeviceTraits& device,
+                cudaStream_t stream);  // logits_scratch
 void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream);
 void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream);
 void run_tiles(const TileStage& stage, const DeviceTraits& device, cudaStream_t stream);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a caller's lists to tiles. The lists are data, so anything may be in them: counts are clipped,
-// experts outside the layer become filtered, nothing outside the lists is read.
+// From a caller's lists to tiles. The lists are data, so anything may be in them: counts are
+// clipped, experts outside the layer become filtered, nothing outside the lists is read.
 //
-// Sorted: neighbouring blocks of one expert are joined up to tile_rows, so that the tile that suits the
-// product does not depend on the caller's block size, and padding at a tile's end is cut off. One block
-// walks the list, 1024 blocks of it at a time: the list is short next to the rows it describes.
+// Sorted: neighbouring blocks of one expert are joined up to tile_rows, so that the tile that suits
+// the product does not depend on the caller's block size, and padding at a tile's end is cut off.
+// One block walks the list, 1024 blocks of it at a time: the list is short next to the rows it
+// describes.
 #include <algorithm>
 
 #include "cuda/device.h"
@@ -28,7 +29,8 @@ struct SortedParams {
 };
 
 // One more than the last row of a block that holds a slot; 0: all padding. By one warp.
-__device__ __forceinline__ int live_rows(const SortedParams& p, std::int64_t block, std::int64_t used) {
+__device__ __forceinline__ int live_rows(const SortedParams& p, std::int64_t block,
+                                         std::int64_t used) {
   const int lane = threadIdx.x % 32;
   int last = 0;
   for (std::int64_t first = 0; first < p.block_rows; first += 32) {
@@ -54,9 +56,9 @@ __device__ __forceinline__ int expert_of(const SortedParams& p, std::int64_t blo
 __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int halo) {
   begin_kernel();
   extern __shared__ std::int32_t shared[];
-  std::int32_t* expert = shared;                     // [kThreads + halo]
-  std::int32_t* live = shared + kThreads + halo;     // [kThreads + halo]
-  __shared__ std::int32_t run_start[kThreads];       // head of each block's run, from the list's start
+  std::int32_t* expert = shared;                  // [kThreads + halo]
+  std::int32_t* live = shared + kThreads + halo;  // [kThreads + halo]
+  __shared__ std::int32_t run_start[kThreads];    // head of each block's run, from the list's start
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::int64_t used_rows = *p.num_padded > 0 ? *p.num_padded : 0;
   const std::int64_t used_blocks = min((used_rows + p.block_rows - 1) / p.block_rows, p.blocks);
@@ -64,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
   std::int64_t carried_start = 0;  // of the run that the last window ended in
   int carried_expert = -2;
   for (std::int64_t first = 0; first < used_blocks; first += kThreads) {
-    const int window = static_cast<int>(min(used_blocks - first, static_cast<std::int64_t>(kThreads + halo)));
+    const int window =
+        static_cast<int>(min(used_blocks - first, static_cast<std::int64_t>(kThreads + halo)));
     for (int i = threadIdx.x; i < window; i += kThreads) expert[i] = expert_of(p, first + i);
     for (int i = warp; i < window; i += kThreads / 32) {
       const int rows = live_rows(p, first + i, used_rows);
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
     const int mine = threadIdx.x;
     const int count = min(window, kThreads);
     bool head = false;
-    if (mine < count) head = mine == 0 ? expert[0] != carried_expert : expert[mine] != expert[mine - 1];
+    if (mine < count)
+      head = mine == 0 ? expert[0] != carried_expert : expert[mine] != expert[mine - 1];
     run_start[mine] = head ? mine : -1;
     __syncthreads();
     for (int offset = 1; offset < kThreads; offset *= 2) {
@@ -87,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
     // The tiles that begin in my block: at multiples of tile_rows within the run.
     ScanSums tiles;
     std::int64_t begin = 0, end = 0;
-    const std::int64_t start = mine < count && run_start[mine] >= 0 ? first + run_start[mine] : carried_start;
+    const std::int64_t start =
+        mine < count && run_start[mine] >= 0 ? first + run_start[mine] : carried_start;
     const std::int64_t offset = (first + mine - start) * p.block_rows;
     // Rows of a tile from `row` of my run on: up to the last live one of its blocks.
     const auto tile_length = [&](std::int64_t row) {
@@ -124,13 +129,13 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
     }
     __syncthreads();
   }
-  if (threadIdx.x == 0)
-    *p.num_tiles = static_cast<std::int32_t>(min(written, p.max_tiles));
+  if (threadIdx.x == 0) *p.num_tiles = static_cast<std::int32_t>(min(written, p.max_tiles));
 }
 
-// --- batched --------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, 1) batched_tiles(const std::int32_t* num_tokens,
-                                                          TileWriter writer, std::int32_t* num_tiles) {
+// --- batched
+// --------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kThreads, 1)
+    batched_tiles(const std::int32_t* num_tokens, TileWriter writer, std::int32_t* num_tiles) {
   begin_kernel();
   extern __shared__ std::int32_t shared[];
   const GroupTable table = GroupTable::at(shared, writer.groups);
@@ -140,19 +145,22 @@ __global__ void __launch_bounds__(kThreads, 1) batched_tiles(const std::int32_t*
   for (int e = begin; e < end; ++e) {
     const std::int64_t given = num_tokens[e] > 0 ? num_tokens[e] : 0;
     table.live[e] = static_cast<std::int32_t>(min(given, writer.capacity));
-    mine.tiles += static_cast<std::int32_t>((table.live[e] + writer.tile_rows - 1) / writer.tile_rows);
+    mine.tiles +=
+        static_cast<std::int32_t>((table.live[e] + writer.tile_rows - 1) / writer.tile_rows);
   }
   ScanSums total;
   ScanSums at = block_scan(mine, &total);
   for (int e = begin; e < end; ++e) {
     table.start[e] = 0;
     table.first_tile[e] = at.tiles;
-    at.tiles += static_cast<std::int32_t>((table.live[e] + writer.tile_rows - 1) / writer.tile_rows);
+    at.tiles +=
+        static_cast<std::int32_t>((table.live[e] + writer.tile_rows - 1) / writer.tile_rows);
   }
   __syncthreads();
   write_tiles(writer, table, total.tiles, threadIdx.x, kThreads);
   if (threadIdx.x == 0)
-    *num_tiles = static_cast<std::int32_t>(min(static_cast<std::int64_t>(total.tiles), writer.max_tiles));
+    *num_tiles =
+        static_cast<std::int32_t>(min(static_cast<std::int64_t>(total.tiles), writer.max_tiles));
 }
 
 }  // namespace

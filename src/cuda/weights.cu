@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/weights.h"
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "cuda/device.h"
 #include "cuda/element.h"
+#include "cuda/weights.h"
 #include "numeric.h"
 
 namespace moesaic::cuda {
@@ -72,12 +71,14 @@ __global__ void convert_strided(Source source, DType dtype, float* dense) {
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
     const std::int64_t row = i / source.columns, column = i % source.columns;
-    dense[i] = load_float(source.data, dtype, row * source.row_stride + column * source.column_stride);
+    dense[i] =
+        load_float(source.data, dtype, row * source.row_stride + column * source.column_stride);
   }
 }
 
 void to_device(void* to, const std::vector<char>& from) {
-  check_cuda(cudaMemcpyAsync(to, from.data(), from.size(), cudaMemcpyHostToDevice, nullptr), "cudaMemcpy");
+  check_cuda(cudaMemcpyAsync(to, from.data(), from.size(), cudaMemcpyHostToDevice, nullptr),
+             "cudaMemcpy");
   check_cuda(cudaStreamSynchronize(nullptr), "cudaMemcpy");  // `from` is about to go away
 }
 
@@ -93,15 +94,19 @@ class Loader {
     if (source.column_stride == 1 && (source.row_stride >= source.columns || source.rows == 1)) {
       const std::size_t pitch =
           source.rows == 1 ? row_bytes : static_cast<std::size_t>(source.row_stride) * element;
-      check_cuda(cudaMemcpy2DAsync(to, row_bytes, source.data, pitch, row_bytes,
-                                   static_cast<std::size_t>(source.rows), cudaMemcpyDefault, nullptr),
-                 "cudaMemcpy2D (weights)");
+      check_cuda(
+          cudaMemcpy2DAsync(to, row_bytes, source.data, pitch, row_bytes,
+                            static_cast<std::size_t>(source.rows), cudaMemcpyDefault, nullptr),
+          "cudaMemcpy2D (weights)");
     } else if (from.device.type == DeviceType::kCpu) {
       std::vector<char> dense(row_bytes * static_cast<std::size_t>(source.rows));
       char* out = dense.data();
       for (std::int64_t r = 0; r < source.rows; ++r)
         for (std::int64_t c = 0; c < source.columns; ++c, out += element)
-          std::memcpy(out, source.data + static_cast<std::size_t>(r * source.row_stride + c * source.column_stride) * element,
+          std::memcpy(out,
+                      source.data + static_cast<std::size_t>(r * source.row_stride +
+                                                             c * source.column_stride) *
+                                        element,
                       element);
       to_device(to, dense);
     } else if (element == 1) {
@@ -149,13 +154,15 @@ class DenseWeights final : public CudaWeights {
     const DeviceGuard guard(device.index);
     reordered_ = family.reorders(spec);
     const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
-    view_.weight = take(weight_memory_, weight_dtype(spec.format), spec.n, four_bit ? spec.k / 2 : spec.k);
+    view_.weight =
+        take(weight_memory_, weight_dtype(spec.format), spec.n, four_bit ? spec.k / 2 : spec.k);
     if (spec.scale.has_scale)
-      view_.scale = take(scale_memory_, spec.e8m0_scales ? DType::kE8M0 : DType::kF32, spec.scale.grid_n,
-                         spec.scale.grid_k);
+      view_.scale = take(scale_memory_, spec.e8m0_scales ? DType::kE8M0 : DType::kF32,
+                         spec.scale.grid_n, spec.scale.grid_k);
     if (spec.zero_points)
-      view_.zero_point = take(zero_memory_, DType::kU8, spec.format == WeightFormat::kU4 ? spec.n / 2 : spec.n,
-                              spec.scale.grid_k);
+      view_.zero_point =
+          take(zero_memory_, DType::kU8, spec.format == WeightFormat::kU4 ? spec.n / 2 : spec.n,
+               spec.scale.grid_k);
   }
 
   void load(std::int64_t local_expert, const GemmWeights& one) override {
@@ -178,7 +185,8 @@ class DenseWeights final : public CudaWeights {
       else
         loader.convert(one.scale, static_cast<float*>(scale));
     }
-    if (spec_.zero_points) loader.copy(one.zero_point, view_.zero_point.slice(local_expert, 1).data);
+    if (spec_.zero_points)
+      loader.copy(one.zero_point, view_.zero_point.slice(local_expert, 1).data);
     // The caller's tensors may go away, and forward may run on any stream.
     check_cuda(cudaStreamSynchronize(nullptr), "weights: load");
   }
@@ -189,7 +197,8 @@ class DenseWeights final : public CudaWeights {
 
  private:
   Tensor take(DeviceMemory& memory, DType dtype, std::int64_t rows, std::int64_t columns) {
-    memory = DeviceMemory(static_cast<std::size_t>(spec_.experts * rows * columns) * size_of(dtype));
+    memory =
+        DeviceMemory(static_cast<std::size_t>(spec_.experts * rows * columns) * size_of(dtype));
     return Tensor::contiguous(memory.data(), dtype, {spec_.experts, rows, columns},
                               {DeviceType::kCuda, device_.index});
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One product's weights on a device: dense, in the caller's row order or in the family's packed order.
+// One product's weights on a device: dense, in the caller's row order or in the family's packed
+// order.
 #pragma once
 
 #include <memory>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// align and tiles on the device against the CPU backend, entry by entry: every list, count and tile.
+// align and tiles on the device against the CPU backend, entry by entry: every list, count and
+// tile.
 #include "tests/cuda/twin.h"
 
 namespace moesaic {
@@ -13,9 +14,10 @@ struct AlignCase {
 };
 
 std::ostream& operator<<(std::ostream& out, const AlignCase& c) {
-  return out << "T " << c.tokens << " k " << c.top_k << " E " << c.experts << " local " << c.local.first << "+"
-             << c.local.count << " capacity " << c.capacity << " block " << c.block_rows << " tile " << c.tile_rows
-             << (c.mapped ? " map" : "") << (c.wide_ids ? " i64" : "") << (c.skewed ? " skewed" : "");
+  return out << "T " << c.tokens << " k " << c.top_k << " E " << c.experts << " local "
+             << c.local.first << "+" << c.local.count << " capacity " << c.capacity << " block "
+             << c.block_rows << " tile " << c.tile_rows << (c.mapped ? " map" : "")
+             << (c.wide_ids ? " i64" : "") << (c.skewed ? " skewed" : "");
 }
 
 std::vector<std::int64_t> random_ids(const AlignCase& c, std::uint64_t seed) {
@@ -36,43 +38,53 @@ void check_align(const AlignCase& c, std::uint64_t seed) {
   const std::vector<std::int64_t> ids = random_ids(c, seed);
   const std::int64_t slots = c.tokens * c.top_k;
   const bool padded = c.block_rows > 0;
-  const std::int64_t positions = padded ? align_capacity(slots, c.experts, c.block_rows)
+  const std::int64_t positions = padded           ? align_capacity(slots, c.experts, c.block_rows)
                                  : c.capacity > 0 ? c.local.count * c.capacity
                                                   : slots;
   Twin<std::int64_t> ids64(ids);
   Twin<std::int32_t> ids32(std::vector<std::int32_t>(ids.begin(), ids.end()));
   harness::Rng rng(seed + 1);
   std::vector<std::int32_t> to_local(static_cast<std::size_t>(c.experts));
-  for (std::int32_t& local : to_local) local = static_cast<std::int32_t>(rng.below(c.local.count + 2)) - 1;
+  for (std::int32_t& local : to_local)
+    local = static_cast<std::int32_t>(rng.below(c.local.count + 2)) - 1;
   Twin<std::int32_t> map(to_local);
   const std::int64_t tiles_max = max_tiles(positions, c.local.count, c.tile_rows);
   const std::size_t n = static_cast<std::size_t>(positions);
-  Twin<std::int32_t> row_slot(n), slot_row(static_cast<std::size_t>(slots)), counts(static_cast<std::size_t>(c.local.count)),
-      num_tiles(1), dropped(1), num_padded(1), blocks(padded ? n / static_cast<std::size_t>(c.block_rows) : 1);
+  Twin<std::int32_t> row_slot(n), slot_row(static_cast<std::size_t>(slots)),
+      counts(static_cast<std::size_t>(c.local.count)), num_tiles(1), dropped(1), num_padded(1),
+      blocks(padded ? n / static_cast<std::size_t>(c.block_rows) : 1);
   Twin<std::int64_t> tiles(static_cast<std::size_t>(tiles_max) * sizeof(Tile) / 8);
   for (const Device device : kBoth) {
     const Scratch scratch(device, of(device).align_scratch_bytes(slots, c.experts));
-    RowMap rows{.row_slot = row_slot.on(device), .tile_rows = c.tile_rows, .positions = positions, .slot_count = slots};
+    RowMap rows{.row_slot = row_slot.on(device),
+                .tile_rows = c.tile_rows,
+                .positions = positions,
+                .slot_count = slots};
     if (!padded) {
       rows.tiles = reinterpret_cast<Tile*>(tiles.on(device));
       rows.num_tiles = num_tiles.on(device);
       rows.max_tiles = tiles_max;
     }
-    of(device).align({.topk_ids = c.wide_ids ? Tensor::contiguous(ids64.on(device), DType::kI64, {c.tokens, c.top_k}, device)
-                                             : Tensor::contiguous(ids32.on(device), DType::kI32, {c.tokens, c.top_k}, device),
-                      .experts = c.experts,
-                      .local = c.local,
-                      .expert_map = c.mapped ? Tensor::contiguous(map.on(device), DType::kI32, {c.experts}, device) : Tensor{},
-                      .capacity = c.capacity,
-                      .block_rows = c.block_rows,
-                      .rows = rows,
-                      .block_experts = padded ? blocks.on(device) : nullptr,
-                      .num_padded = padded ? num_padded.on(device) : nullptr,
-                      .slot_row = slot_row.on(device),
-                      .tokens_per_expert = counts.on(device),
-                      .dropped = dropped.on(device),
-                      .scratch = scratch.get()},
-                     {});
+    of(device).align(
+        {.topk_ids =
+             c.wide_ids
+                 ? Tensor::contiguous(ids64.on(device), DType::kI64, {c.tokens, c.top_k}, device)
+                 : Tensor::contiguous(ids32.on(device), DType::kI32, {c.tokens, c.top_k}, device),
+         .experts = c.experts,
+         .local = c.local,
+         .expert_map = c.mapped
+                           ? Tensor::contiguous(map.on(device), DType::kI32, {c.experts}, device)
+                           : Tensor{},
+         .capacity = c.capacity,
+         .block_rows = c.block_rows,
+         .rows = rows,
+         .block_experts = padded ? blocks.on(device) : nullptr,
+         .num_padded = padded ? num_padded.on(device) : nullptr,
+         .slot_row = slot_row.on(device),
+         .tokens_per_expert = counts.on(device),
+         .dropped = dropped.on(device),
+         .scratch = scratch.get()},
+        {});
   }
   EXPECT_EQ(row_slot.differences(), "") << "row_slot";
   EXPECT_EQ(slot_row.differences(), "") << "slot_row";
@@ -93,8 +105,13 @@ TEST(AlignCuda, CompactLikeTheCpu) {
   for (const std::int64_t tokens : {0, 1, 2, 5, 16, 100, 128, 700, 1024, 1025, 5000})
     for (const std::int64_t experts : {1, 8, 60, 128, 512, 2048})
       for (const bool skewed : {false, true})
-        check_align({.tokens = tokens, .top_k = 8, .experts = experts, .local = {0, experts},
-                     .tile_rows = tokens > 100 ? 64 : 16, .skewed = skewed}, ++seed);
+        check_align({.tokens = tokens,
+                     .top_k = 8,
+                     .experts = experts,
+                     .local = {0, experts},
+                     .tile_rows = tokens > 100 ? 64 : 16,
+                     .skewed = skewed},
+                    ++seed);
 }
 
 TEST(AlignCuda, LocalRangesMapsAndWideIds) {
@@ -104,8 +121,14 @@ TEST(AlignCuda, LocalRangesMapsAndWideIds) {
     for (const bool mapped : {false, true})
       for (const bool wide : {false, true})
         for (const std::int64_t block : {0, 16, 64})
-          check_align({.tokens = tokens, .top_k = 5, .experts = 64, .local = {24, 20}, .block_rows = block,
-                       .mapped = mapped, .wide_ids = wide}, ++seed);
+          check_align({.tokens = tokens,
+                       .top_k = 5,
+                       .experts = 64,
+                       .local = {24, 20},
+                       .block_rows = block,
+                       .mapped = mapped,
+                       .wide_ids = wide},
+                      ++seed);
 }
 
 TEST(AlignCuda, PaddedLists) {
@@ -114,7 +137,12 @@ TEST(AlignCuda, PaddedLists) {
   for (const std::int64_t tokens : {1, 7, 300, 4000})
     for (const std::int64_t experts : {4, 128, 2048})
       for (const std::int64_t block : {1, 16, 128})
-        check_align({.tokens = tokens, .top_k = 6, .experts = experts, .local = {0, experts}, .block_rows = block}, ++seed);
+        check_align({.tokens = tokens,
+                     .top_k = 6,
+                     .experts = experts,
+                     .local = {0, experts},
+                     .block_rows = block},
+                    ++seed);
 }
 
 TEST(AlignCuda, BatchedDropsBeyondCapacityAndCounts) {
@@ -123,14 +151,28 @@ TEST(AlignCuda, BatchedDropsBeyondCapacityAndCounts) {
   for (const std::int64_t tokens : {0, 1, 40, 2500})
     for (const std::int64_t capacity : {1, 7, 300})
       for (const bool skewed : {false, true})
-        check_align({.tokens = tokens, .top_k = 4, .experts = 48, .local = {8, 32}, .capacity = capacity, .skewed = skewed}, ++seed);
+        check_align({.tokens = tokens,
+                     .top_k = 4,
+                     .experts = 48,
+                     .local = {8, 32},
+                     .capacity = capacity,
+                     .skewed = skewed},
+                    ++seed);
 }
 
 TEST(AlignCuda, ManySlots) {
   MOESAIC_NEEDS_CUDA();
-  check_align({.tokens = 60000, .top_k = 22, .experts = 512, .local = {0, 512}, .tile_rows = 128}, 400);
-  check_align({.tokens = 60000, .top_k = 22, .experts = 2048, .local = {100, 1900}, .block_rows = 16}, 401);
-  check_align({.tokens = 305000, .top_k = 8, .experts = 64, .local = {0, 64}, .tile_rows = 256, .skewed = true}, 402);
+  check_align({.tokens = 60000, .top_k = 22, .experts = 512, .local = {0, 512}, .tile_rows = 128},
+              400);
+  check_align(
+      {.tokens = 60000, .top_k = 22, .experts = 2048, .local = {100, 1900}, .block_rows = 16}, 401);
+  check_align({.tokens = 305000,
+               .top_k = 8,
+               .experts = 64,
+               .local = {0, 64},
+               .tile_rows = 256,
+               .skewed = true},
+              402);
 }
 
 TEST(AlignCuda, CountsAlone) {
@@ -141,15 +183,21 @@ TEST(AlignCuda, CountsAlone) {
     Twin<std::int32_t> ids32(std::vector<std::int32_t>(ids.begin(), ids.end())), counts(32);
     for (const Device device : kBoth) {
       const Scratch scratch(device, of(device).align_scratch_bytes(tokens * 4, 32));
-      of(device).align({.topk_ids = Tensor::contiguous(ids32.on(device), DType::kI32, {tokens, 4}, device),
-                        .experts = 32, .local = {0, 32}, .rows = {.positions = tokens * 4, .slot_count = tokens * 4},
-                        .tokens_per_expert = counts.on(device), .scratch = scratch.get()}, {});
+      of(device).align(
+          {.topk_ids = Tensor::contiguous(ids32.on(device), DType::kI32, {tokens, 4}, device),
+           .experts = 32,
+           .local = {0, 32},
+           .rows = {.positions = tokens * 4, .slot_count = tokens * 4},
+           .tokens_per_expert = counts.on(device),
+           .scratch = scratch.get()},
+          {});
     }
     EXPECT_EQ(counts.differences(), "");
   }
 }
 
-// --- tiles from lists ---------------------------------------------------------------------------------
+// --- tiles from lists
+// ---------------------------------------------------------------------------------
 struct Lists {
   std::vector<std::int32_t> slots, block_experts;
   std::int32_t num_padded;
@@ -157,22 +205,32 @@ struct Lists {
 };
 
 // Tiles are right when every live position in use lies in exactly one tile, of its block's expert.
-void check_sorted(const Lists& lists, std::int64_t block_rows, std::int64_t experts, std::int64_t tile_rows) {
-  SCOPED_TRACE(testing::Message() << "block " << block_rows << " tile " << tile_rows << " padded " << lists.num_padded);
-  Twin<std::int32_t> slots(lists.slots), blocks(lists.block_experts), used(std::vector<std::int32_t>{lists.num_padded});
+void check_sorted(const Lists& lists, std::int64_t block_rows, std::int64_t experts,
+                  std::int64_t tile_rows) {
+  SCOPED_TRACE(testing::Message() << "block " << block_rows << " tile " << tile_rows << " padded "
+                                  << lists.num_padded);
+  Twin<std::int32_t> slots(lists.slots), blocks(lists.block_experts),
+      used(std::vector<std::int32_t>{lists.num_padded});
   const std::int64_t positions = static_cast<std::int64_t>(lists.slots.size());
-  const std::int64_t most = static_cast<std::int64_t>(lists.block_experts.size()) * ((block_rows + tile_rows - 1) / tile_rows);
+  const std::int64_t most = static_cast<std::int64_t>(lists.block_experts.size()) *
+                            ((block_rows + tile_rows - 1) / tile_rows);
   Twin<std::int64_t> tiles(static_cast<std::size_t>(most) * 2);
   Twin<std::int32_t> count(1);
   const std::int64_t block_count = static_cast<std::int64_t>(lists.block_experts.size());
   device_backend()->tiles(
       {.sorted = {.slots = Tensor::contiguous(slots.gpu(), DType::kI32, {positions}, kGpu),
-                  .block_experts = Tensor::contiguous(blocks.gpu(), DType::kI32, {block_count}, kGpu),
+                  .block_experts =
+                      Tensor::contiguous(blocks.gpu(), DType::kI32, {block_count}, kGpu),
                   .num_padded = Tensor::contiguous(used.gpu(), DType::kI32, {1}, kGpu),
                   .block_rows = block_rows},
        .experts = experts,
-       .rows = {.tiles = reinterpret_cast<Tile*>(tiles.gpu()), .num_tiles = count.gpu(), .row_slot = slots.gpu(),
-                .max_tiles = most, .tile_rows = tile_rows, .positions = positions, .slot_count = lists.slot_count}},
+       .rows = {.tiles = reinterpret_cast<Tile*>(tiles.gpu()),
+                .num_tiles = count.gpu(),
+                .row_slot = slots.gpu(),
+                .max_tiles = most,
+                .tile_rows = tile_rows,
+                .positions = positions,
+                .slot_count = lists.slot_count}},
       {});
   const std::vector<std::int64_t> raw = tiles.download();
   const std::int32_t n = count.download()[0];
@@ -193,7 +251,8 @@ void check_sorted(const Lists& lists, std::int64_t block_rows, std::int64_t expe
   }
   for (std::int64_t p = 0; p < positions; ++p) {
     const std::int32_t slot = lists.slots[static_cast<std::size_t>(p)];
-    const bool live = slot >= 0 && slot < lists.slot_count && p < lists.num_padded && p / block_rows < block_count;
+    const bool live = slot >= 0 && slot < lists.slot_count && p < lists.num_padded &&
+                      p / block_rows < block_count;
     const int found = covered[static_cast<std::size_t>(p)];
     if (!live) continue;
     const std::int32_t given = lists.block_experts[static_cast<std::size_t>(p / block_rows)];
@@ -207,13 +266,16 @@ TEST(TilesCuda, SortedLists) {
   for (const std::int64_t block_rows : {1, 8, 16, 64, 128})
     for (const std::int64_t tile_rows : {16, 64, 256})
       for (const std::int64_t blocks : {1, 3, 40, 1500, 4000}) {
-        Lists lists{.slots = {}, .block_experts = {}, .num_padded = static_cast<std::int32_t>(blocks * block_rows),
+        Lists lists{.slots = {},
+                    .block_experts = {},
+                    .num_padded = static_cast<std::int32_t>(blocks * block_rows),
                     .slot_count = 1000};
         std::int32_t expert = -1;
         while (static_cast<std::int64_t>(lists.block_experts.size()) < blocks) {
           expert = static_cast<std::int32_t>(rng.below(40)) - 2;  // some remote, some beyond
           std::int64_t rows = 1 + rng.below(rng.below(4) == 0 ? 40 * block_rows : 2 * block_rows);
-          for (; rows > 0 && static_cast<std::int64_t>(lists.block_experts.size()) < blocks; rows -= block_rows) {
+          for (; rows > 0 && static_cast<std::int64_t>(lists.block_experts.size()) < blocks;
+               rows -= block_rows) {
             lists.block_experts.push_back(expert);
             for (std::int64_t r = 0; r < block_rows; ++r)
               lists.slots.push_back(r < rows ? static_cast<std::int32_t>(rng.below(1000)) : 1000);
@@ -243,11 +305,17 @@ TEST(TilesCuda, BatchedCountsAreClipped) {
       const std::int64_t most = max_tiles(experts * capacity, experts, 16);
       Twin<std::int64_t> tiles(static_cast<std::size_t>(most) * 2);
       for (const Device device : kBoth)
-        of(device).tiles({.batched = {Tensor::contiguous(counts.on(device), DType::kI32, {experts}, device)},
-                          .capacity = capacity, .experts = experts,
-                          .rows = {.tiles = reinterpret_cast<Tile*>(tiles.on(device)), .num_tiles = num_tiles.on(device),
-                                   .max_tiles = most, .tile_rows = 16, .positions = experts * capacity,
-                                   .slot_count = experts * capacity}}, {});
+        of(device).tiles(
+            {.batched = {Tensor::contiguous(counts.on(device), DType::kI32, {experts}, device)},
+             .capacity = capacity,
+             .experts = experts,
+             .rows = {.tiles = reinterpret_cast<Tile*>(tiles.on(device)),
+                      .num_tiles = num_tiles.on(device),
+                      .max_tiles = most,
+                      .tile_rows = 16,
+                      .positions = experts * capacity,
+                      .slot_count = experts * capacity}},
+            {});
       EXPECT_EQ(num_tiles.differences(), "");
       EXPECT_EQ(tiles.differences(), "");
     }

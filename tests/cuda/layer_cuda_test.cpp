@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a layer promises on a CUDA device beside right numbers (verify_cuda_test), with both kernel families: the
-// same bits in large batches and with every tactic, graphs, streams and threads.
+// What a layer promises on a CUDA device beside right numbers (verify_cuda_test), with both kernel
+// families: the same bits in large batches and with every tactic, graphs, streams and threads.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -44,9 +44,11 @@ TEST_P(OnCuda, BitsDependOnTheTokenAloneInLargeBatches) {
   }
 }
 
-// --- a layer and its tensors on the device ---------------------------------------------------------------
+// --- a layer and its tensors on the device
+// ---------------------------------------------------------------
 struct Loaded {
-  explicit Loaded(const Case& c) : config(layer_config(c)), layer(config, kGpu), batch(make_batch(config, batch_options(c))) {
+  explicit Loaded(const Case& c)
+      : config(layer_config(c)), layer(config, kGpu), batch(make_batch(config, batch_options(c))) {
     const WeightData weights = make_weights(config, weight_options(c));
     layer.load(weights.weights);
   }
@@ -57,13 +59,20 @@ struct Loaded {
 
 struct Call {
   Call(const Loaded& loaded, const Batch& batch)
-      : x(DeviceTensor::from(batch.hidden_states, kGpu)), scale(DeviceTensor::from(batch.hidden_scale, kGpu)),
-        ids(DeviceTensor::from(batch.topk_ids, kGpu)), weights(DeviceTensor::from(batch.topk_weights, kGpu)),
+      : x(DeviceTensor::from(batch.hidden_states, kGpu)),
+        scale(DeviceTensor::from(batch.hidden_scale, kGpu)),
+        ids(DeviceTensor::from(batch.topk_ids, kGpu)),
+        weights(DeviceTensor::from(batch.topk_weights, kGpu)),
         y(kGpu, loaded.config.output_dtype, {x.view().shape[0], loaded.config.hidden}),
         workspace(kGpu, loaded.layer.workspace_bytes(x.view().shape[0])) {}
   ForwardArgs args(Stream stream = {}) const {
-    return {.hidden_states = x.view(), .hidden_scale = scale.view(), .topk_ids = ids.view(), .topk_weights = weights.view(),
-            .output = y.view(), .workspace = workspace.view(), .stream = stream};
+    return {.hidden_states = x.view(),
+            .hidden_scale = scale.view(),
+            .topk_ids = ids.view(),
+            .topk_weights = weights.view(),
+            .output = y.view(),
+            .workspace = workspace.view(),
+            .stream = stream};
   }
   DeviceTensor x, scale, ids, weights, y;
   WorkspaceBuffer workspace;
@@ -78,7 +87,8 @@ Case small_case(const Variant& variant, std::int64_t tokens) {
   return c;
 }
 
-// Captured once, replayed with other routings and inputs of the same T: the bits of a plain forward.
+// Captured once, replayed with other routings and inputs of the same T: the bits of a plain
+// forward.
 TEST_P(OnCuda, GraphsReplayWithOtherRoutings) {
   for (const Variant& variant : variants()) {
     for (const std::int64_t tokens : {1, 40}) {
@@ -174,7 +184,8 @@ TEST_P(OnCuda, NoTokens) {
   EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kernels, OnCuda, testing::Values("sm80", "sm90a"), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Kernels, OnCuda, testing::Values("sm80", "sm90a"),
+                         [](const auto& info) { return info.param; });
 
 }  // namespace
 }  // namespace moesaic::harness

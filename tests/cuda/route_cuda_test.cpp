@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing on the device against the CPU backend. Logits and biases are multiples of 1/8 and 1/16, so that
-// scores are either equal or far apart: ties must go to the lowest id on both, and nothing else is close.
+// Routing on the device against the CPU backend. Logits and biases are multiples of 1/8 and 1/16,
+// so that scores are either equal or far apart: ties must go to the lowest id on both, and nothing
+// else is close.
 #include "tests/cuda/twin.h"
 
 namespace moesaic {
@@ -14,36 +15,46 @@ struct RouteCase {
 };
 
 void check_route(const RouteCase& c, std::uint64_t seed) {
-  SCOPED_TRACE(testing::Message() << name(c.spec.method) << " T " << c.tokens << " E " << c.experts << " k " << c.top_k << " "
-                                  << name(c.dtype) << " renormalize " << static_cast<int>(c.spec.renormalize) << " groups "
-                                  << c.spec.groups << (c.bias ? " bias" : "") << (c.selection_bias ? " selection bias" : ""));
+  SCOPED_TRACE(testing::Message() << name(c.spec.method) << " T " << c.tokens << " E " << c.experts
+                                  << " k " << c.top_k << " " << name(c.dtype) << " renormalize "
+                                  << static_cast<int>(c.spec.renormalize) << " groups "
+                                  << c.spec.groups << (c.bias ? " bias" : "")
+                                  << (c.selection_bias ? " selection bias" : ""));
   harness::Rng rng(seed);
   std::vector<std::uint8_t> z(static_cast<std::size_t>(c.tokens * c.experts) * size_of(c.dtype)),
-      bias(static_cast<std::size_t>(c.experts) * 2), selection(static_cast<std::size_t>(c.experts) * 4);
+      bias(static_cast<std::size_t>(c.experts) * 2),
+      selection(static_cast<std::size_t>(c.experts) * 4);
   for (std::int64_t i = 0; i < c.tokens * c.experts; ++i)
     harness::store_element(z.data(), c.dtype, i, static_cast<double>(rng.below(80) - 40) / 8);
   if (c.odd_values && c.tokens > 2) {
     harness::store_element(z.data(), c.dtype, 3, std::nan(""));
-    for (std::int64_t e = 0; e < c.experts; ++e) harness::store_element(z.data(), c.dtype, c.experts + e, std::nan(""));
+    for (std::int64_t e = 0; e < c.experts; ++e)
+      harness::store_element(z.data(), c.dtype, c.experts + e, std::nan(""));
     harness::store_element(z.data(), c.dtype, 2 * c.experts + 1, -HUGE_VAL);
   }
   for (std::int64_t e = 0; e < c.experts; ++e) {
-    harness::store_element(bias.data(), DType::kBF16, e, static_cast<double>(rng.below(16) - 8) / 8);
-    harness::store_element(selection.data(), DType::kF32, e, static_cast<double>(rng.below(16) - 8) / 16);
+    harness::store_element(bias.data(), DType::kBF16, e,
+                           static_cast<double>(rng.below(16) - 8) / 8);
+    harness::store_element(selection.data(), DType::kF32, e,
+                           static_cast<double>(rng.below(16) - 8) / 16);
   }
   Twin<std::uint8_t> logits(z), router_bias(bias), selection_bias(selection);
   const std::size_t n = static_cast<std::size_t>(c.tokens * c.top_k);
   Twin<std::int32_t> ids(n);
   Twin<float> weights(n);
   for (const Device device : kBoth)
-    of(device).route({.spec = c.spec,
-                      .logits = on(device, logits, c.dtype, {c.tokens, c.experts}),
-                      .router = {.weight = {},
-                                 .bias = c.bias ? on(device, router_bias, DType::kBF16, {c.experts}) : Tensor{},
-                                 .selection_bias = c.selection_bias ? on(device, selection_bias, DType::kF32, {c.experts}) : Tensor{}},
-                      .topk_ids = Tensor::contiguous(ids.on(device), DType::kI32, {c.tokens, c.top_k}, device),
-                      .topk_weights = Tensor::contiguous(weights.on(device), DType::kF32, {c.tokens, c.top_k}, device)},
-                     {});
+    of(device).route(
+        {.spec = c.spec,
+         .logits = on(device, logits, c.dtype, {c.tokens, c.experts}),
+         .router = {.weight = {},
+                    .bias = c.bias ? on(device, router_bias, DType::kBF16, {c.experts}) : Tensor{},
+                    .selection_bias = c.selection_bias
+                                          ? on(device, selection_bias, DType::kF32, {c.experts})
+                                          : Tensor{}},
+         .topk_ids = Tensor::contiguous(ids.on(device), DType::kI32, {c.tokens, c.top_k}, device),
+         .topk_weights =
+             Tensor::contiguous(weights.on(device), DType::kF32, {c.tokens, c.top_k}, device)},
+        {});
   EXPECT_EQ(ids.differences(), "");
   const std::vector<float> got = weights.download();
   for (std::size_t i = 0; i < n; ++i) {
@@ -57,16 +68,24 @@ TEST(RouteCuda, EveryMethodAndOption) {
   std::uint64_t seed = 1;
   for (int m = 0; m < kNumRoutingMethods; ++m) {
     const auto method = static_cast<RoutingMethod>(m);
-    for (const Renormalize renormalize : {Renormalize::kDefault, Renormalize::kNever, Renormalize::kAlways})
+    for (const Renormalize renormalize :
+         {Renormalize::kDefault, Renormalize::kNever, Renormalize::kAlways})
       for (const std::int64_t experts : {4, 64, 96, 256, 512, 1000, 2048})
         for (const bool biased : {false, true}) {
-          RouteCase c{.spec = {.method = method, .renormalize = renormalize, .scale = biased ? 2.5f : 1.0f}, .experts = experts};
-          c.top_k = method == RoutingMethod::kLlama4 ? 1 : method == RoutingMethod::kSparseMixer ? 2 : std::min<std::int64_t>(experts, 8);
+          RouteCase c{
+              .spec = {.method = method, .renormalize = renormalize, .scale = biased ? 2.5f : 1.0f},
+              .experts = experts};
+          c.top_k = method == RoutingMethod::kLlama4        ? 1
+                    : method == RoutingMethod::kSparseMixer ? 2
+                                                            : std::min<std::int64_t>(experts, 8);
           if (experts == 2048 && c.top_k == 8) c.top_k = 32;
           c.bias = biased;
-          c.selection_bias = biased && (method == RoutingMethod::kDeepSeekV3 || method == RoutingMethod::kMiniMax2 ||
-                                        method == RoutingMethod::kSqrtSoftplus || method == RoutingMethod::kSoftmaxBias);
-          const bool grouped = method == RoutingMethod::kDeepSeekV3 || method == RoutingMethod::kDeepSeekV2;
+          c.selection_bias =
+              biased &&
+              (method == RoutingMethod::kDeepSeekV3 || method == RoutingMethod::kMiniMax2 ||
+               method == RoutingMethod::kSqrtSoftplus || method == RoutingMethod::kSoftmaxBias);
+          const bool grouped =
+              method == RoutingMethod::kDeepSeekV3 || method == RoutingMethod::kDeepSeekV2;
           if (grouped && experts % 8 == 0) {
             c.spec.groups = 8;
             c.spec.topk_groups = 4;
@@ -84,7 +103,8 @@ TEST(RouteCuda, NotANumberRanksLast) {
   std::uint64_t seed = 500;
   for (int m = 0; m < kNumRoutingMethods; ++m) {
     const auto method = static_cast<RoutingMethod>(m);
-    if (method == RoutingMethod::kSparseMixer) continue;  // its softmax is of the neighbours of the best
+    if (method == RoutingMethod::kSparseMixer)
+      continue;  // its softmax is of the neighbours of the best
     RouteCase c{.spec = {.method = method}, .experts = 32, .odd_values = true};
     if (method == RoutingMethod::kLlama4) c.top_k = 1;
     check_route(c, ++seed);
@@ -99,12 +119,16 @@ TEST(RouteCuda, LogitsFromHiddenStates) {
     for (const DType w_type : {DType::kF32, DType::kBF16})
       for (const std::int64_t hidden : {8, 100, 264, 2048})
         for (const std::int64_t experts : {1, 6, 128}) {
-          SCOPED_TRACE(testing::Message() << name(x_type) << " x " << name(w_type) << " H " << hidden << " E " << experts);
+          SCOPED_TRACE(testing::Message() << name(x_type) << " x " << name(w_type) << " H "
+                                          << hidden << " E " << experts);
           constexpr std::int64_t kTokens = 21;
           const std::int64_t top_k = std::min<std::int64_t>(experts, 4);
-          Twin<std::uint8_t> x(random_storage(x_type, static_cast<std::size_t>(kTokens * hidden), ++seed));
-          Twin<std::uint8_t> w(random_storage(w_type, static_cast<std::size_t>(experts * hidden), ++seed));
-          Twin<float> logits(static_cast<std::size_t>(kTokens * experts)), alone(static_cast<std::size_t>(kTokens * experts));
+          Twin<std::uint8_t> x(
+              random_storage(x_type, static_cast<std::size_t>(kTokens * hidden), ++seed));
+          Twin<std::uint8_t> w(
+              random_storage(w_type, static_cast<std::size_t>(experts * hidden), ++seed));
+          Twin<float> logits(static_cast<std::size_t>(kTokens * experts)),
+              alone(static_cast<std::size_t>(kTokens * experts));
           Twin<std::int32_t> ids(static_cast<std::size_t>(kTokens * top_k));
           Twin<float> weights(static_cast<std::size_t>(kTokens * top_k));
           const auto run = [&](std::int64_t first, std::int64_t count, Twin<float>& z) {
@@ -112,9 +136,12 @@ TEST(RouteCuda, LogitsFromHiddenStates) {
                 {.spec = {.method = RoutingMethod::kSigmoid},
                  .hidden_states = on(kGpu, x, x_type, {kTokens, hidden}).slice(first, count),
                  .router = {.weight = on(kGpu, w, w_type, {experts, hidden})},
-                 .logits_scratch = Tensor::contiguous(z.gpu(), DType::kF32, {kTokens, experts}, kGpu).slice(first, count),
+                 .logits_scratch =
+                     Tensor::contiguous(z.gpu(), DType::kF32, {kTokens, experts}, kGpu)
+                         .slice(first, count),
                  .topk_ids = Tensor::contiguous(ids.gpu(), DType::kI32, {count, top_k}, kGpu),
-                 .topk_weights = Tensor::contiguous(weights.gpu(), DType::kF32, {count, top_k}, kGpu)},
+                 .topk_weights =
+                     Tensor::contiguous(weights.gpu(), DType::kF32, {count, top_k}, kGpu)},
                 {});
           };
           run(0, kTokens, logits);
@@ -127,11 +154,13 @@ TEST(RouteCuda, LogitsFromHiddenStates) {
             for (std::int64_t e = 0; e < experts; ++e) {
               double sum = 0, size = 0;
               for (std::int64_t h = 0; h < hidden; ++h) {
-                const double p = harness::load_element(x.cpu(), x_type, t * hidden + h) * harness::load_element(w.cpu(), w_type, e * hidden + h);
+                const double p = harness::load_element(x.cpu(), x_type, t * hidden + h) *
+                                 harness::load_element(w.cpu(), w_type, e * hidden + h);
                 sum += p;
                 size += std::abs(p);
               }
-              ASSERT_NEAR(got[static_cast<std::size_t>(t * experts + e)], sum, 1e-5 * size / std::sqrt(static_cast<double>(hidden)) + 1e-6);
+              ASSERT_NEAR(got[static_cast<std::size_t>(t * experts + e)], sum,
+                          1e-5 * size / std::sqrt(static_cast<double>(hidden)) + 1e-6);
             }
         }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stages that touch rows (quantize, activate, combine) on the device against the CPU backend: the same
-// bits wherever the contract is element-wise or a sum in a fixed order.
+// The stages that touch rows (quantize, activate, combine) on the device against the CPU backend:
+// the same bits wherever the contract is element-wise or a sum in a fixed order.
 #include <functional>
 
 #include "tests/cuda/twin.h"
@@ -14,8 +14,8 @@ struct Rows {
   std::vector<std::int32_t> row_slot;
   std::int64_t positions = 0, slot_count = 0, tile_rows = 16, experts = 0;
 };
-Rows random_rows(std::int64_t tokens, std::int64_t top_k, std::int64_t experts, std::int64_t capacity,
-                 std::uint64_t seed) {
+Rows random_rows(std::int64_t tokens, std::int64_t top_k, std::int64_t experts,
+                 std::int64_t capacity, std::uint64_t seed) {
   harness::Rng rng(seed);
   Rows rows{.tiles = {}, .row_slot = {}, .slot_count = tokens * top_k, .experts = experts};
   std::vector<std::vector<std::int32_t>> of(static_cast<std::size_t>(experts));
@@ -28,24 +28,34 @@ Rows random_rows(std::int64_t tokens, std::int64_t top_k, std::int64_t experts, 
     const auto& mine = of[static_cast<std::size_t>(e)];
     std::int64_t live = static_cast<std::int64_t>(mine.size());
     if (capacity > 0) first = e * capacity, live = std::min(live, capacity);
-    for (std::int64_t r = 0; r < live; ++r) rows.row_slot[static_cast<std::size_t>(first + r)] = mine[static_cast<std::size_t>(r)];
+    for (std::int64_t r = 0; r < live; ++r)
+      rows.row_slot[static_cast<std::size_t>(first + r)] = mine[static_cast<std::size_t>(r)];
     for (std::int64_t r = 0; r < live; r += rows.tile_rows)
-      rows.tiles.push_back({static_cast<std::int32_t>(e), static_cast<std::int32_t>(std::min(rows.tile_rows, live - r)), first + r});
+      rows.tiles.push_back({static_cast<std::int32_t>(e),
+                            static_cast<std::int32_t>(std::min(rows.tile_rows, live - r)),
+                            first + r});
     first += live;
   }
   return rows;
 }
 
 struct TwinRows {
-  explicit TwinRows(const Rows& rows) : given(rows), tiles(rows.tiles.size() * 2), row_slot(rows.row_slot),
-                                        count(std::vector<std::int32_t>{static_cast<std::int32_t>(rows.tiles.size())}) {
+  explicit TwinRows(const Rows& rows)
+      : given(rows),
+        tiles(rows.tiles.size() * 2),
+        row_slot(rows.row_slot),
+        count(std::vector<std::int32_t>{static_cast<std::int32_t>(rows.tiles.size())}) {
     std::memcpy(tiles.cpu(), rows.tiles.data(), rows.tiles.size() * sizeof(Tile));
     tiles.upload();
   }
   RowMap on(Device device) {
-    return {.tiles = reinterpret_cast<Tile*>(tiles.on(device)), .num_tiles = count.on(device), .row_slot = row_slot.on(device),
-            .max_tiles = static_cast<std::int64_t>(given.tiles.size()) + 3, .tile_rows = given.tile_rows,
-            .positions = given.positions, .slot_count = given.slot_count};
+    return {.tiles = reinterpret_cast<Tile*>(tiles.on(device)),
+            .num_tiles = count.on(device),
+            .row_slot = row_slot.on(device),
+            .max_tiles = static_cast<std::int64_t>(given.tiles.size()) + 3,
+            .tile_rows = given.tile_rows,
+            .positions = given.positions,
+            .slot_count = given.slot_count};
   }
   const Rows& given;
   Twin<std::int64_t> tiles;
@@ -58,14 +68,16 @@ struct QuantizeCase {
   std::int64_t columns = 256, group = 128, tokens = 20, capacity = 0;
   Int8Rounding rounding = Int8Rounding::kNearest;
   bool mapped = false, weights = false, per_expert = false, odd_values = false;
-  int prequant = 0;       // rank
+  int prequant = 0;  // rank
   std::int64_t statics = 1;
 };
 std::ostream& operator<<(std::ostream& out, const QuantizeCase& c) {
-  return out << name(c.input) << " to " << name(c.output) << " granularity " << static_cast<int>(c.granularity) << " K "
-             << c.columns << " group " << c.group << " T " << c.tokens << " capacity " << c.capacity
-             << (c.mapped ? " mapped" : "") << (c.weights ? " weights" : "") << (c.per_expert ? " per expert" : "")
-             << (c.odd_values ? " odd values" : "") << " prequant " << c.prequant << " statics " << c.statics;
+  return out << name(c.input) << " to " << name(c.output) << " granularity "
+             << static_cast<int>(c.granularity) << " K " << c.columns << " group " << c.group
+             << " T " << c.tokens << " capacity " << c.capacity << (c.mapped ? " mapped" : "")
+             << (c.weights ? " weights" : "") << (c.per_expert ? " per expert" : "")
+             << (c.odd_values ? " odd values" : "") << " prequant " << c.prequant << " statics "
+             << c.statics;
 }
 
 void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
@@ -74,27 +86,36 @@ void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
   const Rows rows = random_rows(c.tokens, kTopK, kExperts, c.capacity, seed);
   TwinRows map(rows);
   const std::int64_t out_rows = c.mapped ? rows.positions : c.tokens;
-  std::vector<std::uint8_t> values = random_storage(c.input, static_cast<std::size_t>(c.tokens * c.columns), seed + 1, 3.0f);
+  std::vector<std::uint8_t> values =
+      random_storage(c.input, static_cast<std::size_t>(c.tokens * c.columns), seed + 1, 3.0f);
   if (c.odd_values && is_float(c.input)) {
     harness::store_element(values.data(), c.input, 5, std::nan(""));
     harness::store_element(values.data(), c.input, c.columns + 1, HUGE_VAL);
-    for (std::int64_t i = 0; i < c.columns; ++i) harness::store_element(values.data(), c.input, 2 * c.columns + i, 0.0);
-    for (std::int64_t i = 0; i < c.columns; ++i) harness::store_element(values.data(), c.input, 3 * c.columns + i, 1e-30);
+    for (std::int64_t i = 0; i < c.columns; ++i)
+      harness::store_element(values.data(), c.input, 2 * c.columns + i, 0.0);
+    for (std::int64_t i = 0; i < c.columns; ++i)
+      harness::store_element(values.data(), c.input, 3 * c.columns + i, 1e-30);
   }
   Twin<std::uint8_t> input(values);
   Twin<std::uint8_t> output(static_cast<std::size_t>(out_rows * c.columns) * size_of(c.output));
-  const std::int64_t groups = c.granularity == ActScale::kGroup ? (c.columns + c.group - 1) / c.group : 1;
+  const std::int64_t groups =
+      c.granularity == ActScale::kGroup ? (c.columns + c.group - 1) / c.group : 1;
   Twin<float> scale(static_cast<std::size_t>(std::max<std::int64_t>(kExperts, out_rows * groups)));
   harness::Rng rng(seed + 2);
-  std::vector<float> weight(static_cast<std::size_t>(c.tokens * kTopK)), factor(static_cast<std::size_t>(kExperts * c.columns)), fixed, moved;
+  std::vector<float> weight(static_cast<std::size_t>(c.tokens * kTopK)),
+      factor(static_cast<std::size_t>(kExperts * c.columns)), fixed, moved;
   for (float& w : weight) w = static_cast<float>(rng.uniform());
   for (float& f : factor) f = static_cast<float>(rng.uniform() + 0.5);
-  for (std::int64_t e = 0; e < c.statics; ++e) fixed.push_back(static_cast<float>(0.01 + 0.01 * rng.uniform()));
-  for (std::int64_t i = 0; i < c.tokens * groups + kExperts; ++i) moved.push_back(static_cast<float>(rng.uniform()));
+  for (std::int64_t e = 0; e < c.statics; ++e)
+    fixed.push_back(static_cast<float>(0.01 + 0.01 * rng.uniform()));
+  for (std::int64_t i = 0; i < c.tokens * groups + kExperts; ++i)
+    moved.push_back(static_cast<float>(rng.uniform()));
   Twin<float> weights(weight), prequant(factor), statics(fixed), moves(moved);
-  const bool tensor = c.granularity == ActScale::kTensorStatic || c.granularity == ActScale::kTensorDynamic;
+  const bool tensor =
+      c.granularity == ActScale::kTensorStatic || c.granularity == ActScale::kTensorDynamic;
   for (const Device device : kBoth) {
-    const Scratch scratch(device, of(device).quantize_scratch_bytes(std::max(out_rows, c.tokens), kExperts));
+    const Scratch scratch(
+        device, of(device).quantize_scratch_bytes(std::max(out_rows, c.tokens), kExperts));
     const RowMap on_device = map.on(device);
     QuantizeStage stage{.input = on(device, input, c.input, {c.tokens, c.columns}),
                         .rows = c.mapped ? &on_device : nullptr,
@@ -111,10 +132,15 @@ void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
                         .scale_row_stride = tensor ? 0 : groups,
                         .scratch = scratch.get()};
     if (!is_float(c.input))
-      stage.input_scale = {.data = moves.on(device), .row_stride = tensor ? 0 : groups, .group_stride = groups > 1 ? 1 : 0,
+      stage.input_scale = {.data = moves.on(device),
+                           .row_stride = tensor ? 0 : groups,
+                           .group_stride = groups > 1 ? 1 : 0,
                            .expert_stride = 0};
-    if (c.prequant == 1) stage.prequant = Tensor::contiguous(prequant.on(device), DType::kF32, {c.columns}, device);
-    if (c.prequant == 2) stage.prequant = Tensor::contiguous(prequant.on(device), DType::kF32, {kExperts, c.columns}, device);
+    if (c.prequant == 1)
+      stage.prequant = Tensor::contiguous(prequant.on(device), DType::kF32, {c.columns}, device);
+    if (c.prequant == 2)
+      stage.prequant =
+          Tensor::contiguous(prequant.on(device), DType::kF32, {kExperts, c.columns}, device);
     if (c.granularity == ActScale::kTensorStatic)
       stage.static_scale = Tensor::contiguous(statics.on(device), DType::kF32, {c.statics}, device);
     of(device).quantize(stage, {});
@@ -123,7 +149,8 @@ void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
   std::vector<std::uint8_t> got = output.download();
   std::int64_t different = 0;
   for (std::size_t i = 0; i < got.size(); ++i) {
-    const bool nan = c.output == DType::kF8E4M3 && (got[i] & 0x7f) == 0x7f && (output.cpu()[i] & 0x7f) == 0x7f;
+    const bool nan =
+        c.output == DType::kF8E4M3 && (got[i] & 0x7f) == 0x7f && (output.cpu()[i] & 0x7f) == 0x7f;
     different += got[i] != output.cpu()[i] && !nan;
   }
   if (!is_float(c.output)) {
@@ -150,11 +177,17 @@ TEST(QuantizeCuda, EveryGranularityLikeTheCpu) {
   std::uint64_t seed = 1;
   for (const DType input : {DType::kF32, DType::kF16, DType::kBF16})
     for (const DType output : {DType::kF8E4M3, DType::kI8})
-      for (const ActScale granularity : {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kTensorDynamic})
+      for (const ActScale granularity :
+           {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kTensorDynamic})
         for (const std::int64_t columns : {8, 100, 192, 768, 2056, 7168})
           for (const bool mapped : {false, true})
-            check_quantize({.input = input, .output = output, .granularity = granularity, .columns = columns,
-                            .mapped = mapped, .odd_values = columns == 192}, ++seed);
+            check_quantize({.input = input,
+                            .output = output,
+                            .granularity = granularity,
+                            .columns = columns,
+                            .mapped = mapped,
+                            .odd_values = columns == 192},
+                           ++seed);
 }
 
 TEST(QuantizeCuda, GroupsOfAnySize) {
@@ -164,45 +197,75 @@ TEST(QuantizeCuda, GroupsOfAnySize) {
     for (const std::int64_t columns : {128, 192, 1000, 2048})
       for (const Int8Rounding rounding : {Int8Rounding::kNearest, Int8Rounding::kTruncate})
         for (const DType output : {DType::kF8E4M3, DType::kI8})
-          check_quantize({.output = output, .granularity = ActScale::kGroup, .columns = columns, .group = group,
-                          .rounding = rounding, .mapped = group == 64}, ++seed);
+          check_quantize({.output = output,
+                          .granularity = ActScale::kGroup,
+                          .columns = columns,
+                          .group = group,
+                          .rounding = rounding,
+                          .mapped = group == 64},
+                         ++seed);
 }
 
 TEST(QuantizeCuda, ManyRowsAndFactors) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 2000;
-  for (const ActScale granularity : {ActScale::kDefault, ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kTensorDynamic})
+  for (const ActScale granularity : {ActScale::kDefault, ActScale::kToken, ActScale::kGroup,
+                                     ActScale::kTensorStatic, ActScale::kTensorDynamic})
     for (const std::int64_t tokens : {1, 5000})
       for (const int prequant : {0, 1, 2})
         for (const std::int64_t columns : {136, 2048})
-          check_quantize({.output = granularity == ActScale::kDefault ? DType::kBF16 : DType::kF8E4M3, .granularity = granularity,
-                          .columns = columns, .tokens = tokens, .mapped = true, .weights = true, .prequant = prequant,
-                          .statics = 6}, ++seed);
+          check_quantize(
+              {.output = granularity == ActScale::kDefault ? DType::kBF16 : DType::kF8E4M3,
+               .granularity = granularity,
+               .columns = columns,
+               .tokens = tokens,
+               .mapped = true,
+               .weights = true,
+               .prequant = prequant,
+               .statics = 6},
+              ++seed);
 }
 
 TEST(QuantizeCuda, BatchedRowsAndScalesPerExpert) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 3000;
-  for (const ActScale granularity : {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kTensorDynamic})
+  for (const ActScale granularity :
+       {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kTensorDynamic})
     for (const std::int64_t tokens : {1, 30, 900})
       for (const std::int64_t capacity : {8, 1000})
         for (const std::int64_t statics : {1, 6})
-          check_quantize({.granularity = granularity, .columns = 512, .tokens = tokens, .capacity = capacity, .mapped = true,
-                          .per_expert = true, .odd_values = tokens == 30, .statics = statics}, ++seed);
+          check_quantize({.granularity = granularity,
+                          .columns = 512,
+                          .tokens = tokens,
+                          .capacity = capacity,
+                          .mapped = true,
+                          .per_expert = true,
+                          .odd_values = tokens == 30,
+                          .statics = statics},
+                         ++seed);
 }
 
 TEST(QuantizeCuda, EightBitRowsMoveWithTheirScales) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 4000;
   for (const DType type : {DType::kF8E4M3, DType::kI8})
-    for (const ActScale granularity : {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kDefault})
+    for (const ActScale granularity :
+         {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kDefault})
       for (const std::int64_t columns : {100, 1024})
         for (const bool per_expert : {false, true})
-          check_quantize({.input = type, .output = type, .granularity = granularity, .columns = columns, .tokens = 40,
-                          .capacity = 30, .mapped = true, .per_expert = per_expert}, ++seed);
+          check_quantize({.input = type,
+                          .output = type,
+                          .granularity = granularity,
+                          .columns = columns,
+                          .tokens = 40,
+                          .capacity = 30,
+                          .mapped = true,
+                          .per_expert = per_expert},
+                         ++seed);
 }
 
-// --- activate ------------------------------------------------------------------------------------------
+// --- activate
+// ------------------------------------------------------------------------------------------
 TEST(ActivateCuda, LikeTheCpu) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 1;
@@ -211,37 +274,49 @@ TEST(ActivateCuda, LikeTheCpu) {
       for (const GateLayout layout : {GateLayout::kHalves, GateLayout::kInterleaved})
         for (const GateOrder order : {GateOrder::kGateFirst, GateOrder::kUpFirst})
           for (const bool parameters : {false, true}) {
-            const ActivationSpec spec{.kind = static_cast<Activation>(kind), .order = order, .layout = layout};
-            SCOPED_TRACE(testing::Message() << name(spec.kind) << " " << name(type) << " layout " << static_cast<int>(layout));
+            const ActivationSpec spec{
+                .kind = static_cast<Activation>(kind), .order = order, .layout = layout};
+            SCOPED_TRACE(testing::Message() << name(spec.kind) << " " << name(type) << " layout "
+                                            << static_cast<int>(layout));
             constexpr std::int64_t kRows = 37, kColumns = 100;
             const std::int64_t n = is_gated(spec.kind) ? 2 * kColumns : kColumns;
-            Twin<std::uint8_t> input(random_storage(type, static_cast<std::size_t>(kRows * n), ++seed, 4.0f));
+            Twin<std::uint8_t> input(
+                random_storage(type, static_cast<std::size_t>(kRows * n), ++seed, 4.0f));
             Twin<std::uint8_t> output(static_cast<std::size_t>(kRows * kColumns) * 4);
             std::vector<std::int32_t> experts(kRows);
             harness::Rng rng(seed);
             for (std::int32_t& e : experts) e = static_cast<std::int32_t>(rng.below(5)) - 1;
             Twin<std::int32_t> row_expert(experts);
-            Twin<float> alpha({1.0f, 1.5f, 1.702f, 2.0f}), beta({0.0f, 1.0f, 0.5f, 2.0f}), limit({1.0f, 7.0f, 2.0f, 3.0f});
+            Twin<float> alpha({1.0f, 1.5f, 1.702f, 2.0f}), beta({0.0f, 1.0f, 0.5f, 2.0f}),
+                limit({1.0f, 7.0f, 2.0f, 3.0f});
             for (const Device device : kBoth) {
               const auto per_expert = [&](Twin<float>& t) {
-                return parameters ? Tensor::contiguous(t.on(device), DType::kF32, {4}, device) : Tensor{};
+                return parameters ? Tensor::contiguous(t.on(device), DType::kF32, {4}, device)
+                                  : Tensor{};
               };
-              of(device).activate({.spec = spec,
-                                   .parameters = {per_expert(alpha), per_expert(beta), per_expert(limit)},
-                                   .input = on(device, input, type, {kRows, n}),
-                                   .row_expert = parameters ? Tensor::contiguous(row_expert.on(device), DType::kI32, {kRows}, device) : Tensor{},
-                                   .output = on(device, output, DType::kF32, {kRows, kColumns})}, {});
+              of(device).activate(
+                  {.spec = spec,
+                   .parameters = {per_expert(alpha), per_expert(beta), per_expert(limit)},
+                   .input = on(device, input, type, {kRows, n}),
+                   .row_expert = parameters ? Tensor::contiguous(row_expert.on(device), DType::kI32,
+                                                                 {kRows}, device)
+                                            : Tensor{},
+                   .output = on(device, output, DType::kF32, {kRows, kColumns})},
+                  {});
             }
             const std::vector<std::uint8_t> got = output.download();
             for (std::int64_t i = 0; i < kRows * kColumns; ++i) {
-              const double a = harness::load_element(output.cpu(), DType::kF32, i), b = harness::load_element(got.data(), DType::kF32, i);
-              // 1 + erf(x) and 1 + tanh(x) cancel for x << 0: what is left of both is their rounding.
+              const double a = harness::load_element(output.cpu(), DType::kF32, i),
+                           b = harness::load_element(got.data(), DType::kF32, i);
+              // 1 + erf(x) and 1 + tanh(x) cancel for x << 0: what is left of both is their
+              // rounding.
               ASSERT_NEAR(a, b, 2e-5 + 4e-6 * std::abs(a)) << i;
             }
           }
 }
 
-// --- combine -------------------------------------------------------------------------------------------
+// --- combine
+// -------------------------------------------------------------------------------------------
 TEST(CombineCuda, TheSameBitsAsTheCpu) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 1;
@@ -250,15 +325,23 @@ TEST(CombineCuda, TheSameBitsAsTheCpu) {
       for (const std::int64_t columns : {8, 100, 2048, 7168})
         for (const std::int64_t top_k : {1, 8, 22})
           for (const int options : {0, 1, 2, 3}) {
-            SCOPED_TRACE(testing::Message() << name(from) << " to " << name(to) << " H " << columns << " k " << top_k << " options " << options);
-            const std::int64_t tokens = columns > 2048 ? 3 : 17, slots = tokens * top_k, rows = slots + 5;
+            SCOPED_TRACE(testing::Message() << name(from) << " to " << name(to) << " H " << columns
+                                            << " k " << top_k << " options " << options);
+            const std::int64_t tokens = columns > 2048 ? 3 : 17, slots = tokens * top_k,
+                               rows = slots + 5;
             harness::Rng rng(++seed);
-            Twin<std::uint8_t> input(random_storage(from, static_cast<std::size_t>(rows * columns), seed));
-            Twin<std::uint8_t> shared(random_storage(from, static_cast<std::size_t>(tokens * columns), seed + 1));
-            Twin<std::uint8_t> output(random_storage(to, static_cast<std::size_t>(tokens * columns), seed + 2));
-            std::vector<std::int32_t> row(static_cast<std::size_t>(slots)), id(static_cast<std::size_t>(slots));
-            std::vector<float> w(static_cast<std::size_t>(slots)), sw(static_cast<std::size_t>(tokens));
-            for (std::int32_t& r : row) r = rng.below(9) == 0 ? -1 : static_cast<std::int32_t>(rng.below(rows));
+            Twin<std::uint8_t> input(
+                random_storage(from, static_cast<std::size_t>(rows * columns), seed));
+            Twin<std::uint8_t> shared(
+                random_storage(from, static_cast<std::size_t>(tokens * columns), seed + 1));
+            Twin<std::uint8_t> output(
+                random_storage(to, static_cast<std::size_t>(tokens * columns), seed + 2));
+            std::vector<std::int32_t> row(static_cast<std::size_t>(slots)),
+                id(static_cast<std::size_t>(slots));
+            std::vector<float> w(static_cast<std::size_t>(slots)),
+                sw(static_cast<std::size_t>(tokens));
+            for (std::int32_t& r : row)
+              r = rng.below(9) == 0 ? -1 : static_cast<std::int32_t>(rng.below(rows));
             row[0] = 0x7fffffff;
             for (std::int32_t& i : id) i = static_cast<std::int32_t>(rng.below(9)) - 1;
             for (float& v : w) v = static_cast<float>(rng.uniform());
@@ -266,16 +349,19 @@ TEST(CombineCuda, TheSameBitsAsTheCpu) {
             Twin<std::int32_t> slot_row(row), ids(id);
             Twin<float> weights(w), shared_weight(sw);
             for (const Device device : kBoth)
-              of(device).combine({.rows = on(device, input, from, {rows, columns}),
-                                  .slot_row = options != 1 ? slot_row.on(device) : nullptr,
-                                  .topk_ids = options == 1 ? ids.on(device) : nullptr,
-                                  .weights = options != 2 ? weights.on(device) : nullptr,
-                                  .top_k = top_k,
-                                  .scale = options == 3 ? 2.5f : 1.0f,
-                                  .shared = options >= 2 ? on(device, shared, from, {tokens, columns}) : Tensor{},
-                                  .shared_weight = options == 3 ? shared_weight.on(device) : nullptr,
-                                  .accumulate = options == 1 || options == 3 ? Accumulate::kAdd : Accumulate::kOverwrite,
-                                  .output = on(device, output, to, {tokens, columns})}, {});
+              of(device).combine(
+                  {.rows = on(device, input, from, {rows, columns}),
+                   .slot_row = options != 1 ? slot_row.on(device) : nullptr,
+                   .topk_ids = options == 1 ? ids.on(device) : nullptr,
+                   .weights = options != 2 ? weights.on(device) : nullptr,
+                   .top_k = top_k,
+                   .scale = options == 3 ? 2.5f : 1.0f,
+                   .shared = options >= 2 ? on(device, shared, from, {tokens, columns}) : Tensor{},
+                   .shared_weight = options == 3 ? shared_weight.on(device) : nullptr,
+                   .accumulate =
+                       options == 1 || options == 3 ? Accumulate::kAdd : Accumulate::kOverwrite,
+                   .output = on(device, output, to, {tokens, columns})},
+                  {});
             EXPECT_EQ(output.differences(), "");
           }
 }
@@ -293,16 +379,21 @@ TEST(CombineCuda, AddressesAre64Bit) {
   auto* slot_row = static_cast<std::int32_t*>(gpu.allocate(kRows * 4));
   ASSERT_EQ(cudaMemset(rows, 0, kRows * kColumns * 2), cudaSuccess);
   std::vector<std::int32_t> map(kRows);
-  for (std::int64_t s = 0; s < kRows; ++s) map[static_cast<std::size_t>(s)] = static_cast<std::int32_t>(kRows - 1 - s);
+  for (std::int64_t s = 0; s < kRows; ++s)
+    map[static_cast<std::size_t>(s)] = static_cast<std::int32_t>(kRows - 1 - s);
   gpu.copy(slot_row, map.data(), map.size() * 4, {});
   const std::int64_t tokens[] = {0, 1, 131072, 262144, 304999};
   for (const std::int64_t t : tokens)  // the token's slots hold t % 100 + j
     for (std::int64_t j = 0; j < kTopK; ++j) {
       std::vector<std::uint16_t> row(kColumns, float_to_bf16(static_cast<float>(t % 100 + j)));
-      gpu.copy(static_cast<char*>(rows) + (kRows - 1 - (t * kTopK + j)) * kColumns * 2, row.data(), row.size() * 2, {});
+      gpu.copy(static_cast<char*>(rows) + (kRows - 1 - (t * kTopK + j)) * kColumns * 2, row.data(),
+               row.size() * 2, {});
     }
-  gpu.combine({.rows = Tensor::contiguous(rows, DType::kBF16, {kRows, kColumns}, kGpu), .slot_row = slot_row, .top_k = kTopK,
-               .output = Tensor::contiguous(out, DType::kBF16, {kTokens, kColumns}, kGpu)}, {});
+  gpu.combine({.rows = Tensor::contiguous(rows, DType::kBF16, {kRows, kColumns}, kGpu),
+               .slot_row = slot_row,
+               .top_k = kTopK,
+               .output = Tensor::contiguous(out, DType::kBF16, {kTokens, kColumns}, kGpu)},
+              {});
   for (const std::int64_t t : tokens) {
     std::vector<std::uint16_t> y(kColumns);
     gpu.copy(y.data(), static_cast<char*>(out) + t * kColumns * 2, y.size() * 2, {});

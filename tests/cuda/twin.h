@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The same buffer twice, in host memory for the CPU backend and in a device's for the CUDA backend, with
-// the same contents and guard bands: a stage runs on both and the twins are compared.
+// The same buffer twice, in host memory for the CPU backend and in a device's for the CUDA backend,
+// with the same contents and guard bands: a stage runs on both and the twins are compared.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,8 +19,9 @@
 namespace moesaic {
 
 inline const Backend* device_backend() { return cuda_backend(0); }
-#define MOESAIC_NEEDS_CUDA() \
-  if (device_backend() == nullptr) GTEST_SKIP() << "no CUDA device of compute capability 8.0 or above"
+#define MOESAIC_NEEDS_CUDA()       \
+  if (device_backend() == nullptr) \
+  GTEST_SKIP() << "no CUDA device of compute capability 8.0 or above"
 
 inline constexpr Device kGpu{DeviceType::kCuda, 0};
 
@@ -55,7 +56,8 @@ class Twin {
     std::memset(poison, 0xdb, sizeof(T));
     for (std::size_t i = 0; i < kGuard; ++i) {
       EXPECT_EQ(std::memcmp(&all[i], poison, sizeof(T)), 0) << "guard before, element " << i;
-      EXPECT_EQ(std::memcmp(&all[all.size() - 1 - i], poison, sizeof(T)), 0) << "guard behind, element " << i;
+      EXPECT_EQ(std::memcmp(&all[all.size() - 1 - i], poison, sizeof(T)), 0)
+          << "guard behind, element " << i;
     }
     return {all.begin() + kGuard, all.end() - kGuard};
   }
@@ -89,7 +91,8 @@ inline std::vector<std::uint8_t> random_storage(DType dtype, std::size_t count, 
   return bytes;
 }
 
-inline Tensor on(Device device, Twin<std::uint8_t>& twin, DType dtype, std::initializer_list<std::int64_t> shape) {
+inline Tensor on(Device device, Twin<std::uint8_t>& twin, DType dtype,
+                 std::initializer_list<std::int64_t> shape) {
   return Tensor::contiguous(twin.on(device), dtype, shape, device);
 }
 
@@ -101,7 +104,8 @@ inline constexpr Device kBoth[] = {Device{}, kGpu};
 // Scratch on either side.
 class Scratch {
  public:
-  Scratch(Device device, std::size_t bytes) : backend_(of(device)), data_(backend_.allocate(bytes + 256)) {}
+  Scratch(Device device, std::size_t bytes)
+      : backend_(of(device)), data_(backend_.allocate(bytes + 256)) {}
   ~Scratch() { backend_.deallocate(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -64,12 +64,16 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 
 std::string_view name(WeightScale scale) {
   constexpr std::string_view kNames[] = {"default", "tensor", "channel", "block", "group"};
-  return kNames[static_cast<int>(scale)];
+  // A C caller can pass any number; what is asked for is refused by this very name.
+  const auto index = static_cast<std::size_t>(scale);
+  return index < std::size(kNames) ? kNames[index] : "an unknown one";
 }
 std::string_view name(ActScale scale) {
   constexpr std::string_view kNames[] = {"default", "tensor_static", "tensor_dynamic", "token",
                                          "group"};
-  return kNames[static_cast<int>(scale)];
+  // A C caller can pass any number; what is asked for is refused by this very name.
+  const auto index = static_cast<std::size_t>(scale);
+  return index < std::size(kNames) ? kNames[index] : "an unknown one";
 }
 
 // The granularity asked for, or the scheme's own; refuses what the scheme does not list.

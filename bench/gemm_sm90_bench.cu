@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times the SM90 kernels alone: GEMM1 with SwiGLU, then GEMM2, as a layer launches them, by replay of a
-// graph of several layers with different routings (so weights come from HBM), at the shapes that the
-// project quotes. Prints the ratio to the floor: bytes of the active experts' weights over 3.14 TB/s, or
-// operations over 800 (16-bit) / 1520 (e4m3) TFLOPS, whichever is longer.
+// Times the SM90 kernels alone: GEMM1 with SwiGLU, then GEMM2, as a layer launches them, by replay
+// of a graph of several layers with different routings (so weights come from HBM), at the shapes
+// that the project quotes. Prints the ratio to the floor: bytes of the active experts' weights
+// over 3.14 TB/s, or operations over 800 (16-bit) / 1520 (e4m3) TFLOPS, whichever is longer.
 //
-//   gemm_sm90_bench [bf16|fp8_block|fp8_tensor] [shape|all] [tile_rows or 0] [tactic1 tactic2] [T ...]
+//   gemm_sm90_bench [bf16|fp8_block|fp8_tensor] [shape|all] [tile_rows or 0] [tactic1 tactic2] [T
+//   ...]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -39,13 +40,17 @@ __global__ void fill(unsigned char* out, std::size_t bytes, int fp8, unsigned se
     x ^= x >> 31;
     // Sign, some exponents around one, random mantissas. e4m3: exponents 1 to 14.
     unsigned h;
-    if (fp8) h = static_cast<unsigned>(x & 0xbfbf);
-    else h = static_cast<unsigned>((x & 0x807f) | ((120 + (x >> 20) % 7) << 7));
+    if (fp8)
+      h = static_cast<unsigned>(x & 0xbfbf);
+    else
+      h = static_cast<unsigned>((x & 0x807f) | ((120 + (x >> 20) % 7) << 7));
     reinterpret_cast<unsigned short*>(out)[i] = static_cast<unsigned short>(h);
   }
 }
 __global__ void fill_floats(float* out, std::size_t count, float v) {
-  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count; i += std::size_t{gridDim.x} * blockDim.x) out[i] = v;
+  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
+       i += std::size_t{gridDim.x} * blockDim.x)
+    out[i] = v;
 }
 
 void* take(std::size_t bytes) {
@@ -68,7 +73,8 @@ struct Options {
 
 class Bench {
  public:
-  Bench(const ModelShape& shape, const Options& options) : s_(shape), o_(options), fp8_(o_.scheme != "bf16") {
+  Bench(const ModelShape& shape, const Options& options)
+      : s_(shape), o_(options), fp8_(o_.scheme != "bf16") {
     cudaDeviceProp p{};
     check_cuda(cudaGetDeviceProperties(&p, 0), "properties");
     device_ = {.sm_count = p.multiProcessorCount, .compute_capability = 90, .use_sm90 = true};
@@ -77,17 +83,21 @@ class Bench {
     w2_ = random(s_.experts * s_.intermediate * s_.hidden * bytes, 2);
     check_cuda(cudaStreamCreate(&stream_), "stream");
     if (fp8_) {
-      const std::size_t cells = s_.experts * (2 * s_.intermediate / 128 + 1) * (s_.hidden / 128 + 1);
+      const std::size_t cells =
+          s_.experts * (2 * s_.intermediate / 128 + 1) * (s_.hidden / 128 + 1);
       scale_ = floats(cells, 1.0f / 64);
-      a_scale_ = floats(8192 * s_.top_k * (std::max(s_.hidden, s_.intermediate) / 128 + 1), 1.0f / 64);
+      a_scale_ =
+          floats(8192 * s_.top_k * (std::max(s_.hidden, s_.intermediate) / 128 + 1), 1.0f / 64);
     }
   }
 
   void run(std::int64_t tokens) {
     const std::int64_t slots = tokens * s_.top_k, bytes = fp8_ ? 1 : 2;
-    WeightOperand fc1 = operand(w1_, 2 * s_.intermediate, s_.hidden), fc2 = operand(w2_, s_.hidden, s_.intermediate);
+    WeightOperand fc1 = operand(w1_, 2 * s_.intermediate, s_.hidden),
+                  fc2 = operand(w2_, s_.hidden, s_.intermediate);
     fc1.spec.gated = true;
-    std::int64_t tile = o_.tile_rows ? o_.tile_rows : family_sm90().tile_rows(fc1.spec, slots, device_);
+    std::int64_t tile =
+        o_.tile_rows ? o_.tile_rows : family_sm90().tile_rows(fc1.spec, slots, device_);
     const int reps = tokens >= 2048 ? 2 : tokens >= 128 ? 4 : 12;
     // 8-bit activations come quantized, in the order of positions; 16-bit ones are gathered.
     const std::int64_t x_rows = fp8_ ? slots : tokens;
@@ -106,8 +116,13 @@ class Bench {
     const DType dtype = fp8_ ? DType::kF8E4M3 : DType::kBF16;
     const auto layer = [&](int r, int which) {
       GemmStage g;
-      g.rows = {.tiles = routings[r].tiles, .num_tiles = routings[r].count, .row_slot = routings[r].slots,
-                .max_tiles = max_tiles(slots, s_.experts, tile), .tile_rows = tile, .positions = slots, .slot_count = slots};
+      g.rows = {.tiles = routings[r].tiles,
+                .num_tiles = routings[r].count,
+                .row_slot = routings[r].slots,
+                .max_tiles = max_tiles(slots, s_.experts, tile),
+                .tile_rows = tile,
+                .positions = slots,
+                .slot_count = slots};
       if (which & 1) {
         g.a = Tensor::contiguous(x, dtype, {x_rows, s_.hidden}, on);
         g.a_row = fp8_ ? RowOf::kPosition : RowOf::kToken;
@@ -160,9 +175,12 @@ class Bench {
     const double read = active * 3 * s_.hidden * s_.intermediate * bytes;
     const double work = 6.0 * slots * s_.hidden * s_.intermediate;
     const double floor = std::max(read / 3.14e12, work / (fp8_ ? 1520e12 : 800e12)) * 1e3;
-    std::printf("%-18s %-10s T=%-5lld tile %-3lld t%d,%d  %8.4f ms  ratio %.3f  (gemm1 %.4f + gemm2 %.4f)  %6.0f TFLOPS %6.0f GB/s\n",
-                s_.name, o_.scheme.c_str(), static_cast<long long>(tokens), static_cast<long long>(tile), o_.tactic1,
-                o_.tactic2, ms[3], ms[3] / floor, ms[1], ms[2], work / ms[3] * 1e-9, read / ms[3] * 1e-6);
+    std::printf(
+        "%-18s %-10s T=%-5lld tile %-3lld t%d,%d  %8.4f ms  ratio %.3f  (gemm1 %.4f + gemm2 %.4f)  "
+        "%6.0f TFLOPS %6.0f GB/s\n",
+        s_.name, o_.scheme.c_str(), static_cast<long long>(tokens), static_cast<long long>(tile),
+        o_.tactic1, o_.tactic2, ms[3], ms[3] / floor, ms[1], ms[2], work / ms[3] * 1e-9,
+        read / ms[3] * 1e-6);
     std::fflush(stdout);
     for (const Routing& r : routings) {
       cudaFree(r.tiles);
@@ -206,8 +224,13 @@ class Bench {
     if (o_.scheme == "fp8_block") {
       b.spec.act_scale = ActScale::kGroup;
       b.spec.act_group = 128;
-      b.spec.scale = {.has_scale = true, .group_n = 128, .group_k = 128, .grid_n = (n + 127) / 128, .grid_k = (k + 127) / 128};
-      b.plain.scale = Tensor::contiguous(scale_, DType::kF32, {s_.experts, b.spec.scale.grid_n, b.spec.scale.grid_k}, on);
+      b.spec.scale = {.has_scale = true,
+                      .group_n = 128,
+                      .group_k = 128,
+                      .grid_n = (n + 127) / 128,
+                      .grid_k = (k + 127) / 128};
+      b.plain.scale = Tensor::contiguous(
+          scale_, DType::kF32, {s_.experts, b.spec.scale.grid_n, b.spec.scale.grid_k}, on);
     } else if (fp8_) {
       b.spec.act_scale = ActScale::kTensorDynamic;
       b.plain.scale = Tensor::contiguous(scale_, DType::kF32, {s_.experts}, on);
@@ -215,8 +238,10 @@ class Bench {
     return b;
   }
   void scales(GemmStage& g, std::int64_t k) {
-    if (o_.scheme == "fp8_block") g.a_scale = {a_scale_, (k + 127) / 128, 1, 0};
-    else if (fp8_) g.a_scale = {a_scale_, 0, 0, 0};
+    if (o_.scheme == "fp8_block")
+      g.a_scale = {a_scale_, (k + 127) / 128, 1, 0};
+    else if (fp8_)
+      g.a_scale = {a_scale_, 0, 0, 0};
   }
   Routing route(std::int64_t tokens, std::int64_t tile, int seed) {
     std::mt19937 random(static_cast<unsigned>(seed * 7919 + tokens));
@@ -238,7 +263,8 @@ class Bench {
       const auto rows = static_cast<std::int64_t>(of[e].size());
       r.active += rows > 0;
       for (std::int64_t first = 0; first < rows; first += tile) {
-        tiles.push_back({static_cast<std::int32_t>(e), static_cast<std::int32_t>(std::min(tile, rows - first)),
+        tiles.push_back({static_cast<std::int32_t>(e),
+                         static_cast<std::int32_t>(std::min(tile, rows - first)),
                          static_cast<std::int64_t>(slots.size()) + first});
       }
       slots.insert(slots.end(), of[e].begin(), of[e].end());

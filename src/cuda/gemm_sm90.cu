@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Host side of the SM90a family: which schemes it takes, which kernel runs a stage, tensor maps.
-#include "cuda/gemm_sm90.h"
-
 #include <string>
 
 #include "check.h"
 #include "cuda/gemm.h"
+#include "cuda/gemm_sm90.h"
 
 namespace moesaic::cuda {
 namespace {
@@ -14,7 +13,7 @@ using namespace sm90;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// --- the closed list of kernels ---------------------------------------------------------------------
+// --- the closed list of kernels
 enum class Kernel : int { kNarrow, kMiddle, kWide, kWidest, kNarrowHalf };
 constexpr int kKernels = 5;
 
@@ -29,26 +28,34 @@ struct KernelTraits {
 template <Element E>
 KernelTraits traits_of(Kernel kernel) {
   switch (kernel) {
-    case Kernel::kNarrow: return {16, 64, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 64 rows"};
-    case Kernel::kNarrowHalf: return {16, 32, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 32 rows"};
-    case Kernel::kMiddle: return {64, 128, 1, 1, launch_gemm<Middle<E>>, "64 tokens x 128 rows"};
-    case Kernel::kWide: return {128, 128, 1, 1, launch_gemm<Wide<E>>, "128 tokens x 128 rows"};
-    case Kernel::kWidest: return {256, 256, 2, 1, launch_gemm<Widest<E>>, "256 tokens x 256 rows, CTA pairs"};
+    case Kernel::kNarrow:
+      return {16, 64, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 64 rows"};
+    case Kernel::kNarrowHalf:
+      return {16, 32, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 32 rows"};
+    case Kernel::kMiddle:
+      return {64, 128, 1, 1, launch_gemm<Middle<E>>, "64 tokens x 128 rows"};
+    case Kernel::kWide:
+      return {128, 128, 1, 1, launch_gemm<Wide<E>>, "128 tokens x 128 rows"};
+    case Kernel::kWidest:
+      return {256, 256, 2, 1, launch_gemm<Widest<E>>, "256 tokens x 256 rows, CTA pairs"};
   }
   return {};
 }
 
 KernelTraits traits_of(Element element, Kernel kernel) {
   switch (element) {
-    case Element::kF16: return traits_of<Element::kF16>(kernel);
-    case Element::kBF16: return traits_of<Element::kBF16>(kernel);
-    case Element::kE4M3: return traits_of<Element::kE4M3>(kernel);
+    case Element::kF16:
+      return traits_of<Element::kF16>(kernel);
+    case Element::kBF16:
+      return traits_of<Element::kBF16>(kernel);
+    case Element::kE4M3:
+      return traits_of<Element::kE4M3>(kernel);
   }
   return {};
 }
 
 Element element_of(WeightFormat format) {
-  return format == WeightFormat::kE4M3   ? Element::kE4M3
+  return format == WeightFormat::kE4M3  ? Element::kE4M3
          : format == WeightFormat::kF16 ? Element::kF16
                                         : Element::kBF16;
 }
@@ -62,20 +69,24 @@ bool supports(const WeightSpec& spec) {
   const std::int64_t bytes = spec.format == WeightFormat::kE4M3 ? 1 : 2;
   if (spec.k <= 0 || spec.n <= 0 || spec.k * bytes % 16 != 0) return false;
   if (spec.gated && spec.n % 16 != 0) return false;  // gate and up are interleaved eight by eight
-  if (spec.format == WeightFormat::kBF16) return spec.act == ActFormat::k16 && spec.act_dtype == DType::kBF16;
-  if (spec.format == WeightFormat::kF16) return spec.act == ActFormat::k16 && spec.act_dtype == DType::kF16;
+  if (spec.format == WeightFormat::kBF16)
+    return spec.act == ActFormat::k16 && spec.act_dtype == DType::kBF16;
+  if (spec.format == WeightFormat::kF16)
+    return spec.act == ActFormat::k16 && spec.act_dtype == DType::kF16;
   if (spec.format != WeightFormat::kE4M3 || spec.act != ActFormat::kE4M3) return false;
   // Scales that change along K must change where the sums are promoted.
   const bool along_k = spec.scale.grid_k > 1;
   if (block_scaled(spec)) {
-    const bool eights = spec.scale.group_n % 8 == 0 || spec.scale.group_n >= spec.n;  // rows of one cell
+    const bool eights =
+        spec.scale.group_n % 8 == 0 || spec.scale.group_n >= spec.n;  // rows of one cell
     return eights && spec.act_group == 128 && (!along_k || spec.scale.group_k == 128);
   }
   return !along_k;
 }
 
-// --- policy -----------------------------------------------------------------------------------------
-// The smallest tile that holds nearly every expert's rows: two standard deviations above the mean of
+// --- policy
+// The
+// smallest tile that holds nearly every expert's rows: two standard deviations above the mean of
 // uniform routing. A tile with fewer rows runs a smaller instruction, so too large costs little;
 // too small reads weights once more through L2.
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
@@ -86,13 +97,14 @@ std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTr
   return 256;
 }
 
-Kernel kernel_for(const GemmStage& stage, std::int64_t columns, bool gated, const DeviceTraits& device) {
+Kernel kernel_for(const GemmStage& stage, std::int64_t columns, bool gated,
+                  const DeviceTraits& device) {
   const int forced = stage.tactic;
   if (forced >= 0 && forced < kKernels) return static_cast<Kernel>(forced);
   const std::int64_t rows = stage.rows.tile_rows;
   if (rows <= 16) {
-    // Too few tasks to occupy the machine: halve them. The idle half of the instruction costs nothing
-    // where memory is the bound.
+    // Too few tasks to occupy the machine: halve them. The idle half of the instruction costs
+    // nothing where memory is the bound.
     const std::int64_t weight_rows = gated ? 2 * columns : columns;
     const std::int64_t tasks = stage.rows.max_tiles * ceil_div(weight_rows, 64);
     return tasks * 4 <= device.sm_count * 3 ? Kernel::kNarrowHalf : Kernel::kNarrow;
@@ -110,7 +122,7 @@ std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
   return list;
 }
 
-// --- tensor maps --------------------------------------------------------------------------------------
+// --- tensor maps
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
 EncodeTiled encoder() {
@@ -121,7 +133,8 @@ EncodeTiled encoder() {
                                                 cudaEnableDefault, &result),
                "cuTensorMapEncodeTiled");
     if (result != cudaDriverEntryPointSuccess || entry == nullptr) {
-      throw Error(ErrorCode::kDevice, "the driver has no cuTensorMapEncodeTiled; update it to CUDA 12 or newer");
+      throw Error(ErrorCode::kDevice,
+                  "the driver has no cuTensorMapEncodeTiled; update it to CUDA 12 or newer");
     }
     return reinterpret_cast<EncodeTiled>(entry);
   }();
@@ -141,23 +154,26 @@ void encode(CUtensorMap& map, const void* data, Element element, const Extent<kR
   cuuint32_t unit[kRank];
   for (cuuint32_t& u : unit) u = 1;
   const CUresult status = encoder()(
-      &map, element == Element::kE4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
+      &map,
+      element == Element::kE4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
       kRank, const_cast<void*>(data), extent.size, extent.bytes, extent.box, unit,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
-    throw Error(ErrorCode::kDevice, std::string(what) + ": cuTensorMapEncodeTiled failed with code " +
+    throw Error(ErrorCode::kDevice, std::string(what) +
+                                        ": cuTensorMapEncodeTiled failed with code " +
                                         std::to_string(static_cast<int>(status)));
   }
 }
 
-// Gate and up rows are brought together by the map: 8 rows of gate, 8 of up, and so on, whichever way
-// the caller's N lies. So a thread's accumulators hold gate and up of the same column.
-void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std::int64_t k, int chunk_k,
-                int box_rows) {
+// Gate and up rows are brought together by the map: 8 rows of gate, 8 of up, and so on, whichever
+// way the caller's N lies. So a thread's accumulators hold gate and up of the same column.
+void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std::int64_t k,
+                int chunk_k, int box_rows) {
   const std::int64_t bytes = element == Element::kE4M3 ? 1 : 2;
   const auto row = static_cast<cuuint64_t>(w.strides[1] * bytes);
-  const auto expert = static_cast<cuuint64_t>(w.shape[0] > 1 ? w.strides[0] * bytes : n * w.strides[1] * bytes);
+  const auto expert =
+      static_cast<cuuint64_t>(w.shape[0] > 1 ? w.strides[0] * bytes : n * w.strides[1] * bytes);
   const auto size_k = static_cast<cuuint64_t>(k), experts = static_cast<cuuint64_t>(p.experts);
   const auto half = static_cast<cuuint64_t>(p.columns);
   const auto box_k = static_cast<cuuint32_t>(chunk_k), rows = static_cast<cuuint32_t>(box_rows);
@@ -178,9 +194,11 @@ void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std
   encode(p.weights, w.data, element, extent, "weight");
 }
 
-// --- a stage's arguments --------------------------------------------------------------------------------
+// --- a stage's arguments
 OutType out_type(DType dtype) {
-  return dtype == DType::kBF16 ? OutType::kBF16 : dtype == DType::kF16 ? OutType::kF16 : OutType::kF32;
+  return dtype == DType::kBF16  ? OutType::kBF16
+         : dtype == DType::kF16 ? OutType::kF16
+                                : OutType::kF32;
 }
 
 // Rows of a rank-2 or rank-3 tensor, in units of `unit` elements.
@@ -197,7 +215,9 @@ bool multiples(const Tensor& t, std::int64_t of) {  // all strides but the last
   return true;
 }
 
-bool aligned(const void* data, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(data) % bytes == 0; }
+bool aligned(const void* data, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % bytes == 0;
+}
 
 void set_output(Params& p, const Tensor& c) {
   const int last = c.rank - 1;
@@ -262,11 +282,20 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const std::int64_t bytes = element == Element::kE4M3 ? 1 : 2, unit = 16 / bytes;
   const Tensor& w = weights.weight;
   if (w.strides[2] != 1 || !multiples(w, unit) || !aligned(w.data, 16)) {
-    unsupported("weight: the wgmma kernels read rows of K contiguous elements that start at multiples of "
-                "16 bytes; pass a contiguous copy");
+    unsupported(
+        "weight: the wgmma kernels read rows of K contiguous elements that start at multiples of "
+        "16 bytes; pass a contiguous copy");
   }
   if (!multiples(stage.a, unit) || !aligned(stage.a.data, 16)) {
-    unsupported("a: the wgmma kernels read rows that start at multiples of 16 bytes; pass a contiguous copy");
+    unsupported(
+        "a: the wgmma kernels read rows that start at multiples of 16 bytes; pass a contiguous "
+        "copy");
+  }
+
+  if (stage.rows.positions > 0xfffffff0LL || stage.rows.slot_count > 0x7fffffffLL) {
+    unsupported(
+        "positions: the wgmma kernels number rows with 32 bits; split the tokens over several "
+        "calls");
   }
 
   Params p{};
@@ -279,7 +308,8 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, traits.tokens));
   p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows % 16 == 0;
   p.task_rows = traits.rows;
-  p.row_tasks = static_cast<std::int32_t>(ceil_div(p.gated ? 2 * p.columns : p.columns, traits.rows));
+  p.row_tasks =
+      static_cast<std::int32_t>(ceil_div(p.gated ? 2 * p.columns : p.columns, traits.rows));
   p.settled = stage.tile_age == TileAge::kSettled;
   p.a_row = stage.a_row;
   p.c_row = stage.c_row;
@@ -294,8 +324,10 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 
   const auto chunk_k = static_cast<int>(128 / bytes);
   weight_map(p, w, element, spec.n, spec.k, chunk_k, traits.rows / traits.pair);
-  // Consecutive rows come by TMA, but for the narrow tiles: a box would bring rows that nobody wants.
-  const std::int64_t a_rows = stage.a.rank == 3 ? stage.a.shape[0] * stage.a.shape[1] : stage.a.shape[0];
+  // Consecutive rows come by TMA, but for the narrow tiles: a box would bring rows that nobody
+  // wants.
+  const std::int64_t a_rows =
+      stage.a.rank == 3 ? stage.a.shape[0] * stage.a.shape[1] : stage.a.shape[0];
   p.token_load = stage.a_row == RowOf::kPosition && p.a_rows.inner == 0 && traits.tokens >= 64
                      ? TokenLoad::kTma
                      : TokenLoad::kGather;

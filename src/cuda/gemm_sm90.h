@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The SM90a family: what the host hands to the kernel, and the closed list of kernels.
 //
-// One kernel template. The product is computed transposed: weight rows lie on wgmma's 64-row side and
-// tokens on its N side (8 to 256), so that a tile with one token wastes 7 columns and not 63 rows.
+// One kernel template. The product is computed transposed: weight rows lie on wgmma's 64-row side
+// and tokens on its N side (8 to 256), so that a tile with one token wastes 7 columns and not 63
+// rows.
 #pragma once
 
 #include <cuda.h>
@@ -18,12 +19,12 @@ namespace moesaic::cuda::sm90 {
 
 using ptx::Element;
 
-// --- shapes of the kernels ------------------------------------------------------------------------
+// --- shapes of the kernels
 // A stage holds kChunks chunks of 128 bytes of K for kBlocks * 64 weight rows of each consumer
-// warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each loads
-// half and sends it to both) and halve its tokens: L2 then delivers two thirds of the bytes.
-template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_, int kStages_,
-          int kPair_ = 1>
+// warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each loads half and sends it to
+// both) and halve its tokens: L2 then delivers two thirds of the bytes.
+template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_,
+          int kStages_, int kPair_ = 1>
 struct Shape {
   static constexpr Element kElement = kElement_;
   static constexpr int kTokens = kTokens_;
@@ -47,13 +48,14 @@ struct Shape {
   // Block scales of one stage: of each token, and of each eight weight rows.
   static constexpr int kScales = kTokens + kRows / 8;
   static constexpr int kScaleBytes = kPromotes ? kChunks * kScales * 4 : 0;
-  // Epilogue of one warpgroup: two buffers of up to 32 tokens x 64 rows of 16 bits, or 16 tokens in fp32;
-  // and what it must know of its weight rows (factor, bias), of this task and of the next.
-  static constexpr int kPitch = 144;  // bytes per token: 128 and 16, so that eight rows hit all banks
+  // Epilogue of one warpgroup: two buffers of up to 32 tokens x 64 rows of 16 bits, or 16 tokens in
+  // fp32; and what it must know of its weight rows (factor, bias), of this task and of the next.
+  static constexpr int kPitch =
+      144;  // bytes per token: 128 and 16, so that eight rows hit all banks
   static constexpr int kBufferBytes = kTokens < 32 ? 16 * 68 * 4 : 32 * kPitch;
   static constexpr int kEpilogueBytes = 2 * (kBufferBytes + kBlocks * 64 * 8);
-  // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors. Every
-  // task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
+  // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors.
+  // Every task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
   static constexpr int kTaskBytes = 32;
   static constexpr int kTableBytes = kTokens * 12;
   static constexpr int kRing = kStages + 1;
@@ -61,23 +63,25 @@ struct Shape {
   static constexpr int kPasses = kTokens / 8;
   static constexpr int kPassRoom = kPasses < 4 ? 4 : kPasses;
   static constexpr int kGatherBytes = 8 * kPassRoom * 4;
-  static constexpr int kSharedBytes = kStages * (kStageBytes + kScaleBytes) +
-                                      kWarpgroups * kEpilogueBytes + kRing * (kTableBytes + kTaskBytes) +
-                                      kGatherBytes + 2 * kStages * 8;
+  static constexpr int kSharedBytes =
+      kStages * (kStageBytes + kScaleBytes) + kWarpgroups * kEpilogueBytes +
+      kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8;
   static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
   static_assert(kTokenBytes % 1024 == 0);
 };
 
 // Element-independent names of the kernels, in the order of their tactics.
-// Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half after
-// another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
+// Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half
+// after another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
+// clang-format off
 //                                           tokens  wg  blocks  chunks  stages  pair
 template <Element E> using Narrow = Shape<E,     16,  1,      1,      2,      5>;
 template <Element E> using Middle = Shape<E,     64,  2,      1,      1,      8>;
-template <Element E> using Wide = Shape<E,      128,  2,      1,      1,      E == Element::kE4M3 ? 5 : 6>;
+template <Element E> using Wide = Shape<E,      128,  2,      1,      1,  E == Element::kE4M3 ? 5 : 6>;
 template <Element E> using Widest = Shape<E,    128,  2,      2,      1,      4,     2>;
+// clang-format on
 
-// --- arguments ------------------------------------------------------------------------------------
+// --- arguments
 inline constexpr int kTokenBox = 32;  // tokens of one TMA load
 
 // Offset of row r: r * stride, or with inner > 0: (r / inner) * outer + (r % inner) * stride.
@@ -107,33 +111,33 @@ struct Params {
   std::int32_t experts, sub_tiles;  // sub_tiles: pieces of kTokens rows that one tile may have
   std::int32_t row_tasks;           // tasks along the weight rows
   std::int32_t task_rows;           // weight rows of a task: kRows, or 32 of 64
-  std::int32_t group_tiles;         // tiles that are walked together, if experts allow: see Schedule
-  bool even_tiles;                  // give the tiles of an expert the same number of rows
-  bool settled;                     // the tile list is older than the previous kernel
+  std::int32_t group_tiles;  // tiles that are walked together, if experts allow: see Schedule
+  bool even_tiles;           // give the tiles of an expert the same number of rows
+  bool settled;              // the tile list is older than the previous kernel
 
   TokenLoad token_load;
   RowOf a_row, c_row;
   std::int64_t top_k;
   const char* a;
-  RowLayout a_rows;        // in units of 16 bytes
-  std::int64_t k_bytes;    // of one row
-  std::int32_t k_chunks;   // of 128 bytes
+  RowLayout a_rows;       // in units of 16 bytes
+  std::int64_t k_bytes;   // of one row
+  std::int32_t k_chunks;  // of 128 bytes
 
   bool gated, up_first, interleaved, activates;
   ActivationView activation;
   SmallView bias;
-  const float* alpha;        // [E]
-  const float* weight_scale; // cell (row / scale_group, k group) of expert e
+  const float* alpha;         // [E]
+  const float* weight_scale;  // cell (row / scale_group, k group) of expert e
   std::int64_t scale_expert, scale_row, scale_k, scale_group;
-  bool block_scaled;         // weight and activation scales change along K
+  bool block_scaled;  // weight and activation scales change along K
   const float* a_scale;
   std::int64_t a_scale_row, a_scale_group, a_scale_expert;
   const float* row_weights;
 
   void* c;
-  RowLayout c_rows;        // in elements
-  std::int64_t c_column;   // element stride inside a row
-  std::int64_t columns;    // of C
+  RowLayout c_rows;       // in elements
+  std::int64_t c_column;  // element stride inside a row
+  std::int64_t columns;   // of C
   OutType c_type;
   StorePath store;
 };

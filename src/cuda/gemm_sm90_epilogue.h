@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From fp32 accumulators to rows of C: scale, bias, activation, row weight, cast, in this order, and the
-// transposition (an accumulator has weight rows across lanes, C has them along a row).
+// From fp32 accumulators to rows of C: scale, bias, activation, row weight, cast, in this order,
+// and the transposition (an accumulator has weight rows across lanes, C has them along a row).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,8 @@
 namespace moesaic::cuda::sm90 {
 
 __device__ __forceinline__ float load_small(const void* data, OutType type, std::int64_t index) {
-  if (type == OutType::kBF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+  if (type == OutType::kBF16)
+    return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
   if (type == OutType::kF16) return __half2float(static_cast<const __half*>(data)[index]);
   return static_cast<const float*>(data)[index];
 }
@@ -27,9 +28,12 @@ __device__ __forceinline__ std::uint32_t pack16(OutType type, float low, float h
 }
 
 __device__ __forceinline__ void store_element(const Params& p, std::int64_t at, float v) {
-  if (p.c_type == OutType::kF32) static_cast<float*>(p.c)[at] = v;
-  else if (p.c_type == OutType::kBF16) static_cast<__nv_bfloat16*>(p.c)[at] = __float2bfloat16_rn(v);
-  else static_cast<__half*>(p.c)[at] = __float2half_rn(v);
+  if (p.c_type == OutType::kF32)
+    static_cast<float*>(p.c)[at] = v;
+  else if (p.c_type == OutType::kBF16)
+    static_cast<__nv_bfloat16*>(p.c)[at] = __float2bfloat16_rn(v);
+  else
+    static_cast<__half*>(p.c)[at] = __float2half_rn(v);
 }
 
 // Slot of a position. Without a list every row is live, and only positions count.
@@ -55,8 +59,8 @@ __device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task
   return p.interleaved ? 2 * output + half : output + half * p.columns;
 }
 
-// A task's table: its tokens' rows of C (kNoRow: not stored), and their factors, in front of the bias and
-// behind everything.
+// A task's table: its tokens' rows of C (kNoRow: not stored), and their factors, in front of the
+// bias and behind everything.
 inline constexpr std::uint32_t kNoRow = 0xffffffffu;
 template <typename S, typename Byte>
 __device__ __forceinline__ auto token_rows(Byte* table) {
@@ -75,13 +79,19 @@ class Epilogue {
   static constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks;
 
   // `table`: of this task's tokens, kTableBytes, written by the loading warps.
-  __device__ Epilogue(const Params& p, unsigned char* shared, const unsigned char* table, int warpgroup,
-                      int flip)
-      : p_(p), shared_(shared), table_(table), warpgroup_(warpgroup), flip_(flip),
-        thread_(ptx::thread_index() % 128), lane_(thread_ % 32), warp_(thread_ / 32) {}
+  __device__ Epilogue(const Params& p, unsigned char* shared, const unsigned char* table,
+                      int warpgroup, int flip)
+      : p_(p),
+        shared_(shared),
+        table_(table),
+        warpgroup_(warpgroup),
+        flip_(flip),
+        thread_(ptx::thread_index() % 128),
+        lane_(thread_ % 32),
+        warp_(thread_ / 32) {}
 
-  // Before the main loop, which hides the latency. Tasks alternate between two places, so nobody can still
-  // read what is overwritten.
+  // Before the main loop, which hides the latency. Tasks alternate between two places, so nobody
+  // can still read what is overwritten.
   __device__ void begin(const Task& task) {
     if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
   }
@@ -97,7 +107,8 @@ class Epilogue {
       row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
     }
     if (p_.bias.data) {
-      row.y = load_small(p_.bias.data, p_.bias.type, task.expert * p_.bias.expert_stride + n * p_.bias.stride);
+      row.y = load_small(p_.bias.data, p_.bias.type,
+                         task.expert * p_.bias.expert_stride + n * p_.bias.stride);
     }
     return row;
   }
@@ -119,7 +130,8 @@ class Epilogue {
   // A filtered tile: rows of zeros.
   __device__ void zeros(const Task& task) {
     const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
-    const std::int64_t first = (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
+    const std::int64_t first =
+        (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
     for (int token = warp_; token < task.rows; token += 4) {
       const std::int64_t position = task.first + token;
       const std::int32_t slot = slot_of(p_, position);
@@ -140,14 +152,16 @@ class Epilogue {
   __device__ const std::uint32_t* rows() const { return token_rows<S>(table_); }
   __device__ const float2* factors() const { return token_factors<S>(table_); }
   __device__ void sync() const {
-    if (S::kWarpgroups == 1 || warpgroup_ == 0) ptx::warpgroup_sync<1>();
-    else ptx::warpgroup_sync<2>();
+    if (S::kWarpgroups == 1 || warpgroup_ == 0)
+      ptx::warpgroup_sync<1>();
+    else
+      ptx::warpgroup_sync<2>();
   }
 
   // First column of C that block b of this warpgroup makes, and the first that is not this task's.
   __device__ std::int64_t column(const Task& task, int b) const {
-    const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p_.task_rows +
-                             (warpgroup_ * kBlocks + b) * 64;
+    const std::int64_t row =
+        static_cast<std::int64_t>(task.row_task) * p_.task_rows + (warpgroup_ * kBlocks + b) * 64;
     return p_.gated ? row / 2 : row;
   }
   __device__ std::int64_t limit(const Task& task) const {
@@ -164,9 +178,10 @@ class Epilogue {
   __device__ Quad scaled(const float (&sum)[kTokens / 2], int j, float2 low, float2 high) const {
     const int token = 8 * j + 2 * (lane_ % 4);
     const float4 f = *reinterpret_cast<const float4*>(factors() + token);  // of two tokens
-    return {{fmaf(sum[4 * j], low.x * f.x, low.y), fmaf(sum[4 * j + 1], low.x * f.z, low.y),
-             fmaf(sum[4 * j + 2], high.x * f.x, high.y), fmaf(sum[4 * j + 3], high.x * f.z, high.y)},
-            {f.y, f.w}};
+    return {
+        {fmaf(sum[4 * j], low.x * f.x, low.y), fmaf(sum[4 * j + 1], low.x * f.z, low.y),
+         fmaf(sum[4 * j + 2], high.x * f.x, high.y), fmaf(sum[4 * j + 3], high.x * f.z, high.y)},
+        {f.y, f.w}};
   }
 
   // 16-bit C whose rows are contiguous and aligned. Everything happens in registers, two tokens are
@@ -189,10 +204,12 @@ class Epilogue {
       for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
         if (chunk * kChunk < task.rows) {
           unsigned char* const out = buffer((b * (kTokens / kChunk) + chunk) & 1);
-          // Lane l stores row l % 8 of matrix l / 8; matrices: token octets (and, ungated, rows + 8).
+          // Lane l stores row l % 8 of matrix l / 8; matrices: token octets (and, ungated, rows +
+          // 8).
           const int octet = kGated ? lane_ / 8 % 2 : lane_ / 16;
           const int unit = kGated ? warp_ : warp_ * 2 + lane_ / 8 % 2;
-          const std::uint32_t at = ptx::shared_address(out) + (octet * 8 + lane_ % 8) * S::kPitch + unit * 16;
+          const std::uint32_t at =
+              ptx::shared_address(out) + (octet * 8 + lane_ % 8) * S::kPitch + unit * 16;
 #pragma unroll
           for (int pair = 0; pair < kChunk / 16; ++pair) {
             std::uint32_t packed[4];
@@ -200,8 +217,10 @@ class Epilogue {
             for (int half = 0; half < 2; ++half) {
               const Quad x = scaled(sum[b], chunk * (kChunk / 8) + pair * 2 + half, low, high);
               if constexpr (kGated) {
-                const float even = activate<kKind>(swap ? x.v[2] : x.v[0], swap ? x.v[0] : x.v[2], terms);
-                const float odd = activate<kKind>(swap ? x.v[3] : x.v[1], swap ? x.v[1] : x.v[3], terms);
+                const float even =
+                    activate<kKind>(swap ? x.v[2] : x.v[0], swap ? x.v[0] : x.v[2], terms);
+                const float odd =
+                    activate<kKind>(swap ? x.v[3] : x.v[1], swap ? x.v[1] : x.v[3], terms);
                 packed[half] = pack16(p_.c_type, even * x.post[0], odd * x.post[1]);
               } else {
                 packed[2 * half] = pack16(p_.c_type, x.v[0] * x.post[0], x.v[1] * x.post[1]);
@@ -222,9 +241,11 @@ class Epilogue {
             const std::uint32_t row = rows()[chunk * kChunk + token];
             if (row != kNoRow && first + part * 8 < end) {
               // The host has made sure that one 32-bit stride is all there is.
-              const std::uint64_t offset = std::uint64_t{row} * static_cast<std::uint32_t>(p_.c_rows.stride);
+              const std::uint64_t offset =
+                  std::uint64_t{row} * static_cast<std::uint32_t>(p_.c_rows.stride);
               const uint4 v = *reinterpret_cast<const uint4*>(out + token * S::kPitch + part * 16);
-              *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) + 2 * (offset + first + part * 8)) = v;
+              *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) +
+                                        2 * (offset + first + part * 8)) = v;
             }
           }
         }
@@ -232,8 +253,8 @@ class Epilogue {
     }
   }
 
-  // Everything else: fp32 through shared memory, 16 tokens at a time, so that the code behind it is a
-  // short loop that takes any activation, output type and stride.
+  // Everything else: fp32 through shared memory, 16 tokens at a time, so that the code behind it is
+  // a short loop that takes any activation, output type and stride.
   __device__ void store_staged(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
     constexpr int kPitch = 68;  // floats per token: lanes of a warp write to 32 different banks
     static_assert(16 * kPitch * 4 <= S::kBufferBytes);
@@ -271,7 +292,8 @@ class Epilogue {
                             std::int64_t first) {
     const int quads = p_.gated ? 8 : 16;  // per token
     const std::int64_t end = limit(task);
-    const ActivationTerms terms = p_.activates ? p_.activation.terms(task.expert) : ActivationTerms{};
+    const ActivationTerms terms =
+        p_.activates ? p_.activation.terms(task.expert) : ActivationTerms{};
     for (int i = thread_; i < 16 * quads; i += 128) {
       const int token = i / quads, quad = i % quads;
       const std::uint32_t row = rows()[first_token + token];
@@ -279,7 +301,8 @@ class Epilogue {
       if (row == kNoRow || n >= end) continue;
       const std::int64_t offset = p_.c_rows(row);
       // Gated: 8 rows of gate, 8 of up, and so on (up_first: the other way round).
-      const float* const x = in + token * pitch + (p_.gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4);
+      const float* const x =
+          in + token * pitch + (p_.gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4);
       const float4 one = *reinterpret_cast<const float4*>(x);
       const float4 two = p_.gated ? *reinterpret_cast<const float4*>(x + 8) : one;
       const float4 gate = p_.up_first ? two : one, up = p_.up_first ? one : two;
@@ -301,7 +324,8 @@ class Epilogue {
           if (n + e < end) store_element(p_, offset + (n + e) * p_.c_column, v[e]);
         }
       } else if (p_.c_type == OutType::kF32) {
-        *reinterpret_cast<float4*>(static_cast<float*>(p_.c) + offset + n) = {v[0], v[1], v[2], v[3]};
+        *reinterpret_cast<float4*>(static_cast<float*>(p_.c) + offset + n) = {v[0], v[1], v[2],
+                                                                              v[3]};
       } else {
         *reinterpret_cast<uint2*>(static_cast<char*>(p_.c) + 2 * (offset + n)) = {
             pack16(p_.c_type, v[0], v[1]), pack16(p_.c_type, v[2], v[3])};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which task (tile of tokens x tile of weight rows) a persistent CTA runs next. The list of tiles lies
-// on the device; the host knows only its capacity.
+// Which task (tile of tokens x tile of weight rows) a persistent CTA runs next. The list of tiles
+// lies on the device; the host knows only its capacity.
 #pragma once
 
 #include "cuda/gemm_sm90.h"
@@ -19,18 +19,19 @@ struct Task {
 };
 static_assert(sizeof(Task) == 32);
 
-// Order: tiles are walked in groups of consecutive tiles, and inside a group the weight rows are the
-// slow index. All token tiles of a group pass over the same weight rows at about the same time, so these
-// come from L2 but for the first; and a group's tokens fit L2, too. A group is as many experts as occupy
-// the machine (group_tiles) and no more, and it ends between experts wherever possible: an expert that is
-// split over two groups has its weights read twice.
+// Order: tiles are walked in groups of consecutive tiles, and inside a group the weight rows are
+// the slow index. All token tiles of a group pass over the same weight rows at about the same time,
+// so these come from L2 but for the first; and a group's tokens fit L2, too. A group is as many
+// experts as occupy the machine (group_tiles) and no more, and it ends between experts wherever
+// possible: an expert that is split over two groups has its weights read twice.
 //
-// Wave w of the grid takes tasks w * grid ...; inside a wave CTAs are rotated by a prime, for otherwise
-// a grid that is a multiple of the group would give one CTA nothing but full tiles and another nothing
-// but remainders. (A counter in memory would balance better, but somebody would have to zero it.)
+// Wave w of the grid takes tasks w * grid ...; inside a wave CTAs are rotated by a prime, for
+// otherwise a grid that is a multiple of the group would give one CTA nothing but full tiles and
+// another nothing but remainders. (A counter in memory would balance better, but somebody would
+// have to zero it.)
 //
-// An expert's rows are divided evenly over its tiles: 257 rows would otherwise be 256 and 1, and the
-// CTAs that read the same weights would run apart, so far that L2 has forgotten them.
+// An expert's rows are divided evenly over its tiles: 257 rows would otherwise be 256 and 1, and
+// the CTAs that read the same weights would run apart, so far that L2 has forgotten them.
 //
 // A full warp runs this together: lane l holds tile l of the group's window.
 // kPair CTAs run the same tasks; kTokens is what they can take together.
@@ -110,12 +111,13 @@ class Schedule {
   // Runs of adjacent tiles of one expert inside the group: equal shares, in multiples of 16 rows.
   __device__ void divide() {
     const int here = lane();
-    const long long first = static_cast<long long>(std::uint64_t{static_cast<unsigned>(tile_.w)} << 32 |
-                                                   static_cast<unsigned>(tile_.z));
+    const long long first = static_cast<long long>(
+        std::uint64_t{static_cast<unsigned>(tile_.w)} << 32 | static_cast<unsigned>(tile_.z));
     const long long end = first + tile_.y;
     const int expert_before = __shfl_up_sync(~0u, tile_.x, 1);
     const long long end_before = __shfl_up_sync(~0u, end, 1);
-    const bool starts = here == 0 || here >= size_ || tile_.x != expert_before || first != end_before;
+    const bool starts =
+        here == 0 || here >= size_ || tile_.x != expert_before || first != end_before;
     const unsigned heads = __ballot_sync(~0u, starts);
     const unsigned up_to_me = (2u << here) - 1;
     const int head = 31 - __clz(static_cast<int>(heads & up_to_me));

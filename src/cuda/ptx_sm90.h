@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hopper's own instructions as functions: mbarrier, TMA, cp.async, stmatrix, warpgroup and dependent
-// launch control. With ptx_wgmma_sm90.h the only inline assembly of the SM90 family.
+// Hopper's own instructions as functions: mbarrier, TMA, cp.async, stmatrix, warpgroup and
+// dependent launch control. With ptx_wgmma_sm90.h the only inline assembly of the SM90 family.
 #pragma once
 
 #include <cuda.h>
@@ -14,7 +14,7 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// --- mbarrier -------------------------------------------------------------------------------------
+// --- mbarrier
 __device__ __forceinline__ void barrier_init(std::uint32_t barrier, std::uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -46,9 +46,9 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_
       : "memory");
 }
 
-// The barrier at the same address in CTA `rank` of this cluster. (With .release.cluster spelled out, ptxas
-// puts a full memory barrier in front, which stalled the multiplying warps for a third of their time. What
-// this arrival orders are wgmma's reads, and they are complete.)
+// The barrier at the same address in CTA `rank` of this cluster. (With .release.cluster spelled
+// out, ptxas puts a full memory barrier in front, which stalled the multiplying warps for a third
+// of their time. What this arrival orders are wgmma's reads, and they are complete.)
 __device__ __forceinline__ void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) {
   asm volatile(
       "{\n"
@@ -65,12 +65,14 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
   return rank;
 }
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 }
 
-// --- copies ---------------------------------------------------------------------------------------
+// --- copies
 // A global-to-shared copy of 16 bytes; `bytes` of them (16 or 0) are read, the rest becomes zero.
-__device__ __forceinline__ void copy_async_16(std::uint32_t dst, const void* src, std::uint32_t bytes) {
+__device__ __forceinline__ void copy_async_16(std::uint32_t dst, const void* src,
+                                              std::uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes)
                : "memory");
 }
@@ -106,7 +108,8 @@ __device__ __forceinline__ void tma_load_5d_pair(std::uint32_t dst, const CUtens
                                                  std::uint32_t barrier, int x, int y, int z, int u,
                                                  int v) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+      "cluster"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "h"(std::uint16_t{3})
       : "memory");
@@ -141,8 +144,8 @@ __device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t dst, st
                : "memory");
 }
 
-// threadIdx.x, read again wherever it is asked for: so nothing that follows from it is kept in registers
-// across the main loop.
+// threadIdx.x, read again wherever it is asked for: so nothing that follows from it is kept in
+// registers across the main loop.
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -152,7 +155,7 @@ __device__ __forceinline__ int thread_index() {
 // The compiler no longer knows where this value comes from.
 __device__ __forceinline__ void opaque(const char*& p) { asm volatile("" : "+l"(p)); }
 
-// --- threads --------------------------------------------------------------------------------------
+// --- threads
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

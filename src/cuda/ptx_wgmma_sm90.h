@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgmma: D[64, N] (+)= A[64, K] * B[N, K]^T, both operands K-major in shared memory under the 128-byte
-// swizzle, D in fp32 registers. Row w*16 + g (+8) of D lies in lane 4g + q of warp w, its columns
-// 8j + 2q + {0, 1} in d[4j + {0, 1}] (row + 8: d[4j + {2, 3}]).
+// wgmma: D[64, N] (+)= A[64, K] * B[N, K]^T, both operands K-major in shared memory under the
+// 128-byte swizzle, D in fp32 registers. Row w*16 + g (+8) of D lies in lane 4g + q of warp w, its
+// columns 8j + 2q + {0, 1} in d[4j + {0, 1}] (row + 8: d[4j + {2, 3}]).
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,9 @@ __device__ __forceinline__ std::uint64_t operand_descriptor(std::uint32_t shared
          ((shared_address & 0x3ffffu) >> 4);
 }
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -31,60 +33,56 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MOESAIC_D16(i) MOESAIC_D4(i), MOESAIC_D4(i + 4), MOESAIC_D4(i + 8), MOESAIC_D4(i + 12)
 #define MOESAIC_D32(i) MOESAIC_D16(i), MOESAIC_D16(i + 16)
 #define MOESAIC_D64(i) MOESAIC_D32(i), MOESAIC_D32(i + 32)
-#define MOESAIC_R0 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define MOESAIC_R16 \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MOESAIC_R32 \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define MOESAIC_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define MOESAIC_R16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MOESAIC_R32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define MOESAIC_R32_HALF "%32, %33, %34, %35, %36, %37, %38, %39"
 #define MOESAIC_R48_HALF "%48, %49, %50, %51, %52, %53, %54, %55"
-#define MOESAIC_R48 \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MOESAIC_R48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-#define MOESAIC_WGMMA(n, type, tail, registers, a, b, p, ...)                                 \
-  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " p ", 0;\n"                            \
-               "wgmma.mma_async.sync.aligned.m64n" n type " {" registers "}, " a ", " b            \
-               ", keep, 1, 1" tail ";\n}\n"                                                        \
-               : __VA_ARGS__                                                                      \
+#define MOESAIC_WGMMA(n, type, tail, registers, a, b, p, ...)                           \
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " p                              \
+               ", 0;\n"                                                                 \
+               "wgmma.mma_async.sync.aligned.m64n" n type " {" registers "}, " a ", " b \
+               ", keep, 1, 1" tail ";\n}\n"                                             \
+               : __VA_ARGS__                                                            \
                : "l"(desc_a), "l"(desc_b), "r"(keep_d))
-#define MOESAIC_WGMMA_TYPES(n, registers, a, b, p, ...)                                           \
-  if constexpr (kElement == Element::kBF16)                                                       \
-    MOESAIC_WGMMA(n, "k16.f32.bf16.bf16", ", 0, 0", registers, a, b, p, __VA_ARGS__);             \
-  else if constexpr (kElement == Element::kF16)                                                   \
-    MOESAIC_WGMMA(n, "k16.f32.f16.f16", ", 0, 0", registers, a, b, p, __VA_ARGS__);               \
-  else                                                                                            \
+#define MOESAIC_WGMMA_TYPES(n, registers, a, b, p, ...)                               \
+  if constexpr (kElement == Element::kBF16)                                           \
+    MOESAIC_WGMMA(n, "k16.f32.bf16.bf16", ", 0, 0", registers, a, b, p, __VA_ARGS__); \
+  else if constexpr (kElement == Element::kF16)                                       \
+    MOESAIC_WGMMA(n, "k16.f32.f16.f16", ", 0, 0", registers, a, b, p, __VA_ARGS__);   \
+  else                                                                                \
     MOESAIC_WGMMA(n, "k32.f32.e4m3.e4m3", "", registers, a, b, p, __VA_ARGS__)
 
-// keep_d = 0: D = A * B^T, else D += A * B^T. Uses the first N / 2 of d; asynchronous until wgmma_wait.
+// keep_d = 0: D = A * B^T, else D += A * B^T. Uses the first N / 2 of d; asynchronous until
+// wgmma_wait.
 template <Element kElement, int N, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], std::uint64_t desc_a,
                                       std::uint64_t desc_b, int keep_d) {
   static_assert(N / 2 <= kRegisters);
   if constexpr (N == 8) {
-    MOESAIC_WGMMA_TYPES("8", "%0, %1, %2, %3", "%4", "%5", "%6",
-                        MOESAIC_D4(0));
+    MOESAIC_WGMMA_TYPES("8", "%0, %1, %2, %3", "%4", "%5", "%6", MOESAIC_D4(0));
   } else if constexpr (N == 16) {
-    MOESAIC_WGMMA_TYPES("16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10",
-                        MOESAIC_D4(0), MOESAIC_D4(4));
+    MOESAIC_WGMMA_TYPES("16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", MOESAIC_D4(0),
+                        MOESAIC_D4(4));
   } else if constexpr (N == 32) {
-    MOESAIC_WGMMA_TYPES("32", MOESAIC_R0, "%16", "%17", "%18",
-                        MOESAIC_D16(0));
+    MOESAIC_WGMMA_TYPES("32", MOESAIC_R0, "%16", "%17", "%18", MOESAIC_D16(0));
   } else if constexpr (N == 64) {
-    MOESAIC_WGMMA_TYPES("64", MOESAIC_R0 ", " MOESAIC_R16, "%32", "%33", "%34",
-                        MOESAIC_D32(0));
+    MOESAIC_WGMMA_TYPES("64", MOESAIC_R0 ", " MOESAIC_R16, "%32", "%33", "%34", MOESAIC_D32(0));
   } else if constexpr (N == 80) {
-    MOESAIC_WGMMA_TYPES("80", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32_HALF, "%40", "%41", "%42",
-                        MOESAIC_D32(0), MOESAIC_D4(32), MOESAIC_D4(36));
+    MOESAIC_WGMMA_TYPES("80", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32_HALF, "%40", "%41",
+                        "%42", MOESAIC_D32(0), MOESAIC_D4(32), MOESAIC_D4(36));
   } else if constexpr (N == 112) {
-    MOESAIC_WGMMA_TYPES("112", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48_HALF, "%56", "%57",
-                        "%58", MOESAIC_D32(0), MOESAIC_D16(32), MOESAIC_D4(48), MOESAIC_D4(52));
+    MOESAIC_WGMMA_TYPES("112", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48_HALF,
+                        "%56", "%57", "%58", MOESAIC_D32(0), MOESAIC_D16(32), MOESAIC_D4(48),
+                        MOESAIC_D4(52));
   } else if constexpr (N == 96) {
     MOESAIC_WGMMA_TYPES("96", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32, "%48", "%49", "%50",
                         MOESAIC_D32(0), MOESAIC_D16(32));
   } else if constexpr (N == 128) {
-    MOESAIC_WGMMA_TYPES("128", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48, "%64", "%65", "%66",
-                        MOESAIC_D64(0));
+    MOESAIC_WGMMA_TYPES("128", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48, "%64",
+                        "%65", "%66", MOESAIC_D64(0));
   } else {
     static_assert(N == 8, "no such instruction listed");
   }

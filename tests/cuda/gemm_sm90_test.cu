@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The SM90 grouped product against a float64 reference on the host: random shapes, every scheme and
-// epilogue, every tactic bit for bit, poisoned outputs with guard bands. Stages are built by hand here, so
-// nothing but the kernels is under test.
+// epilogue, every tactic bit for bit, poisoned outputs with guard bands. Stages are built by hand
+// here, so nothing but the kernels is under test.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -16,14 +16,15 @@
 namespace moesaic::cuda {
 namespace {
 
-// --- device memory --------------------------------------------------------------------------------
+// --- device memory
 template <typename T>
 class OnDevice {
  public:
   explicit OnDevice(const std::vector<T>& host) : count_(host.size()) {
     check_cuda(cudaMalloc(&data_, count_ * sizeof(T) + 16), "cudaMalloc");
     if (count_ > 0)
-      check_cuda(cudaMemcpy(data_, host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice), "copy");
+      check_cuda(cudaMemcpy(data_, host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice),
+                 "copy");
   }
   ~OnDevice() { (void)cudaFree(data_); }
   OnDevice(const OnDevice&) = delete;
@@ -45,20 +46,30 @@ float read_element(const std::uint8_t* data, DType dtype, std::size_t i) {
   std::uint16_t h = 0;
   float f = 0;
   switch (dtype) {
-    case DType::kF8E4M3: return e4m3_to_float(data[i]);
-    case DType::kF16: std::memcpy(&h, data + 2 * i, 2); return f16_to_float(h);
-    case DType::kBF16: std::memcpy(&h, data + 2 * i, 2); return bf16_to_float(h);
-    default: std::memcpy(&f, data + 4 * i, 4); return f;
+    case DType::kF8E4M3:
+      return e4m3_to_float(data[i]);
+    case DType::kF16:
+      std::memcpy(&h, data + 2 * i, 2);
+      return f16_to_float(h);
+    case DType::kBF16:
+      std::memcpy(&h, data + 2 * i, 2);
+      return bf16_to_float(h);
+    default:
+      std::memcpy(&f, data + 4 * i, 4);
+      return f;
   }
 }
 void write_element(std::uint8_t* data, DType dtype, std::size_t i, float v) {
   const std::uint16_t h = dtype == DType::kF16 ? float_to_f16(v) : float_to_bf16(v);
-  if (dtype == DType::kF8E4M3) data[i] = float_to_e4m3(v);
-  else if (dtype == DType::kF32) std::memcpy(data + 4 * i, &v, 4);
-  else std::memcpy(data + 2 * i, &h, 2);
+  if (dtype == DType::kF8E4M3)
+    data[i] = float_to_e4m3(v);
+  else if (dtype == DType::kF32)
+    std::memcpy(data + 4 * i, &v, 4);
+  else
+    std::memcpy(data + 2 * i, &h, 2);
 }
 
-// --- one case ---------------------------------------------------------------------------------------
+// --- one case
 enum class Scales { kNone, kTensor, kHalves, kChannel, kBlock };
 enum class Layout { kCompact, kSorted, kBatched };
 
@@ -78,15 +89,18 @@ struct Case {
   std::int64_t c_padding = 0, c_column = 1;
 
   std::string text() const {
-    return std::string(name(dtype)) + " E" + std::to_string(experts) + " N" + std::to_string(n) + " K" +
-           std::to_string(k) + " T" + std::to_string(tokens) + " top" + std::to_string(top_k) + " tile" +
-           std::to_string(tile_rows) + " scales" + std::to_string(static_cast<int>(scales)) + " layout" +
-           std::to_string(static_cast<int>(layout)) + " a" + std::to_string(static_cast<int>(a_row)) + " c" +
-           std::to_string(static_cast<int>(c_row)) + " act" + std::to_string(activation) + " order" +
-           std::to_string(static_cast<int>(order)) + " gates" + std::to_string(static_cast<int>(gates)) +
-           " out " + std::string(name(out)) + " bias" + std::to_string(bias) + " w" +
-           std::to_string(row_weights) + " alpha" + std::to_string(alpha) + " filtered" +
-           std::to_string(filtered) + " pad" + std::to_string(c_padding) + " column" + std::to_string(c_column);
+    return std::string(name(dtype)) + " E" + std::to_string(experts) + " N" + std::to_string(n) +
+           " K" + std::to_string(k) + " T" + std::to_string(tokens) + " top" +
+           std::to_string(top_k) + " tile" + std::to_string(tile_rows) + " scales" +
+           std::to_string(static_cast<int>(scales)) + " layout" +
+           std::to_string(static_cast<int>(layout)) + " a" +
+           std::to_string(static_cast<int>(a_row)) + " c" +
+           std::to_string(static_cast<int>(c_row)) + " act" + std::to_string(activation) +
+           " order" + std::to_string(static_cast<int>(order)) + " gates" +
+           std::to_string(static_cast<int>(gates)) + " out " + std::string(name(out)) + " bias" +
+           std::to_string(bias) + " w" + std::to_string(row_weights) + " alpha" +
+           std::to_string(alpha) + " filtered" + std::to_string(filtered) + " pad" +
+           std::to_string(c_padding) + " column" + std::to_string(c_column);
   }
 };
 
@@ -99,21 +113,32 @@ double activate_reference(Activation kind, double g, double u, const ActivationS
   const double limit = s.limit;
   const auto clamp = [&](double x) { return std::fmin(std::fmax(x, -limit), limit); };
   switch (kind) {
-    case Activation::kSilu: return silu(g);
-    case Activation::kGelu: return gelu(g);
-    case Activation::kGeluTanh: return gelu_tanh(g);
-    case Activation::kRelu: return std::fmax(g, 0);
-    case Activation::kRelu2: return std::fmax(g, 0) * std::fmax(g, 0);
-    case Activation::kIdentity: return g;
-    case Activation::kSwiglu: return silu(g) * u;
-    case Activation::kGeglu: return gelu(g) * u;
-    case Activation::kGegluTanh: return gelu_tanh(g) * u;
+    case Activation::kSilu:
+      return silu(g);
+    case Activation::kGelu:
+      return gelu(g);
+    case Activation::kGeluTanh:
+      return gelu_tanh(g);
+    case Activation::kRelu:
+      return std::fmax(g, 0);
+    case Activation::kRelu2:
+      return std::fmax(g, 0) * std::fmax(g, 0);
+    case Activation::kIdentity:
+      return g;
+    case Activation::kSwiglu:
+      return silu(g) * u;
+    case Activation::kGeglu:
+      return gelu(g) * u;
+    case Activation::kGegluTanh:
+      return gelu_tanh(g) * u;
     case Activation::kSwigluOai: {
       const double x = std::fmin(g, limit);
       return x / (1 + std::exp(-s.alpha * x)) * (clamp(u) + s.beta);
     }
-    case Activation::kSwigluClamp: return silu(std::fmin(g, limit)) * clamp(u);
-    case Activation::kSwigluStep: return std::fmin(silu(g), limit) * clamp(u);
+    case Activation::kSwigluClamp:
+      return silu(std::fmin(g, limit)) * clamp(u);
+    case Activation::kSwigluStep:
+      return std::fmin(silu(g), limit) * clamp(u);
   }
   return 0;
 }
@@ -137,21 +162,30 @@ class Problem {
     const Device on{DeviceType::kCuda, 0};
     WeightOperand b{.spec = spec_};
     b.plain.weight = Tensor::contiguous(w.get(), c_.dtype, {c_.experts, c_.n, c_.k}, on);
-    if (c_.scales == Scales::kTensor) b.plain.scale = Tensor::contiguous(w_scale.get(), DType::kF32, {c_.experts}, on);
-    if (c_.scales == Scales::kHalves) b.plain.scale = Tensor::contiguous(w_scale.get(), DType::kF32, {c_.experts, 2}, on);
+    if (c_.scales == Scales::kTensor)
+      b.plain.scale = Tensor::contiguous(w_scale.get(), DType::kF32, {c_.experts}, on);
+    if (c_.scales == Scales::kHalves)
+      b.plain.scale = Tensor::contiguous(w_scale.get(), DType::kF32, {c_.experts, 2}, on);
     if (c_.scales == Scales::kChannel)
       b.plain.scale = Tensor::contiguous(w_scale.get(), DType::kF32, {c_.experts, c_.n, 1}, on);
     if (c_.scales == Scales::kBlock)
-      b.plain.scale = Tensor::contiguous(w_scale.get(), DType::kF32, {c_.experts, spec_.scale.grid_n, spec_.scale.grid_k}, on);
-    if (c_.bias >= 0) b.side.bias = Tensor::contiguous(bias.get(), static_cast<DType>(c_.bias), {c_.experts, c_.n}, on);
+      b.plain.scale = Tensor::contiguous(w_scale.get(), DType::kF32,
+                                         {c_.experts, spec_.scale.grid_n, spec_.scale.grid_k}, on);
+    if (c_.bias >= 0)
+      b.side.bias =
+          Tensor::contiguous(bias.get(), static_cast<DType>(c_.bias), {c_.experts, c_.n}, on);
     if (c_.alpha) b.side.alpha = Tensor::contiguous(alpha.get(), DType::kF32, {c_.experts}, on);
     GemmStage stage;
-    stage.rows = {.tiles = tiles.get(), .num_tiles = count.get(),
+    stage.rows = {.tiles = tiles.get(),
+                  .num_tiles = count.get(),
                   .row_slot = c_.layout == Layout::kBatched ? nullptr : slots.get(),
-                  .max_tiles = static_cast<std::int64_t>(tiles_.size()), .tile_rows = c_.tile_rows,
-                  .positions = positions_, .slot_count = c_.tokens * c_.top_k};
+                  .max_tiles = static_cast<std::int64_t>(tiles_.size()),
+                  .tile_rows = c_.tile_rows,
+                  .positions = positions_,
+                  .slot_count = c_.tokens * c_.top_k};
     stage.a = Tensor::contiguous(a.get(), c_.dtype, {a_rows_, c_.k}, on);
-    if (c_.scales != Scales::kNone) stage.a_scale = {a_scale.get(), a_scale_row_, a_scale_group_, 0};
+    if (c_.scales != Scales::kNone)
+      stage.a_scale = {a_scale.get(), a_scale_row_, a_scale_group_, 0};
     stage.a_row = c_.a_row;
     stage.top_k = c_.top_k;
     stage.b = &b;
@@ -186,18 +220,20 @@ class Problem {
         const double bound = tolerance() * (std::abs(ref) + scale_[row * columns_ + i]);
         if (!(std::abs(v - ref) <= bound)) {
           if (wrong++ == 0)
-            first = "row " + std::to_string(row) + " column " + std::to_string(i) + ": " + std::to_string(v) +
-                    " instead of " + std::to_string(ref);
+            first = "row " + std::to_string(row) + " column " + std::to_string(i) + ": " +
+                    std::to_string(v) + " instead of " + std::to_string(ref);
         }
       }
     }
     for (std::size_t i = 0; i < got.size(); ++i) {
       if (!written[i] && got[i] != kPoison)
-        return ::testing::AssertionFailure() << "byte " << i << " of C was written and should not be";
+        return ::testing::AssertionFailure()
+               << "byte " << i << " of C was written and should not be";
     }
     const double relative = norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
     if (wrong > 0 || !(relative < tolerance()))
-      return ::testing::AssertionFailure() << wrong << " elements wrong, relative error " << relative << "; " << first;
+      return ::testing::AssertionFailure()
+             << wrong << " elements wrong, relative error " << relative << "; " << first;
     return ::testing::AssertionSuccess();
   }
   const WeightSpec& spec() const { return spec_; }
@@ -207,14 +243,19 @@ class Problem {
     if (c_.out == DType::kBF16) return 6e-3;
     return c_.dtype == DType::kF8E4M3 ? 2e-3 : c_.out == DType::kF16 ? 1e-3 : 2e-4;
   }
-  float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(random_); }
+  float uniform(float low, float high) {
+    return std::uniform_real_distribution<float>(low, high)(random_);
+  }
   float normal() { return std::normal_distribution<float>()(random_); }
-  std::int64_t below(std::int64_t n) { return std::uniform_int_distribution<std::int64_t>(0, n - 1)(random_); }
+  std::int64_t below(std::int64_t n) {
+    return std::uniform_int_distribution<std::int64_t>(0, n - 1)(random_);
+  }
 
   void make_rows() {
     const std::int64_t slots = c_.tokens * c_.top_k;
     std::vector<std::vector<std::int32_t>> of(c_.experts);
-    for (std::int64_t s = 0; s < slots; ++s) of[below(c_.experts)].push_back(static_cast<std::int32_t>(s));
+    for (std::int64_t s = 0; s < slots; ++s)
+      of[below(c_.experts)].push_back(static_cast<std::int32_t>(s));
     std::int64_t position = 0, capacity = 1;
     for (const auto& list : of) capacity = std::max<std::int64_t>(capacity, list.size() + 3);
     for (std::int64_t e = 0; e < c_.experts; ++e) {
@@ -227,14 +268,16 @@ class Problem {
         tiles_.push_back({filtered ? -1 : static_cast<std::int32_t>(e),
                           static_cast<std::int32_t>(padded ? c_.tile_rows : live), position});
         for (std::int64_t i = 0; i < (padded ? c_.tile_rows : live); ++i) {
-          if (static_cast<std::int64_t>(slots_.size()) <= position) slots_.resize(position + 1, static_cast<std::int32_t>(slots));
+          if (static_cast<std::int64_t>(slots_.size()) <= position)
+            slots_.resize(position + 1, static_cast<std::int32_t>(slots));
           slots_[position] = i < live ? of[e][first + i] : static_cast<std::int32_t>(slots);
           ++position;
         }
       }
     }
     num_tiles_ = static_cast<std::int32_t>(tiles_.size());
-    tiles_.resize(tiles_.size() + 3, Tile{0, 1 << 30, 0});  // capacity behind the list: must not be used
+    tiles_.resize(tiles_.size() + 3,
+                  Tile{0, 1 << 30, 0});  // capacity behind the list: must not be used
     positions_ = c_.layout == Layout::kBatched ? c_.experts * capacity : position;
     slots_.resize(positions_ + 1, static_cast<std::int32_t>(slots));
     const auto rows_for = [&](RowOf rule) {
@@ -253,32 +296,49 @@ class Problem {
   void make_tensors() {
     const bool fp8 = c_.dtype == DType::kF8E4M3;
     a_ = random_bytes(a_rows_ * c_.k, c_.dtype, fp8 ? 60.0f : 1.0f);
-    w_ = random_bytes(c_.experts * c_.n * c_.k, c_.dtype, fp8 ? 60.0f : 1.5f / std::sqrt(float(c_.k)));
-    spec_ = {.scheme = fp8 ? Scheme::kFp8Block : c_.dtype == DType::kF16 ? Scheme::kF16 : Scheme::kBF16,
-             .format = fp8 ? WeightFormat::kE4M3 : c_.dtype == DType::kF16 ? WeightFormat::kF16 : WeightFormat::kBF16,
-             .act = fp8 ? ActFormat::kE4M3 : ActFormat::k16, .act_dtype = c_.dtype,
-             .experts = c_.experts, .n = c_.n, .k = c_.k};
+    w_ = random_bytes(c_.experts * c_.n * c_.k, c_.dtype,
+                      fp8 ? 60.0f : 1.5f / std::sqrt(float(c_.k)));
+    spec_ = {.scheme = fp8                       ? Scheme::kFp8Block
+                       : c_.dtype == DType::kF16 ? Scheme::kF16
+                                                 : Scheme::kBF16,
+             .format = fp8                       ? WeightFormat::kE4M3
+                       : c_.dtype == DType::kF16 ? WeightFormat::kF16
+                                                 : WeightFormat::kBF16,
+             .act = fp8 ? ActFormat::kE4M3 : ActFormat::k16,
+             .act_dtype = c_.dtype,
+             .experts = c_.experts,
+             .n = c_.n,
+             .k = c_.k};
     spec_.scale = {.has_scale = fp8, .group_n = c_.n, .group_k = c_.k, .grid_n = 1, .grid_k = 1};
     if (c_.scales == Scales::kHalves) spec_.scale.group_n = c_.n / 2, spec_.scale.grid_n = 2;
     if (c_.scales == Scales::kChannel) spec_.scale.group_n = 1, spec_.scale.grid_n = c_.n;
     if (c_.scales == Scales::kBlock) {
-      spec_.scale = {.has_scale = true, .group_n = 128, .group_k = 128, .grid_n = (c_.n + 127) / 128, .grid_k = (c_.k + 127) / 128};
+      spec_.scale = {.has_scale = true,
+                     .group_n = 128,
+                     .group_k = 128,
+                     .grid_n = (c_.n + 127) / 128,
+                     .grid_k = (c_.k + 127) / 128};
       spec_.act_group = 128;
     }
-    spec_.act_scale = !fp8 ? ActScale::kDefault
-                      : c_.scales == Scales::kBlock ? ActScale::kGroup
-                      : c_.scales == Scales::kChannel ? ActScale::kToken : ActScale::kTensorDynamic;
+    spec_.act_scale = !fp8                            ? ActScale::kDefault
+                      : c_.scales == Scales::kBlock   ? ActScale::kGroup
+                      : c_.scales == Scales::kChannel ? ActScale::kToken
+                                                      : ActScale::kTensorDynamic;
     const float unit = fp8 ? 1.0f / 60.0f : 1.0f;
     for (std::int64_t i = 0; i < c_.experts * spec_.scale.grid_n * spec_.scale.grid_k; ++i)
       w_scale_.push_back(unit / std::sqrt(float(c_.k)) * uniform(0.5f, 2.0f));
     const std::int64_t groups = c_.scales == Scales::kBlock ? spec_.scale.grid_k : 1;
     a_scale_row_ = c_.scales == Scales::kTensor || c_.scales == Scales::kHalves ? 0 : groups + 1;
     a_scale_group_ = 1;
-    for (std::int64_t i = 0; i < (a_rows_ + 1) * (groups + 1); ++i) a_scale_.push_back(unit * uniform(0.5f, 2.0f));
+    for (std::int64_t i = 0; i < (a_rows_ + 1) * (groups + 1); ++i)
+      a_scale_.push_back(unit * uniform(0.5f, 2.0f));
     if (c_.bias >= 0) bias_ = random_bytes(c_.experts * c_.n, static_cast<DType>(c_.bias), 1.0f);
-    for (std::int64_t i = 0; i < c_.tokens * c_.top_k; ++i) row_weights_.push_back(uniform(0.1f, 1.0f));
+    for (std::int64_t i = 0; i < c_.tokens * c_.top_k; ++i)
+      row_weights_.push_back(uniform(0.1f, 1.0f));
     for (std::int64_t i = 0; i < c_.experts; ++i) alpha_.push_back(uniform(0.5f, 2.0f));
-    activation_ = {.kind = static_cast<Activation>(std::max(c_.activation, 0)), .order = c_.order, .layout = c_.gates,
+    activation_ = {.kind = static_cast<Activation>(std::max(c_.activation, 0)),
+                   .order = c_.order,
+                   .layout = c_.gates,
                    .limit = 1.5f};
     gated_ = c_.activation >= 0 && is_gated(activation_.kind);
     columns_ = gated_ ? c_.n / 2 : c_.n;
@@ -298,13 +358,16 @@ class Problem {
         const std::int64_t slot = c_.layout == Layout::kBatched ? position : slots_[position];
         if (c_.layout != Layout::kBatched && slot >= slots) continue;
         const auto row_of = [&](RowOf rule) {
-          return rule == RowOf::kPosition ? position : rule == RowOf::kSlot ? slot : slot / c_.top_k;
+          return rule == RowOf::kPosition ? position
+                 : rule == RowOf::kSlot   ? slot
+                                          : slot / c_.top_k;
         };
         const std::int64_t row = row_of(c_.c_row), a_row = row_of(c_.a_row);
         row_written_[row] = true;
         if (tile.expert < 0) continue;
         std::vector<double> sums(c_.n), magnitude(c_.n);
-        for (std::int64_t n = 0; n < c_.n; ++n) sum_of(tile.expert, a_row, n, sums[n], magnitude[n]);
+        for (std::int64_t n = 0; n < c_.n; ++n)
+          sum_of(tile.expert, a_row, n, sums[n], magnitude[n]);
         for (std::int64_t j = 0; j < columns_; ++j) {
           double v = sums[j], m = magnitude[j];
           if (c_.activation >= 0) {
@@ -334,7 +397,9 @@ class Problem {
       double x = double(read_element(a_.data(), c_.dtype, a_row * c_.k + k)) *
                  read_element(w_.data(), c_.dtype, (e * c_.n + n) * c_.k + k);
       if (c_.scales != Scales::kNone) {
-        const std::int64_t cell = (e * spec_.scale.grid_n + n / spec_.scale.group_n) * spec_.scale.grid_k + k / spec_.scale.group_k;
+        const std::int64_t cell =
+            (e * spec_.scale.grid_n + n / spec_.scale.group_n) * spec_.scale.grid_k +
+            k / spec_.scale.group_k;
         const std::int64_t group = c_.scales == Scales::kBlock ? k / 128 : 0;
         x *= double(w_scale_[cell]) * a_scale_[a_row * a_scale_row_ + group];
       }
@@ -362,7 +427,7 @@ class Problem {
   std::vector<bool> row_written_;
 };
 
-// --- the tests ----------------------------------------------------------------------------------------
+// --- the tests
 const DeviceTraits* hopper() {
   static DeviceTraits traits;
   static const bool found = [] {
@@ -370,8 +435,12 @@ const DeviceTraits* hopper() {
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return false;
     cudaDeviceProp p{};
     if (cudaGetDeviceProperties(&p, 0) != cudaSuccess) return false;
-    traits = {.index = 0, .sm_count = p.multiProcessorCount, .compute_capability = p.major * 10 + p.minor,
-              .shared_per_block = p.sharedMemPerBlockOptin, .l2_bytes = static_cast<std::size_t>(p.l2CacheSize), .use_sm90 = true};
+    traits = {.index = 0,
+              .sm_count = p.multiProcessorCount,
+              .compute_capability = p.major * 10 + p.minor,
+              .shared_per_block = p.sharedMemPerBlockOptin,
+              .l2_bytes = static_cast<std::size_t>(p.l2CacheSize),
+              .use_sm90 = true};
     return traits.compute_capability == 90;
   }();
   return found ? &traits : nullptr;
@@ -385,7 +454,8 @@ void expect_right(const Case& c, unsigned seed) {
   const Bytes base = problem.run(-1, device);
   ASSERT_TRUE(problem.check(base)) << c.text() << " seed " << seed;
   for (const Tactic& tactic : family_sm90().tactics(problem.spec(), device)) {
-    ASSERT_EQ(problem.run(tactic.id, device), base) << c.text() << " seed " << seed << ": other bits from " << tactic.description;
+    ASSERT_EQ(problem.run(tactic.id, device), base)
+        << c.text() << " seed " << seed << ": other bits from " << tactic.description;
   }
 }
 
@@ -407,10 +477,14 @@ Case random_case(std::mt19937& random, DType dtype) {
     c.c_row = below(2) ? RowOf::kPosition : RowOf::kSlot;
     c.row_weights = below(2);
   }
-  c.activation = below(3) == 0 ? -1 : below(3) ? static_cast<int>(Activation::kSwiglu) : below(kNumActivations);
+  c.activation = below(3) == 0 ? -1
+                 : below(3)    ? static_cast<int>(Activation::kSwiglu)
+                               : below(kNumActivations);
   c.order = static_cast<GateOrder>(below(2));
   c.gates = static_cast<GateLayout>(below(2));
-  c.out = below(4) == 0 ? DType::kF32 : dtype == DType::kF16 || below(5) == 0 ? DType::kF16 : DType::kBF16;
+  c.out = below(4) == 0                           ? DType::kF32
+          : dtype == DType::kF16 || below(5) == 0 ? DType::kF16
+                                                  : DType::kBF16;
   const DType biases[] = {DType::kF32, DType::kF16, DType::kBF16};
   c.bias = below(2) ? -1 : static_cast<int>(biases[below(3)]);
   c.alpha = below(4) == 0;
@@ -440,11 +514,32 @@ INSTANTIATE_TEST_SUITE_P(Sm90, Random, ::testing::Values(DType::kBF16, DType::kF
 
 TEST(Sm90, LargeTilesAndManyExperts) {
   if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
-  expect_right({.experts = 3, .n = 768, .k = 712, .tokens = 900, .top_k = 2, .tile_rows = 256,
-                .activation = static_cast<int>(Activation::kSwiglu)}, 1);
-  expect_right({.experts = 100, .n = 256, .k = 192, .tokens = 120, .top_k = 4, .tile_rows = 16, .c_row = RowOf::kSlot}, 2);
-  expect_right({.dtype = DType::kF8E4M3, .scales = Scales::kBlock, .experts = 3, .n = 768, .k = 720, .tokens = 500,
-                .top_k = 2, .tile_rows = 128, .activation = static_cast<int>(Activation::kSwiglu)}, 3);
+  expect_right({.experts = 3,
+                .n = 768,
+                .k = 712,
+                .tokens = 900,
+                .top_k = 2,
+                .tile_rows = 256,
+                .activation = static_cast<int>(Activation::kSwiglu)},
+               1);
+  expect_right({.experts = 100,
+                .n = 256,
+                .k = 192,
+                .tokens = 120,
+                .top_k = 4,
+                .tile_rows = 16,
+                .c_row = RowOf::kSlot},
+               2);
+  expect_right({.dtype = DType::kF8E4M3,
+                .scales = Scales::kBlock,
+                .experts = 3,
+                .n = 768,
+                .k = 720,
+                .tokens = 500,
+                .top_k = 2,
+                .tile_rows = 128,
+                .activation = static_cast<int>(Activation::kSwiglu)},
+               3);
 }
 
 TEST(Sm90, NoRows) {

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loading warpgroup of the SM90 product: what lies in shared memory, and who brings it there.
+#pragma once
+
+#include "cuda/gemm_sm90_epilogue.h"
+
+namespace moesaic::cuda::sm90 {
+
+inline constexpr int kLoaders = 64;  // threads that gather tokens: eight rows at a time
+
+extern __shared__ __align__(1024) unsigned char shared_bytes[];  // it begins aligned so: no padding
+
+template <typename S>
+struct SharedMemory {
+  __device__ unsigned char* weights(int stage) const {
+    return shared_bytes + stage * S::kStageBytes;
+  }
+  __device__ unsigned char* tokens(int stage) const {
+    return weights(stage) + S::kChunks * S::kWeightBytes;
+  }
+  __device__ float* scales(int stage) const {
+    return reinterpret_cast<float*>(shared_bytes + S::kStages * S::kStageBytes +
+                                    stage * S::kScaleBytes);
+  }
+  __device__ unsigned char* epilogue(int warpgroup) const {
+    return shared_bytes + S::kStages * (S::kStageBytes + S::kScaleBytes) +
+           warpgroup * S::kEpilogueBytes;
+  }
+  __device__ unsigned char* table(int ring) const {
+    return epilogue(S::kWarpgroups) + ring * S::kTableBytes;
+  }
+  __device__ std::uint32_t* gathered() const {
+    return reinterpret_cast<std::uint32_t*>(table(S::kRing));
+  }
+  __device__ Task* tasks() const {
+    return reinterpret_cast<Task*>(table(S::kRing) + S::kGatherBytes);
+  }
+  __device__ std::uint32_t full(int stage) const {
+    return ptx::shared_address(tasks() + S::kRing) + stage * 8;
+  }
+  __device__ std::uint32_t empty(int stage) const { return full(S::kStages + stage); }
+};
+
+// A position in the ring of stages and the parity of its round.
+template <int kStages>
+struct Cursor {
+  int stage = 0;
+  std::uint32_t round = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
+template <typename S>
+__device__ int stages_of(const Params& p, const Task& task) {
+  return task.expert < 0 ? 1 : (p.k_chunks + S::kChunks - 1) / S::kChunks;
+}
+
+// --- warp 0
+template <typename S>
+__device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
+  if (!p.settled) ptx::wait_for_earlier_kernels();
+  const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
+  Schedule<S::kTokens * S::kPair, S::kPair> schedule(p);
+  Cursor<S::kStages> cursor;
+  int ring = 0, flip = 0;
+  for (;;) {
+    Task task = part_of<S::kPair>(schedule.next(), rank);
+    task.flip = flip;
+    flip ^= 1;
+    if (threadIdx.x == 0) {
+      const int stages = stages_of<S>(p, task);
+      const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p.task_rows;
+      const std::int64_t mine = row + rank * (S::kRows / S::kPair);
+      const int y = p.gated ? 0 : static_cast<int>(mine);
+      const int u = p.gated ? static_cast<int>(mine / 16) : 0;
+      for (int i = 0; i < stages; ++i) {
+        ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
+        if (i == 0) shared.tasks()[ring] = task;
+        const std::uint32_t full = shared.full(cursor.stage);
+        if (task.expert < 0) {
+          ptx::barrier_arrive(full);
+        } else {
+          // A last chunk behind the end of K arrives as zeros, too: so the multiplying loop needs
+          // no condition (one inside it makes ptxas serialize the whole batch).
+          ptx::barrier_arrive_expect(full,
+                                     static_cast<std::uint32_t>(S::kChunks * p.task_rows * 128));
+#pragma unroll
+          for (int c = 0; c < S::kChunks; ++c) {
+            const std::uint32_t to =
+                ptx::shared_address(shared.weights(cursor.stage)) + c * S::kWeightBytes;
+            const int x = (i * S::kChunks + c) * S::kChunkK;
+            if constexpr (S::kPair == 2) {
+              ptx::tma_load_5d_pair(to + rank * (S::kWeightBytes / 2), &p.weights, full, x, y, 0, u,
+                                    task.expert);
+            } else {
+              ptx::tma_load_5d(to, &p.weights, full, x, y, 0, u, task.expert);
+            }
+          }
+        }
+        cursor.advance();
+      }
+    }
+    __syncwarp();
+    if (++ring == S::kRing) ring = 0;
+    if (task.expert == kEndOfTasks) return;
+  }
+}
+
+// --- warps 1 and 2
+// Rows are gathered in 16-byte pieces, eight threads to a row. Rows behind the tile's last are not
+// read: what lies there spoils only columns that nobody stores.
+template <typename S>
+class TokenLoader {
+ public:
+  __device__ TokenLoader(const Params& p, const SharedMemory<S>& shared) : p_(p), shared_(shared) {}
+
+  __device__ void run() {
+    const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
+    Schedule<S::kTokens * S::kPair, S::kPair> schedule(p_);
+    Task task = part_of<S::kPair>(schedule.next(), rank);
+    fetch_slots(task);
+    for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
+      // With its first stage free, its place in the ring is, too.
+      ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
+      prepare(task, shared_.table(ring));
+      // All that is left to know: registers are scarce here, too.
+      const Load load{task.expert >= 0 ? task.rows : 0, stages_of<S>(p_, task),
+                      static_cast<int>(task.first)};
+      const bool last = task.expert == kEndOfTasks;
+      if (!last) {
+        // The next task's slots are on their way while this one's rows are loaded.
+        task = part_of<S::kPair>(schedule.next(), rank);
+        fetch_slots(task);
+      }
+      load_stages(load);
+      if (last) return;
+    }
+  }
+
+ private:
+  static constexpr std::uint32_t kNone = 0xffffffffu;
+  // Lane l of warp w looks after rows l % 4 + 4w of passes l / 4 (+ 8): those that its own warp
+  // loads.
+  static constexpr int kEntries = (S::kPassRoom * 4 + 31) / 32;
+  // The 16-bit kernels keep the rows' offsets in registers through all stages: two instructions a
+  // copy. e4m3 rows are quantized into consecutive positions and come by TMA as a rule; there
+  // registers are scarcer, and the offsets come from shared memory each time.
+  static constexpr bool kInRegisters = !S::kPromotes;
+  __device__ static int me() { return ptx::thread_index() - 32; }
+  struct Load {
+    int rows, stages, first;
+  };
+  __device__ int pass_of(int entry) const { return (me() % 32 + entry * 32) / 4; }
+  __device__ int row_in_pass() const { return me() / 32 * 4 + me() % 4; }
+  __device__ bool block_scales() const { return S::kPromotes && p_.block_scaled; }
+
+  __device__ void fetch_slots(const Task& task) {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const int token = pass_of(i) * 8 + row_in_pass();
+      slot_[i] = task.expert >= 0 && token < task.rows ? slot_of(p_, task.first + token) : -1;
+    }
+  }
+
+  __device__ void prepare(const Task& task, unsigned char* table) {
+    std::uint32_t* const rows = shared_.gathered();
+    __syncwarp();  // all have read the previous task's rows
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const int pass = pass_of(i), token = pass * 8 + row_in_pass();
+      if (pass >= S::kPassRoom) break;
+      std::uint32_t row = kNone;
+      if constexpr (S::kPromotes) scale_[i] = kNone;
+      std::uint32_t c_row = kNoRow;
+      float2 factor{1.0f, 1.0f};
+      if (is_live(p_, slot_[i]) && token < task.rows) {
+        const std::int64_t position = task.first + token;
+        const std::int64_t a_row = row_of(p_, p_.a_row, position, slot_[i]);
+        row = static_cast<std::uint32_t>(p_.a_rows(a_row));
+        c_row = static_cast<std::uint32_t>(row_of(p_, p_.c_row, position, slot_[i]));
+        if (p_.a_scale) {
+          const std::int64_t at = a_row * p_.a_scale_row + task.expert * p_.a_scale_expert;
+          if (S::kPromotes && p_.block_scaled)
+            scale_[i] = static_cast<std::uint32_t>(at);
+          else
+            factor.x = p_.a_scale[at];
+        }
+        if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
+      }
+      rows[row_in_pass() * S::kPassRoom + pass] = row;
+      if (token < S::kTokens) {
+        token_rows<S>(table)[token] = c_row;
+        token_factors<S>(table)[token] = factor;
+      }
+    }
+    if (block_scales() && task.expert >= 0 && me() < S::kRows / 8) {
+      // Cells begin at multiples of eight rows, so one scale serves eight of them.
+      const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
+      std::int64_t n = weight_row(p_, task.row_task, me() * 8);
+      if (n >= rows) n = rows - 1;
+      weight_scale_ = static_cast<std::uint32_t>(task.expert * p_.scale_expert +
+                                                 n / p_.scale_group * p_.scale_row);
+    }
+    __syncwarp();
+  }
+
+  __device__ void load_stages(const Load& load) {
+    const bool gather = p_.token_load == TokenLoad::kGather;
+    std::uint32_t rows[S::kPassRoom];
+    if (kInRegisters && gather) {
+#pragma unroll
+      for (int i = 0; i < S::kPassRoom; i += 4) {
+        const uint4 four =
+            *reinterpret_cast<const uint4*>(shared_.gathered() + me() / 8 * S::kPassRoom + i);
+        rows[i] = four.x, rows[i + 1] = four.y, rows[i + 2] = four.z, rows[i + 3] = four.w;
+      }
+#pragma unroll
+      for (int i = 0; i < S::kPassRoom; ++i) {
+        if (rows[i] == kNone) rows[i] = 0;  // padding reads row 0, whose sums nobody stores
+      }
+    }
+    for (int i = 0; i < load.stages; ++i) {
+      ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
+      const std::uint32_t full = shared_.full(cursor_.stage);
+      const std::uint32_t to = ptx::shared_address(shared_.tokens(cursor_.stage));
+      if (gather && kInRegisters) gather_rows(load.rows, i, to, rows);
+      if (gather && !kInRegisters) gather_listed_rows(load.rows, i, to);
+      if (block_scales()) copy_scales(load.rows, i);
+      if (gather || block_scales()) ptx::copy_async_arrive(full);
+      if (!gather && me() == 0) load_boxes(load, i, to, full);
+      // The tables are there: one arrival per warp (the last sync was behind them).
+      if (ptx::thread_index() % 32 == 0) ptx::barrier_arrive(full);
+      cursor_.advance();
+    }
+    __syncwarp();
+  }
+
+  __device__ void gather_rows(int live, int stage, std::uint32_t to,
+                              const std::uint32_t (&rows)[S::kPassRoom]) {
+    const int piece = me() % 8, lead = me() / 8;
+    const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
+#pragma unroll
+    for (int c = 0; c < S::kChunks; ++c) {
+      const std::int64_t at = static_cast<std::int64_t>(stage * S::kChunks + c) * 128 + piece * 16;
+      const bool inside = at < p_.k_bytes;  // behind the end of K: zeros
+      const char* from = p_.a + (inside ? at : 0);
+      ptx::opaque(from);  // so that row * 16 + from is one instruction
+      const std::uint32_t bytes = inside ? 16 : 0;
+#pragma unroll
+      for (int i = 0; i < S::kPasses; ++i) {
+        if (i * 8 + lead < live) {
+          ptx::copy_async_16(dst + c * S::kTokenBytes + i * 1024,
+                             from + std::uint64_t{rows[i]} * 16, bytes);
+        }
+      }
+    }
+  }
+
+  __device__ void gather_listed_rows(int live, int stage, std::uint32_t to) {
+    const int piece = me() % 8, lead = me() / 8;
+    const std::uint32_t* const rows = shared_.gathered() + lead * S::kPassRoom;
+    const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
+#pragma unroll 1
+    for (int c = 0; c < S::kChunks; ++c) {
+      const std::int64_t at = static_cast<std::int64_t>(stage * S::kChunks + c) * 128 + piece * 16;
+      const bool inside = at < p_.k_bytes;
+#pragma unroll 1
+      for (int i = 0; i * 8 + lead < live; ++i) {
+        const bool reads = inside && rows[i] != kNone;
+        ptx::copy_async_16(dst + c * S::kTokenBytes + i * 1024,
+                           p_.a + (reads ? std::uint64_t{rows[i]} * 16 + at : 0), reads ? 16 : 0);
+      }
+    }
+  }
+
+  __device__ void copy_scales(int live, int stage) {
+    const std::uint32_t to = ptx::shared_address(shared_.scales(cursor_.stage));
+#pragma unroll
+    for (int c = 0; c < S::kChunks; ++c) {
+      const int chunk = stage * S::kChunks + c;
+      const int group = chunk < p_.k_chunks ? chunk : p_.k_chunks - 1;
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) {
+        const int token = pass_of(i) * 8 + row_in_pass();
+        if (token < live && scale_[i] != kNone) {
+          ptx::copy_async_4(to + (c * S::kScales + token) * 4,
+                            p_.a_scale + scale_[i] + group * p_.a_scale_group);
+        }
+      }
+      if (live > 0 && me() < S::kRows / 8) {
+        ptx::copy_async_4(to + (c * S::kScales + S::kTokens + me()) * 4,
+                          p_.weight_scale + weight_scale_ + group * p_.scale_k);
+      }
+    }
+  }
+
+  // Whole boxes: rows of the next expert may come along, and nobody stores their sums.
+  __device__ void load_boxes(const Load& load, int stage, std::uint32_t to, std::uint32_t full) {
+    constexpr int kBox = S::kTokens < kTokenBox ? S::kTokens : kTokenBox;
+    const int boxes = (load.rows + kBox - 1) / kBox;
+    if (boxes == 0) return;
+    ptx::barrier_expect(full, static_cast<std::uint32_t>(S::kChunks * boxes * kBox * 128));
+#pragma unroll
+    for (int c = 0; c < S::kChunks; ++c) {
+      for (int b = 0; b < boxes; ++b) {
+        ptx::tma_load_2d(to + c * S::kTokenBytes + b * kBox * 128, &p_.tokens, full,
+                         (stage * S::kChunks + c) * S::kChunkK, load.first + b * kBox);
+      }
+    }
+  }
+
+  const Params& p_;
+  const SharedMemory<S>& shared_;
+  Cursor<S::kStages> cursor_;
+  std::int32_t slot_[kEntries];
+  std::uint32_t scale_[kEntries];  // where a token's scales begin
+  std::uint32_t weight_scale_ = 0;
+};
+
+}  // namespace moesaic::cuda::sm90

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The activation functions on the device, fp32 in and out: one place for the fused epilogues of both
-// kernel families and for the separate activation kernel, so that all give the same bits.
+// The activation functions on the device, fp32 in and out: one place for the fused epilogues of
+// both kernel families and for the separate activation kernel, so that all give the same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,8 +33,10 @@ struct ActivationView {
   }
 };
 
-inline ActivationView activation_view(const ActivationSpec& spec, const ActivationWeights& weights) {
-  ActivationView view{.kind = spec.kind, .alpha = spec.alpha, .beta = spec.beta, .limit = spec.limit};
+inline ActivationView activation_view(const ActivationSpec& spec,
+                                      const ActivationWeights& weights) {
+  ActivationView view{
+      .kind = spec.kind, .alpha = spec.alpha, .beta = spec.beta, .limit = spec.limit};
   const auto attach = [](const Tensor& t, const float*& data, std::int64_t& stride) {
     if (!t.defined()) return;
     data = t.as<const float>();
@@ -46,9 +48,10 @@ inline ActivationView activation_view(const ActivationSpec& spec, const Activati
   return view;
 }
 
-// --- pieces ---------------------------------------------------------------------------------------
-// exp and division by the special function unit: 2 ulp each, far below the 16-bit rounding behind.
-// The library's expf and a true division cost four times the instructions.
+// --- pieces
+// --------------------------------------------------------------------------------------- exp and
+// division by the special function unit: 2 ulp each, far below the 16-bit rounding behind. The
+// library's expf and a true division cost four times the instructions.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 // erfc, not 1 + erf: that would cancel for negative x and lose the tail's relative accuracy.
@@ -67,8 +70,9 @@ __device__ __forceinline__ float clamp_to(float x, float limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
-// --- the functions --------------------------------------------------------------------------------
-// Ungated: act(x). Gated: act(gate, up). kKind is a constant, so only one branch is compiled.
+// --- the functions
+// -------------------------------------------------------------------------------- Ungated: act(x).
+// Gated: act(gate, up). kKind is a constant, so only one branch is compiled.
 template <Activation kKind>
 __device__ __forceinline__ float activate(float gate, float up, const ActivationTerms& terms) {
   if constexpr (kKind == Activation::kSilu) return silu(gate);
@@ -97,18 +101,30 @@ template <typename Body>
 __device__ __forceinline__ void with_activation(Activation kind, Body&& body) {
   using A = Activation;
   switch (kind) {
-    case A::kSilu: return body(std::integral_constant<A, A::kSilu>{});
-    case A::kGelu: return body(std::integral_constant<A, A::kGelu>{});
-    case A::kGeluTanh: return body(std::integral_constant<A, A::kGeluTanh>{});
-    case A::kRelu: return body(std::integral_constant<A, A::kRelu>{});
-    case A::kRelu2: return body(std::integral_constant<A, A::kRelu2>{});
-    case A::kIdentity: return body(std::integral_constant<A, A::kIdentity>{});
-    case A::kSwiglu: return body(std::integral_constant<A, A::kSwiglu>{});
-    case A::kGeglu: return body(std::integral_constant<A, A::kGeglu>{});
-    case A::kGegluTanh: return body(std::integral_constant<A, A::kGegluTanh>{});
-    case A::kSwigluOai: return body(std::integral_constant<A, A::kSwigluOai>{});
-    case A::kSwigluClamp: return body(std::integral_constant<A, A::kSwigluClamp>{});
-    case A::kSwigluStep: return body(std::integral_constant<A, A::kSwigluStep>{});
+    case A::kSilu:
+      return body(std::integral_constant<A, A::kSilu>{});
+    case A::kGelu:
+      return body(std::integral_constant<A, A::kGelu>{});
+    case A::kGeluTanh:
+      return body(std::integral_constant<A, A::kGeluTanh>{});
+    case A::kRelu:
+      return body(std::integral_constant<A, A::kRelu>{});
+    case A::kRelu2:
+      return body(std::integral_constant<A, A::kRelu2>{});
+    case A::kIdentity:
+      return body(std::integral_constant<A, A::kIdentity>{});
+    case A::kSwiglu:
+      return body(std::integral_constant<A, A::kSwiglu>{});
+    case A::kGeglu:
+      return body(std::integral_constant<A, A::kGeglu>{});
+    case A::kGegluTanh:
+      return body(std::integral_constant<A, A::kGegluTanh>{});
+    case A::kSwigluOai:
+      return body(std::integral_constant<A, A::kSwigluOai>{});
+    case A::kSwigluClamp:
+      return body(std::integral_constant<A, A::kSwigluClamp>{});
+    case A::kSwigluStep:
+      return body(std::integral_constant<A, A::kSwigluStep>{});
   }
 }
 

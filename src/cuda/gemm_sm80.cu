@@ -1,36 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 // The SM80 family on the host: which operand serves a scheme, which tile a shape gets, and the
 // translation of a stage into the kernel's argument.
-#include "cuda/gemm_sm80.h"
-
 #include <algorithm>
 #include <string>
 
 #include "check.h"
 #include "cuda/gemm.h"
+#include "cuda/gemm_sm80.h"
 
 namespace moesaic::cuda {
 namespace {
 
-// --- scheme -> compiled kernels -------------------------------------------------------------------------
-// Empty when the family has no operand for it.
+// --- scheme -> compiled kernels
+// ------------------------------------------------------------------------- Empty when the family
+// has no operand for it.
 std::span<const Sm80Kernel> kernels_of(const WeightSpec& spec) {
   const bool bf16 = spec.act_dtype == DType::kBF16;
   switch (spec.format) {
-    case WeightFormat::kF32: return sm80_f32();
-    case WeightFormat::kF16: return sm80_f16();
-    case WeightFormat::kBF16: return sm80_bf16();
+    case WeightFormat::kF32:
+      return sm80_f32();
+    case WeightFormat::kF16:
+      return sm80_f16();
+    case WeightFormat::kBF16:
+      return sm80_bf16();
     case WeightFormat::kE4M3:
       if (spec.act == ActFormat::kE4M3) return sm80_e4m3_e4m3();
       return bf16 ? sm80_e4m3_bf16() : sm80_e4m3_f16();
     case WeightFormat::kI8:
       if (spec.act == ActFormat::kI8) return sm80_i8_i8();
       return bf16 ? sm80_i8_bf16() : sm80_i8_f16();
-    case WeightFormat::kU8: return bf16 ? sm80_i8_bf16() : sm80_i8_f16();
+    case WeightFormat::kU8:
+      return bf16 ? sm80_i8_bf16() : sm80_i8_f16();
     case WeightFormat::kU4:
       if (spec.act != ActFormat::k16) return {};  // w4a8
       return bf16 ? sm80_u4_bf16() : sm80_u4_f16();
-    case WeightFormat::kE2M1: return bf16 ? sm80_e2m1_bf16() : sm80_e2m1_f16();
+    case WeightFormat::kE2M1:
+      return bf16 ? sm80_e2m1_bf16() : sm80_e2m1_f16();
   }
   return {};
 }
@@ -43,14 +48,16 @@ std::string obstacle(const WeightSpec& spec) {
     return "this scheme has no CUDA kernel; use a 16-bit-activation scheme or the CPU backend";
   }
   if (spec.k % 8 != 0) {
-    return "K = " + std::to_string(spec.k) + " is not a multiple of 8; pad the weights' K with zeros";
+    return "K = " + std::to_string(spec.k) +
+           " is not a multiple of 8; pad the weights' K with zeros";
   }
   if (grouped(spec) && spec.scale.group_k % 32 != 0) {
     return "scale groups of " + std::to_string(spec.scale.group_k) +
            " along K are not multiples of 32; use groups of 32, 64 or 128";
   }
   if (spec.act_scale == ActScale::kGroup) {
-    if (spec.act_group % 32 != 0 && spec.act_group < spec.k) return "activation groups must be multiples of 32; use 128";
+    if (spec.act_group % 32 != 0 && spec.act_group < spec.k)
+      return "activation groups must be multiples of 32; use 128";
     if (grouped(spec) && spec.act_group != spec.scale.group_k) {
       return "activation groups and weight groups differ along K; use the same block_k";
     }
@@ -60,9 +67,11 @@ std::string obstacle(const WeightSpec& spec) {
 
 bool supports(const WeightSpec& spec) { return obstacle(spec).empty(); }
 
-// --- policy -----------------------------------------------------------------------------------------------
-// Rows per tile from the mean of live rows per active expert. Tiles a little above the mean: at decode rows
-// are free (bytes are the bound) and a second tile would read the weights again, from L2.
+// --- policy
+// -----------------------------------------------------------------------------------------------
+// Rows per tile from the mean of live rows per active expert. Tiles a little above the mean: at
+// decode rows are free (bytes are the bound) and a second tile would read the weights again, from
+// L2.
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
   const std::int64_t active = std::max<std::int64_t>(1, std::min(slots, fc1.experts));
   const std::int64_t mean = (slots + active - 1) / active;
@@ -79,15 +88,18 @@ std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits& device) 
     const Sm80Kernel& kernel = list[i];
     if (kernel.shared_bytes > device.shared_per_block) continue;
     out.push_back({static_cast<int>(i), "sm80 " + std::to_string(kernel.tokens) + "x" +
-                                            std::to_string(kernel.rows) + "x" + std::to_string(kernel.depth) +
-                                            " stages " + std::to_string(kernel.stages)});
+                                            std::to_string(kernel.rows) + "x" +
+                                            std::to_string(kernel.depth) + " stages " +
+                                            std::to_string(kernel.stages)});
   }
   return out;
 }
 
-// The tile that fits the rows of a Tile; of several, the widest that still gives every SM two CTAs' work.
-const Sm80Kernel& choose(std::span<const Sm80Kernel> list, std::int64_t rows_per_tile, std::int64_t max_tiles,
-                         std::int64_t weight_rows, const DeviceTraits& device) {
+// The tile that fits the rows of a Tile; of several, the widest that still gives every SM two CTAs'
+// work.
+const Sm80Kernel& choose(std::span<const Sm80Kernel> list, std::int64_t rows_per_tile,
+                         std::int64_t max_tiles, std::int64_t weight_rows,
+                         const DeviceTraits& device) {
   const auto fits = [&](const Sm80Kernel& k) { return k.shared_bytes <= device.shared_per_block; };
   std::int64_t tokens = 0;
   for (const Sm80Kernel& k : list) {
@@ -104,7 +116,8 @@ const Sm80Kernel& choose(std::span<const Sm80Kernel> list, std::int64_t rows_per
   return *best;
 }
 
-// --- stage -> kernel argument -------------------------------------------------------------------------------
+// --- stage -> kernel argument
+// -------------------------------------------------------------------------------
 bool divides(std::uint64_t unit, std::initializer_list<std::uint64_t> values) {
   return std::all_of(values.begin(), values.end(), [&](std::uint64_t v) { return v % unit == 0; });
 }
@@ -114,27 +127,33 @@ std::uint64_t address(const void* p) { return reinterpret_cast<std::uintptr_t>(p
 int copy_shift(const char* argument, std::initializer_list<std::uint64_t> values) {
   if (divides(16, values)) return 4;
   if (divides(4, values)) return 2;
-  unsupported(std::string(argument) +
-              ": data and strides must be multiples of 4 bytes on cuda; copy it into a dense tensor");
+  unsupported(
+      std::string(argument) +
+      ": data and strides must be multiples of 4 bytes on cuda; copy it into a dense tensor");
 }
 
 // Strides of a rank 2 or rank 3 view whose last dimension is the columns.
 RowStrides row_strides(const Tensor& t) {
   if (t.rank == 2) return {.inner = t.strides[0]};
-  return {.outer = t.strides[0], .inner = t.strides[1],
+  return {.outer = t.strides[0],
+          .inner = t.strides[1],
           .inner_rows = static_cast<std::uint32_t>(std::max<std::int64_t>(t.shape[1], 1))};
 }
 
 std::int64_t bits_of(WeightFormat format) {
   switch (format) {
-    case WeightFormat::kF32: return 32;
+    case WeightFormat::kF32:
+      return 32;
     case WeightFormat::kF16:
-    case WeightFormat::kBF16: return 16;
+    case WeightFormat::kBF16:
+      return 16;
     case WeightFormat::kE4M3:
     case WeightFormat::kI8:
-    case WeightFormat::kU8: return 8;
+    case WeightFormat::kU8:
+      return 8;
     case WeightFormat::kU4:
-    case WeightFormat::kE2M1: return 4;
+    case WeightFormat::kE2M1:
+      return 4;
   }
   return 8;
 }
@@ -197,7 +216,9 @@ void set_weights(Sm80Params& p, const GemmStage& stage) {
 struct GridStrides {
   std::int64_t expert = 0, row = 0, group = 0;
   explicit GridStrides(const Tensor& t)
-      : expert(t.strides[0]), row(t.rank > 1 ? t.strides[1] : 0), group(t.rank > 2 ? t.strides[2] : 0) {}
+      : expert(t.strides[0]),
+        row(t.rank > 1 ? t.strides[1] : 0),
+        group(t.rank > 2 ? t.strides[2] : 0) {}
 };
 
 void set_scales(Sm80Params& p, const GemmStage& stage) {
@@ -284,7 +305,8 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const WeightSpec& spec = stage.b->spec;
   if (const std::string why = obstacle(spec); !why.empty()) unsupported(why);
   if (stage.rows.max_tiles == 0 || spec.n == 0) return;
-  if (!is_float(stage.c.dtype)) unsupported("c: 8-bit output is not fused on SM80; quantize afterwards");
+  if (!is_float(stage.c.dtype))
+    unsupported("c: 8-bit output is not fused on SM80; quantize afterwards");
   if (stage.row_weights && stage.rows.row_slot == nullptr) {
     unsupported("row_weights: the batched format has no slots to index them by; weigh in finalize");
   }
@@ -299,8 +321,9 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const auto list = kernels_of(spec);
   const bool forced = stage.tactic >= 0 && stage.tactic < static_cast<int>(list.size()) &&
                       list[stage.tactic].shared_bytes <= device.shared_per_block;
-  const Sm80Kernel& kernel = forced ? list[stage.tactic]
-                                    : choose(list, stage.rows.tile_rows, stage.rows.max_tiles, spec.n, device);
+  const Sm80Kernel& kernel =
+      forced ? list[stage.tactic]
+             : choose(list, stage.rows.tile_rows, stage.rows.max_tiles, spec.n, device);
   const std::int64_t columns = kernel.rows / (p.gated ? 2 : 1);
   p.parts = static_cast<std::int32_t>((stage.rows.tile_rows + kernel.tokens - 1) / kernel.tokens);
   p.column_tiles = static_cast<std::int32_t>((p.n_out + columns - 1) / columns);
@@ -309,9 +332,10 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
     unsupported("rows: more than 2^31 tiles or positions; run in token chunks (workspace_cap)");
   }
   // An SM holds 1 KiB more than a CTA may have, and every CTA costs 1 KiB more than it asks for.
-  const auto resident = static_cast<std::int64_t>((device.shared_per_block + 1024) / (kernel.shared_bytes + 1024));
-  const std::int64_t ctas =
-      std::min<std::int64_t>(work, std::min<std::int64_t>(kernel.ctas_per_sm, resident) * device.sm_count);
+  const auto resident =
+      static_cast<std::int64_t>((device.shared_per_block + 1024) / (kernel.shared_bytes + 1024));
+  const std::int64_t ctas = std::min<std::int64_t>(
+      work, std::min<std::int64_t>(kernel.ctas_per_sm, resident) * device.sm_count);
   launch("gemm (sm80)", kernel.kernel,
          {.grid = dim3(static_cast<unsigned>(ctas)),
           .block = dim3(static_cast<unsigned>(kernel.threads)),

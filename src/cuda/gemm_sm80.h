@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the host side of the SM80 family and its kernels share: the kernel's argument and the list of
-// compiled kernels per operand.
+// What the host side of the SM80 family and its kernels share: the kernel's argument and the list
+// of compiled kernels per operand.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace moesaic::cuda {
 
-// Element offset of row r of a rank 2 or rank 3 view: (r / inner_rows) * outer + (r % inner_rows) * inner.
+// Element offset of row r of a rank 2 or rank 3 view: (r / inner_rows) * outer + (r % inner_rows) *
+// inner.
 struct RowStrides {
   std::int64_t outer = 0, inner = 0;
   std::uint32_t inner_rows = 0;  // 0: rank 2, r * inner
@@ -47,7 +48,8 @@ struct Sm80Params {
   const float* a_scale = nullptr;
   std::int64_t a_scale_row = 0, a_scale_group = 0, a_scale_expert = 0;
 
-  // Weights: row r of C's column c is c * row_multiple + row_offset[r], r = 0 gate, 1 up; ungated c.
+  // Weights: row r of C's column c is c * row_multiple + row_offset[r], r = 0 gate, 1 up; ungated
+  // c.
   const char* w = nullptr;
   std::int64_t w_expert = 0;  // bytes
   std::int64_t w_row = 0;     // units of 1 << w_shift bytes
@@ -55,8 +57,8 @@ struct Sm80Params {
   std::int32_t gated = 0, row_multiple = 1, row_offset[2] = {0, 0};
 
   // Weight scales: scale[e * scale_expert + n / scale_rows * scale_row + g * scale_group].
-  // group_blocks: a group's length in 32s of K; scales and zero points change along K and enter the main
-  // loop. 0: they do not, the scale waits for the epilogue.
+  // group_blocks: a group's length in 32s of K; scales and zero points change along K and enter the
+  // main loop. 0: they do not, the scale waits for the epilogue.
   const float* scale = nullptr;
   std::int64_t scale_expert = 0, scale_row = 0, scale_group = 0;
   std::int32_t scale_rows = 1;

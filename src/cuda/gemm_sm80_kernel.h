@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped product of the SM80 family: one kernel template for every scheme and both formats.
 //
-// Weights stand on the 16-row side of mma.sync, tokens on the 8-column side: token tiles of 8 to 128
-// without padding to 64, and a dequantized weight goes from registers straight into the product, where it
-// is reused for every token of the tile. A persistent CTA walks the tile list; its cp.async pipeline runs
-// across tiles and experts and is never drained. Each sum lives in one fp32 accumulator (promoting operands:
-// partial sums of 32 of K, scaled and added in fp32), K ascending, whatever the tile: the same bits from
-// every tactic.
+// Weights stand on the 16-row side of mma.sync, tokens on the 8-column side: token tiles of 8 to
+// 128 without padding to 64, and a dequantized weight goes from registers straight into the
+// product, where it is reused for every token of the tile. A persistent CTA walks the tile list;
+// its cp.async pipeline runs across tiles and experts and is never drained. Each sum lives in one
+// fp32 accumulator (promoting operands: partial sums of 32 of K, scaled and added in fp32), K
+// ascending, whatever the tile: the same bits from every tactic.
 //
-// Which weight row a CTA puts into which row of an mma is free, and chosen so that a lane ends up with
-// neighbouring columns of C (16-byte stores without a detour through shared memory), and, behind a gated
-// activation, with a gate and its up in the same lane.
+// Which weight row a CTA puts into which row of an mma is free, and chosen so that a lane ends up
+// with neighbouring columns of C (16-byte stores without a detour through shared memory), and,
+// behind a gated activation, with a gate and its up in the same lane.
 #pragma once
 
 #include "cuda/gemm_sm80.h"
@@ -18,11 +18,12 @@
 
 namespace moesaic::cuda {
 
-template <typename Op_, int kWarpsM_, int kWarpsN_, int kMFrags_, int kNFrags_, int kDepth_, int kStages_,
-          int kCtas_>
+template <typename Op_, int kWarpsM_, int kWarpsN_, int kMFrags_, int kNFrags_, int kDepth_,
+          int kStages_, int kCtas_>
 struct Sm80Tile {
   using Op = Op_;
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kMFrags = kMFrags_, kNFrags = kNFrags_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kMFrags = kMFrags_,
+                       kNFrags = kNFrags_;
   static constexpr int kDepth = kDepth_, kStages = kStages_, kCtas = kCtas_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kRows = 16 * kWarpsM * kMFrags;  // of weights
@@ -60,11 +61,11 @@ struct Sm80Work {
   std::int32_t expert, rows, column_tile;
 };
 
-// Work is counted in strips of 16 token tiles x all columns, token tiles fastest: the CTAs that run at one
-// time share both weights and tokens in L2. Returns false for a part behind the tile's last row.
-// Fewer than 2^31 items: checked on the host.
-__device__ __forceinline__ bool locate(const Sm80Params& p, std::uint32_t index, std::uint32_t token_tiles,
-                                       int tokens, Sm80Work& work) {
+// Work is counted in strips of 16 token tiles x all columns, token tiles fastest: the CTAs that run
+// at one time share both weights and tokens in L2. Returns false for a part behind the tile's last
+// row. Fewer than 2^31 items: checked on the host.
+__device__ __forceinline__ bool locate(const Sm80Params& p, std::uint32_t index,
+                                       std::uint32_t token_tiles, int tokens, Sm80Work& work) {
   constexpr std::uint32_t kStrip = 16;
   const std::uint32_t per_strip = kStrip * p.column_tiles;
   const std::uint32_t strip = index / per_strip, rest = index % per_strip;
@@ -80,33 +81,37 @@ __device__ __forceinline__ bool locate(const Sm80Params& p, std::uint32_t index,
 }
 
 __device__ __forceinline__ std::uint32_t slot_of(const Sm80Params& p, std::int64_t position) {
-  return p.row_slot ? static_cast<std::uint32_t>(p.row_slot[position]) : static_cast<std::uint32_t>(position);
+  return p.row_slot ? static_cast<std::uint32_t>(p.row_slot[position])
+                    : static_cast<std::uint32_t>(position);
 }
 __device__ __forceinline__ bool is_padding(const Sm80Params& p, std::uint32_t slot) {
   return p.row_slot && slot >= p.slot_count;
 }
-__device__ __forceinline__ std::uint32_t row_of(RowOf row, std::int64_t position, std::uint32_t slot,
-                                                std::uint32_t top_k) {
+__device__ __forceinline__ std::uint32_t row_of(RowOf row, std::int64_t position,
+                                                std::uint32_t slot, std::uint32_t top_k) {
   if (row == RowOf::kPosition) return static_cast<std::uint32_t>(position);
   return row == RowOf::kSlot ? slot : slot / top_k;
 }
 
 // Weight row r (0 .. kRows-1) of a CTA -> column of C and which of gate (0) / up (1).
 template <typename T>
-__device__ __forceinline__ std::int32_t column_of(const Sm80Params& p, std::int32_t column_tile, int r,
-                                                  int& half) {
+__device__ __forceinline__ std::int32_t column_of(const Sm80Params& p, std::int32_t column_tile,
+                                                  int r, int& half) {
   constexpr int kPerWarp = 16 * T::kMFrags;
   const int warp = r / kPerWarp, fragment = r % kPerWarp / 16, q = r % 8;
   half = r / 8 % 2;
-  if (p.gated) return column_tile * (T::kRows / 2) + warp * (kPerWarp / 2) + q * T::kMFrags + fragment;
+  if (p.gated)
+    return column_tile * (T::kRows / 2) + warp * (kPerWarp / 2) + q * T::kMFrags + fragment;
   return column_tile * T::kRows + warp * kPerWarp + q * 2 * T::kMFrags + fragment * 2 + half;
 }
-__device__ __forceinline__ std::int64_t weight_row(const Sm80Params& p, std::int32_t column, int half) {
+__device__ __forceinline__ std::int64_t weight_row(const Sm80Params& p, std::int32_t column,
+                                                   int half) {
   return p.gated ? static_cast<std::int64_t>(column) * p.row_multiple + p.row_offset[half] : column;
 }
 
-// Issues the copies of one stage after another, running ahead of the products. All that a stage costs is
-// kept in pointers that move along K: at decode a warp has one stage's bytes to hide these instructions.
+// Issues the copies of one stage after another, running ahead of the products. All that a stage
+// costs is kept in pointers that move along K: at decode a warp has one stage's bytes to hide these
+// instructions.
 template <typename T>
 class Sm80Loader {
  public:
@@ -120,7 +125,8 @@ class Sm80Loader {
     index_ -= gridDim.x;
   }
 
-  // The next stage's copies, as one group (empty behind the end, so that the count of groups holds).
+  // The next stage's copies, as one group (empty behind the end, so that the count of groups
+  // holds).
   __device__ __forceinline__ void issue() {
     if (k_ >= p_.k) {
       index_ += gridDim.x;
@@ -143,14 +149,16 @@ class Sm80Loader {
     slot_offset_ = next_slot();
   }
 
-  // Where the slot behind the one that is filled next begins. kStages - 1 stages ahead, that is the one to read.
+  // Where the slot behind the one that is filled next begins. kStages - 1 stages ahead, that is the
+  // one to read.
   __device__ __forceinline__ std::uint32_t next_slot() const {
     return slot_offset_ == (T::kStages - 1) * T::kStageBytes ? 0 : slot_offset_ + T::kStageBytes;
   }
 
  private:
   static constexpr int kWeightChunks = T::kWeightBytes / 16, kActChunks = T::kActBytes / 16;
-  static constexpr int kWeightStep = T::kThreads / kWeightChunks, kActStep = T::kThreads / kActChunks;
+  static constexpr int kWeightStep = T::kThreads / kWeightChunks,
+                       kActStep = T::kThreads / kActChunks;
   static constexpr int kWeightCount = T::kRows / kWeightStep;
   static constexpr int kActCount = (T::kTokens + kActStep - 1) / kActStep;
   static constexpr std::uint32_t kNone = 0xffffffffu;
@@ -175,10 +183,12 @@ class Sm80Loader {
     w_ = p_.w + work.expert * p_.w_expert + tid % kWeightChunks * 16;
     a_ = p_.a + tid % kActChunks * 16;
 #pragma unroll
-    for (int i = 0; i < kWeightCount; ++i) {  // rows behind the last one: any row, the result is dropped
+    for (int i = 0; i < kWeightCount;
+         ++i) {  // rows behind the last one: any row, the result is dropped
       int half;
       const std::int32_t column =
-          min(column_of<T>(p_, work.column_tile, tid / kWeightChunks + i * kWeightStep, half), p_.n_out - 1);
+          min(column_of<T>(p_, work.column_tile, tid / kWeightChunks + i * kWeightStep, half),
+              p_.n_out - 1);
       weight_[i] = static_cast<std::uint32_t>(weight_row(p_, column, half) * p_.w_row);
     }
 #pragma unroll
@@ -189,7 +199,8 @@ class Sm80Loader {
         const std::int64_t position = work.first + row;
         const std::uint32_t slot = slot_of(p_, position);
         if (!is_padding(p_, slot)) {
-          act_[i] = static_cast<std::uint32_t>(p_.a_rows(row_of(p_.a_row, position, slot, p_.top_k)));
+          act_[i] =
+              static_cast<std::uint32_t>(p_.a_rows(row_of(p_.a_row, position, slot, p_.top_k)));
         }
       }
     }
@@ -198,11 +209,13 @@ class Sm80Loader {
       in_group_ = 0;
       if (tid < T::kRows) {
         int half;
-        const std::int32_t column = min(column_of<T>(p_, work.column_tile, tid, half), p_.n_out - 1);
+        const std::int32_t column =
+            min(column_of<T>(p_, work.column_tile, tid, half), p_.n_out - 1);
         const std::int64_t n = weight_row(p_, column, half);
         scale_ = p_.scale + work.expert * p_.scale_expert + n / p_.scale_rows * p_.scale_row;
         if constexpr (T::kZeros) {
-          zero_ = p_.zero + work.expert * p_.zero_expert + (p_.zero_nibbles ? n / 2 : n) * p_.zero_row;
+          zero_ =
+              p_.zero + work.expert * p_.zero_expert + (p_.zero_nibbles ? n / 2 : n) * p_.zero_row;
         }
       }
       if constexpr (T::kActScales) {
@@ -221,9 +234,11 @@ class Sm80Loader {
 
   // Shared address of this thread's i-th chunk: rows a multiple of 8 apart are swizzled alike.
   __device__ __forceinline__ std::uint32_t weight_dst(int i) const {
-    if constexpr (kWeightStep % 8 == 0) return weight_dst_ + slot_offset_ + i * kWeightStep * T::kWeightBytes;
+    if constexpr (kWeightStep % 8 == 0)
+      return weight_dst_ + slot_offset_ + i * kWeightStep * T::kWeightBytes;
     const int tid = threadIdx.x;
-    return weight_dst_ - WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks) + slot_offset_ +
+    return weight_dst_ - WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks) +
+           slot_offset_ +
            WeightSwizzle::offset(tid / kWeightChunks + i * kWeightStep, tid % kWeightChunks);
   }
   __device__ __forceinline__ std::uint32_t act_dst(int i) const {
@@ -240,27 +255,32 @@ class Sm80Loader {
     }
 #pragma unroll
     for (int i = 0; i < kActCount; ++i) {
-      if (act_[i] != kNone) ptx::cp_async16(act_dst(i), a_ + static_cast<std::uint64_t>(act_[i]) * 16);
+      if (act_[i] != kNone)
+        ptx::cp_async16(act_dst(i), a_ + static_cast<std::uint64_t>(act_[i]) * 16);
     }
   }
 
-  // K's tail (zeros behind its end, of weights and tokens both), or rows that are not aligned to 16 bytes.
+  // K's tail (zeros behind its end, of weights and tokens both), or rows that are not aligned to 16
+  // bytes.
   __device__ __forceinline__ void copy_partial() {
     const int tid = threadIdx.x;
     const int w_left = (p_.k - k_) * T::Op::kWeightBits / 8 - tid % kWeightChunks * 16;
     const int a_left = (p_.k - k_) * T::Op::kActBits / 8 - tid % kActChunks * 16;
 #pragma unroll
     for (int i = 0; i < kWeightCount; ++i) {
-      copy_chunk(weight_dst(i), w_, static_cast<std::uint64_t>(weight_[i]) << p_.w_shift, w_left, p_.w_shift, p_.w);
+      copy_chunk(weight_dst(i), w_, static_cast<std::uint64_t>(weight_[i]) << p_.w_shift, w_left,
+                 p_.w_shift, p_.w);
     }
 #pragma unroll
     for (int i = 0; i < kActCount; ++i) {
       if (act_[i] == kNone) continue;
-      copy_chunk(act_dst(i), a_, static_cast<std::uint64_t>(act_[i]) << p_.a_shift, a_left, p_.a_shift, p_.a);
+      copy_chunk(act_dst(i), a_, static_cast<std::uint64_t>(act_[i]) << p_.a_shift, a_left,
+                 p_.a_shift, p_.a);
     }
   }
-  __device__ __forceinline__ static void copy_chunk(std::uint32_t dst, const char* base, std::uint64_t offset,
-                                                    int left, int shift, const char* valid) {
+  __device__ __forceinline__ static void copy_chunk(std::uint32_t dst, const char* base,
+                                                    std::uint64_t offset, int left, int shift,
+                                                    const char* valid) {
     const char* src = base + offset;
     if (shift == 4) {
       ptx::cp_async16(dst, left > 0 ? src : valid, left > 16 ? 16 : (left > 0 ? left : 0));
@@ -310,14 +330,16 @@ class Sm80Loader {
             ptx::cp_async4(dst, reinterpret_cast<const void*>(word));
           } else {
             const auto left = reinterpret_cast<std::uintptr_t>(p_.zero_end) - word;
-            ptx::cp_async4(dst, reinterpret_cast<const void*>(word), left < 4 ? static_cast<int>(left) : 4);
+            ptx::cp_async4(dst, reinterpret_cast<const void*>(word),
+                           left < 4 ? static_cast<int>(left) : 4);
           }
         }
       }
     }
     if constexpr (T::kActScales) {
       if (act_scale_ && threadIdx.x < T::kTokens) {
-        ptx::cp_async4(cell + T::kActScaleOffset - T::kScaleOffset + row * T::kTokens * 4, act_scale_);
+        ptx::cp_async4(cell + T::kActScaleOffset - T::kScaleOffset + row * T::kTokens * 4,
+                       act_scale_);
       }
     }
   }
@@ -330,7 +352,7 @@ class Sm80Loader {
   const char* w_ = nullptr;  // this thread's chunk of row 0, and of A's row 0, at k_
   const char* a_ = nullptr;
   std::uint32_t weight_[kWeightCount], act_[kActCount];  // rows, in units of the row's alignment
-  const float* scale_ = nullptr;                          // of the current group
+  const float* scale_ = nullptr;                         // of the current group
   const std::uint8_t* zero_ = nullptr;
   const float* act_scale_ = nullptr;
 };
@@ -348,8 +370,10 @@ class Sm80Consumer {
     const int warp = threadIdx.x / 32;
     warp_m_ = warp % T::kWarpsM;
     warp_n_ = warp / T::kWarpsM;
-    weights_ = warp_m_ * kM * 16 * T::kWeightBytes + Op::template lane_offset_a<T::kWeightBytes>(lane_);
-    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes + Op::template lane_offset_b<T::kActBytes>(lane_);
+    weights_ =
+        warp_m_ * kM * 16 * T::kWeightBytes + Op::template lane_offset_a<T::kWeightBytes>(lane_);
+    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes +
+              Op::template lane_offset_b<T::kActBytes>(lane_);
   }
   __device__ int warp_m() const { return warp_m_; }
   __device__ int warp_n() const { return warp_n_; }
@@ -369,16 +393,18 @@ class Sm80Consumer {
         for (int h = 0; h < 2; ++h) {
           scale_[f][h] = 1.0f;
           if constexpr (Op::kZeros) zero_[f][h] = Op::make_zero(p_.implicit_zero);
-          if constexpr (T::kZeros) {  // which byte (and nibble) of the copied word: its bit position
+          if constexpr (T::kZeros) {  // which byte (and nibble) of the copied word: its bit
+                                      // position
             zero_byte_[f][h] = 0;
             if (p_.zero == nullptr) continue;
             int half;
             const int row = (warp_m_ * kM + f) * 16 + h * 8 + lane_ / 4;
-            const std::int32_t column = min(column_of<T>(p_, work.column_tile, row, half), p_.n_out - 1);
+            const std::int32_t column =
+                min(column_of<T>(p_, work.column_tile, row, half), p_.n_out - 1);
             const std::int64_t n = weight_row(p_, column, half);
-            const auto low = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(p_.zero) +
-                                                        work.expert * p_.zero_expert +
-                                                        (p_.zero_nibbles ? n / 2 : n) * p_.zero_row);
+            const auto low = static_cast<std::uint32_t>(
+                reinterpret_cast<std::uintptr_t>(p_.zero) + work.expert * p_.zero_expert +
+                (p_.zero_nibbles ? n / 2 : n) * p_.zero_row);
             zero_byte_[f][h] = (low & 3) | (p_.zero_nibbles && n % 2 ? 4u : 0u);
           }
         }
@@ -386,8 +412,8 @@ class Sm80Consumer {
     }
   }
 
-  // Large tiles copy between the two halves of a stage: the tensor cores then have work in hand while the
-  // addresses are computed. Small ones copy first: their bytes must be on the way early.
+  // Large tiles copy between the two halves of a stage: the tensor cores then have work in hand
+  // while the addresses are computed. Small ones copy first: their bytes must be on the way early.
   __device__ __forceinline__ void consume(std::uint32_t stage, int k, Sm80Loader<T>& loader) {
     if constexpr (kM * kN >= 16) {
       int row = -1;
@@ -403,7 +429,8 @@ class Sm80Consumer {
       loader.issue();
       if constexpr (T::kScales) {
         int row = -1;
-        if (p_.group_blocks % T::kGroups != 0) {  // several groups in a stage, or one that ends within
+        if (p_.group_blocks % T::kGroups !=
+            0) {  // several groups in a stage, or one that ends within
 #pragma unroll 1
           for (int block = 0; block < kBlocks; ++block) {
             advance_group(stage, k + block * 32, row);
@@ -431,8 +458,8 @@ class Sm80Consumer {
     for (int f = 0; f < kM; ++f) {
       Op::template load_a<T::kWeightBytes>(a[f], weights, f * 16, zero_[f], p_.byte_flip);
     }
-    // A pair of token fragments (or one) at a time: the next pair is read, and the last pair's sums are added, while
-    // this pair's products are in the tensor cores.
+    // A pair of token fragments (or one) at a time: the next pair is read, and the last pair's sums
+    // are added, while this pair's products are in the tensor cores.
     constexpr int kPair = kN % 2 != 0 || (Op::kPromote && kM * kN >= 32) ? 1 : 2;  // 1: registers
     typename Op::B b[2][kPair];
     typename Op::Sum part[2][kM][kPair][4];
@@ -477,8 +504,8 @@ class Sm80Consumer {
 
   // acc += scale * part, of kPair fragments from n0 on.
   template <int kPair>
-  __device__ __forceinline__ void promote(const typename Op::Sum (&part)[kM][kPair][4], int n0, std::uint32_t stage,
-                                          int group) {
+  __device__ __forceinline__ void promote(const typename Op::Sum (&part)[kM][kPair][4], int n0,
+                                          std::uint32_t stage, int group) {
 #pragma unroll
     for (int j = 0; j < kPair; ++j) {
       float token_scale[2] = {1.0f, 1.0f};
@@ -502,8 +529,8 @@ class Sm80Consumer {
     }
   }
 
-  // Enters the next block: fetches scales at the begin of a stage (row < 0) and of a group. Behind the end
-  // of K (tokens are zero there) the last ones stay.
+  // Enters the next block: fetches scales at the begin of a stage (row < 0) and of a group. Behind
+  // the end of K (tokens are zero there) the last ones stay.
   __device__ __forceinline__ void advance_group(std::uint32_t stage, int k, int& row) {
     const bool ended = in_group_ == p_.group_blocks;
     if (k < p_.k && (ended || row < 0)) {
@@ -524,10 +551,12 @@ class Sm80Consumer {
         }
         if constexpr (T::kZeros) {
           if (p_.zero == nullptr) continue;
-          const std::uint32_t byte = (zero_byte_[f][h] + static_cast<std::uint32_t>(group_ * p_.zero_group)) & 3;
+          const std::uint32_t byte =
+              (zero_byte_[f][h] + static_cast<std::uint32_t>(group_ * p_.zero_group)) & 3;
           std::uint32_t z = (ptx::load_shared4(cell + T::kZeroOffset) >> (byte * 8)) & 0xffu;
           if constexpr (Op::kE8M0) {  // 2^(z - 127); 0 is 2^-127, 255 is NaN
-            scale_[f][h] = __uint_as_float(z == 0 ? 0x00400000u : (z == 255 ? 0x7fc00000u : z << 23));
+            scale_[f][h] =
+                __uint_as_float(z == 0 ? 0x00400000u : (z == 255 ? 0x7fc00000u : z << 23));
           } else {
             if (p_.zero_nibbles) z = (z >> (zero_byte_[f][h] & 4)) & 0xfu;
             zero_[f][h] = Op::make_zero(z);
@@ -546,7 +575,8 @@ class Sm80Consumer {
   std::uint32_t zero_byte_[kM][2];
 };
 
-// --- epilogue -------------------------------------------------------------------------------------------
+// --- epilogue
+// -------------------------------------------------------------------------------------------
 __device__ __forceinline__ float load_as_float(const void* data, DType dtype, std::int64_t i) {
   if (dtype == DType::kF32) return static_cast<const float*>(data)[i];
   if (dtype == DType::kF16) return __half2float(static_cast<const __half*>(data)[i]);
@@ -560,15 +590,16 @@ __device__ __forceinline__ void store_words(void* dst, const std::uint32_t (&wor
   if constexpr (kCount >= 4) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      static_cast<uint4*>(dst)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+      static_cast<uint4*>(dst)[i / 4] =
+          make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
     }
   }
 }
 
 // kCount neighbouring columns of one row.
 template <int kCount>
-__device__ __forceinline__ void store_columns(const Sm80Params& p, std::int64_t row, std::int32_t column,
-                                              const float (&v)[kCount]) {
+__device__ __forceinline__ void store_columns(const Sm80Params& p, std::int64_t row,
+                                              std::int32_t column, const float (&v)[kCount]) {
   const std::int64_t at = row + column * p.c_column;
   const bool vector = p.c_vector >= kCount && column + kCount <= p.n_out;
   if (p.c_dtype == DType::kF32) {
@@ -590,14 +621,16 @@ __device__ __forceinline__ void store_columns(const Sm80Params& p, std::int64_t 
   const bool bf16 = p.c_dtype == DType::kBF16;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    h[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v[i])) : __half_as_ushort(__float2half_rn(v[i]));
+    h[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v[i]))
+                : __half_as_ushort(__float2half_rn(v[i]));
   }
   std::uint16_t* c = static_cast<std::uint16_t*>(p.c) + at;
   if constexpr (kCount > 1) {
     if (vector) {
       std::uint32_t words[kCount / 2];
 #pragma unroll
-      for (int i = 0; i < kCount / 2; ++i) words[i] = h[2 * i] | static_cast<std::uint32_t>(h[2 * i + 1]) << 16;
+      for (int i = 0; i < kCount / 2; ++i)
+        words[i] = h[2 * i] | static_cast<std::uint32_t>(h[2 * i + 1]) << 16;
       store_words(c, words);
       return;
     }
@@ -608,8 +641,9 @@ __device__ __forceinline__ void store_columns(const Sm80Params& p, std::int64_t 
   }
 }
 
-// Per token of a tile: where its row of C begins (or -1), and its factors. Per weight row: its factor and
-// bias. Fetched while the first stages are still on their way, and kept out of the registers until needed.
+// Per token of a tile: where its row of C begins (or -1), and its factors. Per weight row: its
+// factor and bias. Fetched while the first stages are still on their way, and kept out of the
+// registers until needed.
 struct TokenEntry {
   std::int64_t c_row;
   float scale, weight;
@@ -624,7 +658,8 @@ struct Sm80Table {
 };
 
 template <typename T>
-__device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& work, Sm80Table<T>& table) {
+__device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& work,
+                                           Sm80Table<T>& table) {
   static_assert(sizeof(Sm80Table<T>) == T::kTableBytes);
   for (int i = threadIdx.x; i < T::kRows; i += T::kThreads) {
     int half;
@@ -633,10 +668,12 @@ __device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& 
     ColumnEntry entry{p.alpha ? p.alpha[work.expert * p.alpha_stride] : 1.0f, 0.0f};
     if (column < p.n_out) {
       if (p.scale && p.group_blocks == 0) {
-        entry.factor = __fmul_rn(entry.factor,
-                                 p.scale[work.expert * p.scale_expert + n / p.scale_rows * p.scale_row]);
+        entry.factor = __fmul_rn(
+            entry.factor, p.scale[work.expert * p.scale_expert + n / p.scale_rows * p.scale_row]);
       }
-      if (p.bias) entry.bias = load_as_float(p.bias, p.bias_dtype, work.expert * p.bias_expert + n * p.bias_row);
+      if (p.bias)
+        entry.bias =
+            load_as_float(p.bias, p.bias_dtype, work.expert * p.bias_expert + n * p.bias_row);
     }
     table.columns[i] = entry;
   }
@@ -659,8 +696,8 @@ __device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& 
 }
 
 template <typename T>
-__device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work, Sm80Consumer<T>& sums,
-                                       const Sm80Table<T>& table) {
+__device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work,
+                                       Sm80Consumer<T>& sums, const Sm80Table<T>& table) {
   constexpr int kM = T::kMFrags, kN = T::kNFrags;
   const int lane = sums.lane(), g = lane / 4, t = lane % 4;
   // This lane's columns: 2 * kM of them, or kM pairs of gate and up.
@@ -670,8 +707,8 @@ __device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work
   ActivationTerms terms{};
   if (p.has_activation) terms = p.activation.terms(work.expert);
 
-  // One or two token fragments at a time in a loop that is not unrolled, the others rotating down through the
-  // registers: the switch over the activations is compiled once, not once per fragment.
+  // One or two token fragments at a time in a loop that is not unrolled, the others rotating down
+  // through the registers: the switch over the activations is compiled once, not once per fragment.
   constexpr int kBlock = kN < 2 || kM >= 4 ? 1 : 2;
 #pragma unroll 1
   for (int n0 = 0; n0 < kN; n0 += kBlock) {
@@ -686,7 +723,8 @@ __device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float& v = sums.acc[f][n][h * 2 + j];
-            v = __fadd_rn(__fmul_rn(__fmul_rn(v, column.factor), entry[n * 8 + j].scale), column.bias);
+            v = __fadd_rn(__fmul_rn(__fmul_rn(v, column.factor), entry[n * 8 + j].scale),
+                          column.bias);
           }
         }
       }
@@ -760,9 +798,11 @@ __device__ __noinline__ void write_zeros(const Sm80Params& p, const Sm80Work& wo
   }
 }
 
-// --- the kernel -----------------------------------------------------------------------------------------
+// --- the kernel
+// -----------------------------------------------------------------------------------------
 template <typename T>
-__global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_sm80(const __grid_constant__ Sm80Params p) {
+__global__ void __launch_bounds__(T::kThreads, T::kCtas)
+    gemm_sm80(const __grid_constant__ Sm80Params p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const std::uint32_t stages = ptx::shared_address(shared);
   Sm80Table<T>* tables = reinterpret_cast<Sm80Table<T>*>(shared + T::kStages * T::kStageBytes);
@@ -797,7 +837,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_sm80(const __grid_
 #pragma unroll 1
     for (int k = 0; k < p.k; k += T::kDepth) {
       ptx::cp_async_wait<T::kStages - 2>();
-      __syncthreads();  // this stage has landed, and everyone is done with the one that is refilled next
+      __syncthreads();  // this stage has landed, and everyone is done with the one that is refilled
+                        // next
       sums.consume(stages + loader.next_slot(), k, loader);
     }
     finish<T>(p, work, sums, table);
@@ -807,8 +848,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_sm80(const __grid_
 
 template <typename T>
 constexpr Sm80Kernel sm80_kernel() {
-  return {T::kTokens, T::kRows,  T::kDepth, T::kStages, T::kThreads,
-          T::kCtas,   T::kSharedBytes, &gemm_sm80<T>};
+  return {T::kTokens,  T::kRows, T::kDepth,       T::kStages,
+          T::kThreads, T::kCtas, T::kSharedBytes, &gemm_sm80<T>};
 }
 
 }  // namespace moesaic::cuda

@@ -1,26 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operand loaders of the SM80 family: how 32 elements of K of 16 weight rows, or of 8 tokens, become
-// mma fragments. An operand is all that a scheme adds to the kernel.
+// Operand loaders of the SM80 family: how 32 elements of K of 16 weight rows, or of 8 tokens,
+// become mma fragments. An operand is all that a scheme adds to the kernel.
 //
 // A lane of a warp is (row g = lane / 4, t = lane % 4). Two ways to hand out K:
-//   natural: ldmatrix, K in the order the instruction names it. 16-bit weights: the wgmma kernels walk K
+//   natural: ldmatrix, K in the order the instruction names it. 16-bit weights: the wgmma kernels
+//   walk K
 //            in the same order, and then the bits agree.
-//   direct:  within each 32 of K, lane t takes the eight neighbours 8t .. 8t+7 of its row, of weights and of
-//            tokens alike. Which k stands at which place of an mma does not matter as long as both sides
-//            agree, and so the caller's plain layout *is* fragment order: one 4, 8 or 16 byte read per row,
-//            no shuffles, no repacking.
-// Quantized weights enter the product as the exact integers (or e4m3 values) they store; their scales
-// multiply fp32 partial sums of 32 elements (see gemm_sm80_kernel.h). Rounding w = round16(q * scale)
-// would be less exact and, at decode, cost more instructions than the memory leaves time for.
+//   direct:  within each 32 of K, lane t takes the eight neighbours 8t .. 8t+7 of its row, of
+//   weights and of
+//            tokens alike. Which k stands at which place of an mma does not matter as long as both
+//            sides agree, and so the caller's plain layout *is* fragment order: one 4, 8 or 16 byte
+//            read per row, no shuffles, no repacking.
+// Quantized weights enter the product as the exact integers (or e4m3 values) they store; their
+// scales multiply fp32 partial sums of 32 elements (see gemm_sm80_kernel.h). Rounding w = round16(q
+// * scale) would be less exact and, at decode, cost more instructions than the memory leaves time
+// for.
 #pragma once
 
 #include "cuda/ptx.h"
 
 namespace moesaic::cuda {
 
-// --- where a 16-byte chunk of a row lies in shared memory ----------------------------------------------
-// Chunks are XORed with a function of the row so that one read of a warp touches every bank once. kUnit:
-// the bytes that four lanes of one row read together.
+// --- where a 16-byte chunk of a row lies in shared memory
+// ---------------------------------------------- Chunks are XORed with a function of the row so
+// that one read of a warp touches every bank once. kUnit: the bytes that four lanes of one row read
+// together.
 template <int kRowBytes, int kUnit>
 struct Swizzle {
   static constexpr int kLine = kRowBytes < 128 ? kRowBytes : 128;
@@ -35,20 +39,21 @@ struct Swizzle {
   }
 };
 
-// --- small conversions ----------------------------------------------------------------------------------
+// --- small conversions
+// ----------------------------------------------------------------------------------
 template <typename T>
 struct Half2Of;
 template <>
 struct Half2Of<__nv_bfloat16> {
   using type = __nv_bfloat162;
-  static constexpr std::uint32_t kMagic = 0x43004300u;  // 128 + n for a 4-bit n in the low bits
+  static constexpr std::uint32_t kMagic = 0x43004300u;      // 128 + n for a 4-bit n in the low bits
   static constexpr std::uint32_t kE2M1Scale = 0x7e807e80u;  // 2^126
   static constexpr int kE2M1Shift = 6;
 };
 template <>
 struct Half2Of<__half> {
   using type = __half2;
-  static constexpr std::uint32_t kMagic = 0x64006400u;  // 1024 + n
+  static constexpr std::uint32_t kMagic = 0x64006400u;      // 1024 + n
   static constexpr std::uint32_t kE2M1Scale = 0x74007400u;  // 2^14
   static constexpr int kE2M1Shift = 9;
 };
@@ -69,20 +74,25 @@ __device__ __forceinline__ std::uint32_t pack_bf16_exact(float lo, float hi) {
   return __byte_perm(__float_as_uint(lo), __float_as_uint(hi), 0x7632);
 }
 
-// --- weights: one lane's eight elements of one row -> four 16-bit pairs ---------------------------------
-// `zero` is what the kernel computed with make_zero from the zero point, once per group.
+// --- weights: one lane's eight elements of one row -> four 16-bit pairs
+// --------------------------------- `zero` is what the kernel computed with make_zero from the zero
+// point, once per group.
 template <typename T>
 struct WeightU4 {
   static constexpr int kBits = 4;
   static constexpr bool kZeros = true;
   using Raw = std::uint32_t;
   __device__ static Raw load(std::uint32_t at) { return ptx::load_shared4(at); }
-  __device__ static std::uint32_t make_zero(std::uint32_t z) { return Half2Of<T>::kMagic | (z * 0x10001u); }
-  __device__ static void unpack(std::uint32_t (&pair)[4], Raw w, std::uint32_t zero, std::uint32_t) {
+  __device__ static std::uint32_t make_zero(std::uint32_t z) {
+    return Half2Of<T>::kMagic | (z * 0x10001u);
+  }
+  __device__ static void unpack(std::uint32_t (&pair)[4], Raw w, std::uint32_t zero,
+                                std::uint32_t) {
     const std::uint32_t high = w >> 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t bytes = __byte_perm(w, high, 0x4400 | (i << 12) | (i << 8) | (i << 4) | i);
+      const std::uint32_t bytes =
+          __byte_perm(w, high, 0x4400 | (i << 12) | (i << 8) | (i << 4) | i);
       pair[i] = sub2<T>(ptx::and_or(bytes, 0x000f000fu, Half2Of<T>::kMagic), zero);
     }
   }
@@ -103,8 +113,11 @@ struct WeightI8<__half> {
     ptx::load_shared8(raw.w, at);
     return raw;
   }
-  __device__ static std::uint32_t make_zero(std::uint32_t z) { return 0x64006400u | (z * 0x10001u); }
-  __device__ static void unpack(std::uint32_t (&pair)[4], Raw raw, std::uint32_t zero, std::uint32_t flip) {
+  __device__ static std::uint32_t make_zero(std::uint32_t z) {
+    return 0x64006400u | (z * 0x10001u);
+  }
+  __device__ static void unpack(std::uint32_t (&pair)[4], Raw raw, std::uint32_t zero,
+                                std::uint32_t flip) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 1024 + q, minus 1024 + zero: both exact in f16
       const std::uint32_t bytes = __byte_perm(raw.w[i / 2] ^ flip, 0x64u, i % 2 ? 0x4342 : 0x4140);
@@ -119,9 +132,10 @@ struct WeightI8<__nv_bfloat16> {
   using Raw = WeightI8<__half>::Raw;
   __device__ static Raw load(std::uint32_t at) { return WeightI8<__half>::load(at); }
   __device__ static std::uint32_t make_zero(std::uint32_t z) { return 0x4b000000u | z; }
-  // bf16 has 8 significant bits: 256 + q would not fit. So through fp32, where 2^23 + q does, and the
-  // difference (at most 255 in magnitude) is exact in bf16 again.
-  __device__ static void unpack(std::uint32_t (&pair)[4], Raw raw, std::uint32_t zero, std::uint32_t flip) {
+  // bf16 has 8 significant bits: 256 + q would not fit. So through fp32, where 2^23 + q does, and
+  // the difference (at most 255 in magnitude) is exact in bf16 again.
+  __device__ static void unpack(std::uint32_t (&pair)[4], Raw raw, std::uint32_t zero,
+                                std::uint32_t flip) {
     const float z = __uint_as_float(zero);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -143,7 +157,8 @@ struct WeightE4M3 {
   __device__ static void unpack(std::uint32_t (&pair)[4], Raw raw, std::uint32_t, std::uint32_t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t h = ptx::e4m3x2_to_f16x2((i % 2 ? raw.w[i / 2] >> 16 : raw.w[i / 2]) & 0xffffu);
+      const std::uint32_t h =
+          ptx::e4m3x2_to_f16x2((i % 2 ? raw.w[i / 2] >> 16 : raw.w[i / 2]) & 0xffffu);
       if constexpr (std::is_same_v<T, __half>) {
         pair[i] = h;
       } else {  // four significant bits: exact in bf16, too
@@ -154,8 +169,8 @@ struct WeightE4M3 {
   }
 };
 
-// e2m1: sign, two exponent bits, one of mantissa, placed at the top of a 16-bit float's fields; a power
-// of two repairs the exponent bias, subnormal 0.5 included.
+// e2m1: sign, two exponent bits, one of mantissa, placed at the top of a 16-bit float's fields; a
+// power of two repairs the exponent bias, subnormal 0.5 included.
 template <typename T>
 struct WeightE2M1 {
   static constexpr int kBits = 4;
@@ -174,12 +189,13 @@ struct WeightE2M1 {
   }
 };
 
-// --- operands -----------------------------------------------------------------------------------------
-// An operand gives: bits per weight and activation element, the swizzle units, the fragments of 32 of K
-// (A: 16 weight rows, B: 8 tokens), and their product in kSteps mma, which depend on each other: the kernel
-// interleaves those of several fragments. kPromote: the product starts from zero and the kernel adds it,
-// scaled, to the sums; otherwise it accumulates in place.
-// kBlock_ = 16 halves the registers of the fragments in flight, for the largest tile.
+// --- operands
+// ----------------------------------------------------------------------------------------- An
+// operand gives: bits per weight and activation element, the swizzle units, the fragments of 32 of
+// K (A: 16 weight rows, B: 8 tokens), and their product in kSteps mma, which depend on each other:
+// the kernel interleaves those of several fragments. kPromote: the product starts from zero and the
+// kernel adds it, scaled, to the sums; otherwise it accumulates in place. kBlock_ = 16 halves the
+// registers of the fragments in flight, for the largest tile.
 template <typename T, int kBlock_ = 32>
 struct Natural16 {
   static constexpr int kWeightBits = 16, kActBits = 16, kBlock = kBlock_;
@@ -191,8 +207,9 @@ struct Natural16 {
   struct B {
     std::uint32_t r[kBlock / 8];
   };
-  // Where this lane reads in block 0 of a fragment's rows. Rows begin at multiples of their (power of two)
-  // size, so another block's place is one XOR away: swizzle and block number meet in the same bits.
+  // Where this lane reads in block 0 of a fragment's rows. Rows begin at multiples of their (power
+  // of two) size, so another block's place is one XOR away: swizzle and block number meet in the
+  // same bits.
   template <int kRowBytes>
   __device__ static int lane_offset_a(int lane) {
     return Swizzle<kRowBytes, kWeightUnit>::offset(lane % 16, lane / 16);
@@ -204,9 +221,11 @@ struct Natural16 {
   }
   // `at`: the fragment's first row + lane_offset, for block 0 ^ block * the bytes of a block.
   template <int kRowBytes>
-  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2], std::uint32_t) {
+  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2],
+                                std::uint32_t) {
 #pragma unroll
-    for (int h = 0; h < kBlock / 16; ++h) ptx::ldmatrix_x4(a.r[h], (at ^ (h * 32)) + row * kRowBytes);
+    for (int h = 0; h < kBlock / 16; ++h)
+      ptx::ldmatrix_x4(a.r[h], (at ^ (h * 32)) + row * kRowBytes);
   }
   template <int kRowBytes>
   __device__ static void load_b(B& b, std::uint32_t at, int row) {
@@ -290,7 +309,8 @@ struct Int8 {
     return lane_offset_a<kRowBytes>(lane);
   }
   template <int kRowBytes>
-  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2], std::uint32_t) {
+  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2],
+                                std::uint32_t) {
     std::uint32_t low[2], high[2];
     ptx::load_shared8(low, at + row * kRowBytes);
     ptx::load_shared8(high, at + (row + 8) * kRowBytes);
@@ -302,11 +322,14 @@ struct Int8 {
   }
   using Sum = int;
   static constexpr int kSteps = 1;
-  __device__ static void step(int, int (&d)[4], const A& a, const B& b) { ptx::mma_16832_s8(d, a.r, b.r); }
+  __device__ static void step(int, int (&d)[4], const A& a, const B& b) {
+    ptx::mma_16832_s8(d, a.r, b.r);
+  }
 };
 
-// f32 as three TF32 products of high and low parts (22 significant bits; low * low, below 2^-22 of the
-// product, is left out). SIMT fused multiply-adds would be exact per product but a third as fast.
+// f32 as three TF32 products of high and low parts (22 significant bits; low * low, below 2^-22 of
+// the product, is left out). SIMT fused multiply-adds would be exact per product but a third as
+// fast.
 struct Tf32x3 {
   static constexpr int kWeightBits = 32, kActBits = 32, kBlock = 32;
   static constexpr int kWeightUnit = 16, kActUnit = 16;
@@ -335,14 +358,16 @@ struct Tf32x3 {
       for (int i = 0; i < 4; ++i) {
         const float x = __uint_as_float(raw[i]);
         const std::uint32_t high = ptx::to_tf32(x);
-        const float rest = x - __uint_as_float(high);  // NaN when x is infinite: then there is no rest
+        const float rest =
+            x - __uint_as_float(high);  // NaN when x is infinite: then there is no rest
         out.high[h * 4 + i] = high;
         out.low[h * 4 + i] = rest == rest ? ptx::to_tf32(rest) : 0u;
       }
     }
   }
   template <int kRowBytes>
-  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2], std::uint32_t) {
+  __device__ static void load_a(A& a, std::uint32_t at, int row, const std::uint32_t (&)[2],
+                                std::uint32_t) {
     load_row(a.row[0], at, row * kRowBytes);
     load_row(a.row[1], at, (row + 8) * kRowBytes);
   }
@@ -353,7 +378,8 @@ struct Tf32x3 {
   using Sum = float;
   static constexpr int kSteps = 12;
   __device__ static void step(int s, float (&d)[4], const A& a, const B& b) {
-    const int j = s % 4 * 2, pass = s / 4;  // low * high, high * low, high * high: small terms first
+    const int j = s % 4 * 2,
+              pass = s / 4;  // low * high, high * low, high * high: small terms first
     const auto& low = pass == 0 ? a.row[0].low : a.row[0].high;
     const auto& high = pass == 0 ? a.row[1].low : a.row[1].high;
     const auto& token = pass == 1 ? b.low : b.high;

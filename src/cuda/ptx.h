@@ -15,14 +15,16 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// --- cp.async: global -> shared. Bytes beyond `size` are zero; size 0 reads nothing. ----------------
-// .cg: past L1, which would only thrash.
+// --- cp.async: global -> shared. Bytes beyond `size` are zero; size 0 reads nothing.
+// ---------------- .cg: past L1, which would only thrash.
 __device__ __forceinline__ void cp_async16(std::uint32_t dst, const void* src, int size) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(size)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+               "r"(size)
                : "memory");
 }
 __device__ __forceinline__ void cp_async16(std::uint32_t dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src)
+               : "memory");
 }
 __device__ __forceinline__ void cp_async4(std::uint32_t dst, const void* src, int size) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(size)
@@ -31,14 +33,17 @@ __device__ __forceinline__ void cp_async4(std::uint32_t dst, const void* src, in
 __device__ __forceinline__ void cp_async4(std::uint32_t dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- shared memory reads ----------------------------------------------------------------------------
-// Without a memory clobber: the barriers order them, and ptxas may schedule them among the products.
+// --- shared memory reads
+// ---------------------------------------------------------------------------- Without a memory
+// clobber: the barriers order them, and ptxas may schedule them among the products.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -66,17 +71,18 @@ __device__ __forceinline__ float load_shared_float(std::uint32_t address) {
   return __uint_as_float(load_shared4(address));
 }
 
-// --- mma.sync: d += a * b, fp32 accumulators ----------------------------------------------------------
-__device__ __forceinline__ void mma_16816(float (&d)[4], const std::uint32_t* a, const std::uint32_t* b,
-                                          __nv_bfloat16) {
+// --- mma.sync: d += a * b, fp32 accumulators
+// ----------------------------------------------------------
+__device__ __forceinline__ void mma_16816(float (&d)[4], const std::uint32_t* a,
+                                          const std::uint32_t* b, __nv_bfloat16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-__device__ __forceinline__ void mma_16816(float (&d)[4], const std::uint32_t* a, const std::uint32_t* b,
-                                          __half) {
+__device__ __forceinline__ void mma_16816(float (&d)[4], const std::uint32_t* a,
+                                          const std::uint32_t* b, __half) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
@@ -92,7 +98,8 @@ __device__ __forceinline__ void mma_1688_tf32(float (&d)[4], std::uint32_t a0, s
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void mma_16832_s8(int (&d)[4], const std::uint32_t* a, const std::uint32_t* b) {
+__device__ __forceinline__ void mma_16832_s8(int (&d)[4], const std::uint32_t* a,
+                                             const std::uint32_t* b) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
@@ -107,7 +114,8 @@ __device__ __forceinline__ std::uint32_t to_tf32(float x) {
 }
 
 // (a & mask) | bits in one instruction; from C++ the compiler makes two, each with an immediate.
-__device__ __forceinline__ std::uint32_t and_or(std::uint32_t a, std::uint32_t mask, std::uint32_t bits) {
+__device__ __forceinline__ std::uint32_t and_or(std::uint32_t a, std::uint32_t mask,
+                                                std::uint32_t bits) {
   std::uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
   return r;
@@ -120,19 +128,22 @@ __device__ __forceinline__ std::uint32_t e4m3x2_to_f16x2(std::uint32_t pair) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(static_cast<std::uint16_t>(pair)));
   return r;
 #else
-  // Sign to bit 15, exponent and mantissa to bits 13..7: that value is 2^-8 of the true one, subnormals
-  // included, and the product restores it exactly. 0x7f, the NaN, is forced to an f16 NaN.
+  // Sign to bit 15, exponent and mantissa to bits 13..7: that value is 2^-8 of the true one,
+  // subnormals included, and the product restores it exactly. 0x7f, the NaN, is forced to an f16
+  // NaN.
   const std::uint32_t spread = __byte_perm(pair, 0, 0x4140);  // one byte per 16-bit lane
   const std::uint32_t magnitude = spread & 0x007f007fu;
   const std::uint32_t nan = ((magnitude + 0x00010001u) & 0x00800080u) * 0xfcu;  // 0x7e00 per NaN
   const std::uint32_t small = magnitude << 7;
-  const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(small), __half2half2(__ushort_as_half(0x5c00)));
+  const __half2 scaled =
+      __hmul2(reinterpret_cast<const __half2&>(small), __half2half2(__ushort_as_half(0x5c00)));
   return reinterpret_cast<const std::uint32_t&>(scaled) | nan | ((spread & 0x00800080u) << 8);
 #endif
 }
 
-// --- programmatic dependent launch ---------------------------------------------------------------------
-// Waits until every earlier kernel of the stream has ended and its writes are visible.
+// --- programmatic dependent launch
+// --------------------------------------------------------------------- Waits until every earlier
+// kernel of the stream has ended and its writes are visible.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

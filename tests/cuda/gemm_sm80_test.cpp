@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The SM80 kernel family: every operand against float64, and the same bits from every tactic, tile and layout.
+// The SM80 kernel family: every operand against float64, and the same bits from every tactic, tile
+// and layout.
 #include <cstdio>
 #include <cstdlib>
 
@@ -9,7 +10,8 @@
 namespace moesaic::test {
 namespace {
 
-ActivationSpec swiglu(GateOrder order = GateOrder::kGateFirst, GateLayout layout = GateLayout::kHalves) {
+ActivationSpec swiglu(GateOrder order = GateOrder::kGateFirst,
+                      GateLayout layout = GateLayout::kHalves) {
   return {.kind = Activation::kSwiglu, .order = order, .layout = layout};
 }
 
@@ -17,7 +19,8 @@ ActivationSpec swiglu(GateOrder order = GateOrder::kGateFirst, GateLayout layout
 std::vector<ProductCase> operand_cases() {
   using enum WeightFormat;
   std::vector<ProductCase> cases;
-  cases.push_back({.name = "f32", .format = kF32, .act = ActFormat::kF32, .act_dtype = DType::kF32});
+  cases.push_back(
+      {.name = "f32", .format = kF32, .act = ActFormat::kF32, .act_dtype = DType::kF32});
   cases.push_back({.name = "f16", .format = kF16, .act_dtype = DType::kF16});
   cases.push_back({.name = "bf16", .format = kBF16});
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
@@ -26,22 +29,43 @@ std::vector<ProductCase> operand_cases() {
       for (const std::int64_t group : {32, 64, 96, 128, 4096}) {
         const std::int64_t g = std::min(group, k);
         for (const bool zeros : {false, true}) {
-          cases.push_back({.name = "int4 g" + std::to_string(g) + (zeros ? " zeros" : "") + suffix, .format = kU4,
-                           .act_dtype = dtype, .scales = Scales::kGroup, .group_k = g, .zero_points = zeros, .k = k});
+          cases.push_back({.name = "int4 g" + std::to_string(g) + (zeros ? " zeros" : "") + suffix,
+                           .format = kU4,
+                           .act_dtype = dtype,
+                           .scales = Scales::kGroup,
+                           .group_k = g,
+                           .zero_points = zeros,
+                           .k = k});
         }
       }
     }
     for (const std::int64_t group : {32, 128, 328}) {
-      cases.push_back({.name = "int8 groups" + suffix, .format = kU8, .act_dtype = dtype, .scales = Scales::kGroup,
-                       .group_k = group, .zero_points = group != 128});
+      cases.push_back({.name = "int8 groups" + suffix,
+                       .format = kU8,
+                       .act_dtype = dtype,
+                       .scales = Scales::kGroup,
+                       .group_k = group,
+                       .zero_points = group != 128});
     }
-    cases.push_back({.name = "int8 channel" + suffix, .format = kI8, .act_dtype = dtype, .scales = Scales::kChannel});
+    cases.push_back({.name = "int8 channel" + suffix,
+                     .format = kI8,
+                     .act_dtype = dtype,
+                     .scales = Scales::kChannel});
     for (const Scales scales : {Scales::kTensor, Scales::kHalves, Scales::kChannel}) {
-      cases.push_back({.name = "fp8_w8a16" + suffix, .format = kE4M3, .act_dtype = dtype, .scales = scales});
+      cases.push_back(
+          {.name = "fp8_w8a16" + suffix, .format = kE4M3, .act_dtype = dtype, .scales = scales});
     }
-    cases.push_back({.name = "fp8_w8a16 block" + suffix, .format = kE4M3, .act_dtype = dtype, .scales = Scales::kBlock,
-                     .group_k = 128, .group_n = 128});
-    cases.push_back({.name = "mxfp4" + suffix, .format = kE2M1, .act_dtype = dtype, .scales = Scales::kGroup, .group_k = 32});
+    cases.push_back({.name = "fp8_w8a16 block" + suffix,
+                     .format = kE4M3,
+                     .act_dtype = dtype,
+                     .scales = Scales::kBlock,
+                     .group_k = 128,
+                     .group_n = 128});
+    cases.push_back({.name = "mxfp4" + suffix,
+                     .format = kE2M1,
+                     .act_dtype = dtype,
+                     .scales = Scales::kGroup,
+                     .group_k = 32});
   }
   for (const auto& [format, act, dtype] :
        {std::tuple{kE4M3, ActFormat::kE4M3, DType::kF8E4M3}, {kI8, ActFormat::kI8, DType::kI8}}) {
@@ -88,7 +112,8 @@ class GemmSm80 : public ::testing::Test {
     const auto first = product.run(family, -1, 16, 16);
     for (const Tactic& tactic : tactics) {
       if (failures() > before) return;  // one report per case
-      for (const auto& [tile_rows, live] : {std::pair<std::int64_t, std::int64_t>{64, 64}, {8, 1}}) {
+      for (const auto& [tile_rows, live] :
+           {std::pair<std::int64_t, std::int64_t>{64, 64}, {8, 1}}) {
         EXPECT_TRUE(product.run(family, tactic.id, tile_rows, live) == first)
             << c.name << ": " << tactic.description << " over tiles of " << live << " rows differs";
       }
@@ -110,8 +135,11 @@ TEST_F(GemmSm80, EveryActivationInEveryLayout) {
     for (const GateOrder order : {GateOrder::kGateFirst, GateOrder::kUpFirst}) {
       for (const GateLayout layout : {GateLayout::kHalves, GateLayout::kInterleaved}) {
         ProductCase c{.name = "activation " + std::to_string(kind)};
-        c.activation = ActivationSpec{.kind = static_cast<Activation>(kind), .order = order, .layout = layout};
-        if (!is_gated(c.activation->kind) && (order != GateOrder::kGateFirst || layout != GateLayout::kHalves)) continue;
+        c.activation =
+            ActivationSpec{.kind = static_cast<Activation>(kind), .order = order, .layout = layout};
+        if (!is_gated(c.activation->kind) &&
+            (order != GateOrder::kGateFirst || layout != GateLayout::kHalves))
+          continue;
         c.activation->limit = 1.5f;
         c.per_expert_terms = kind % 2 == 1;
         c.bias = DType::kF32;
@@ -127,9 +155,13 @@ TEST_F(GemmSm80, LayoutsBiasesAndStrides) {
   for (const Layout layout : {Layout::kSortedPadded, Layout::kCompact, Layout::kBatched}) {
     for (const DType c_dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
       for (const bool transposed : {false, true}) {
-        for (const auto& [format, dtype] : {std::pair{WeightFormat::kBF16, DType::kBF16}, {WeightFormat::kU4, DType::kF16}}) {
-          ProductCase c{.name = "layout " + std::to_string(static_cast<int>(layout)), .format = format, .act_dtype = dtype};
-          if (format == WeightFormat::kU4) c.scales = Scales::kGroup, c.group_k = 128, c.zero_points = true;
+        for (const auto& [format, dtype] :
+             {std::pair{WeightFormat::kBF16, DType::kBF16}, {WeightFormat::kU4, DType::kF16}}) {
+          ProductCase c{.name = "layout " + std::to_string(static_cast<int>(layout)),
+                        .format = format,
+                        .act_dtype = dtype};
+          if (format == WeightFormat::kU4)
+            c.scales = Scales::kGroup, c.group_k = 128, c.zero_points = true;
           c.layout = layout;
           c.c_dtype = c_dtype, c.c_transposed = transposed, c.c_padding = seed % 3 * 3;
           c.bias = seed % 3 == 0 ? DType::kF32 : seed % 3 == 1 ? DType::kF16 : DType::kBF16;
@@ -163,35 +195,45 @@ TEST_F(GemmSm80, RandomShapes) {
       if (c.group_k > c.k) c.group_k = c.k;
     }
     c.layout = static_cast<Layout>(pick(0, 2));
-    if (pick(0, 1)) c.activation = swiglu(static_cast<GateOrder>(pick(0, 1)), static_cast<GateLayout>(pick(0, 1)));
-    SCOPED_TRACE("seed " + std::to_string(c.seed) + " n " + std::to_string(c.n) + " k " + std::to_string(c.k) +
-                 " group " + std::to_string(c.group_k));
+    if (pick(0, 1))
+      c.activation =
+          swiglu(static_cast<GateOrder>(pick(0, 1)), static_cast<GateLayout>(pick(0, 1)));
+    SCOPED_TRACE("seed " + std::to_string(c.seed) + " n " + std::to_string(c.n) + " k " +
+                 std::to_string(c.k) + " group " + std::to_string(c.group_k));
     check(c);
   }
 }
 
-// Not a test: prints what the policy reaches and what every tile would (--gtest_also_run_disabled_tests).
+// Not a test: prints what the policy reaches and what every tile would
+// (--gtest_also_run_disabled_tests).
 TEST_F(GemmSm80, DISABLED_Timing) {
   const cuda::GemmFamily& family = cuda::family_sm80();
-  for (const TimedShape& shape : {TimedShape{"qwen3-30b-a3b", 128, 2048, 768, 8}, {"mixtral-8x7b", 8, 4096, 14336, 2}}) {
-    for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kU4, WeightFormat::kE4M3, WeightFormat::kI8}) {
+  for (const TimedShape& shape :
+       {TimedShape{"qwen3-30b-a3b", 128, 2048, 768, 8}, {"mixtral-8x7b", 8, 4096, 14336, 2}}) {
+    for (const WeightFormat format :
+         {WeightFormat::kBF16, WeightFormat::kU4, WeightFormat::kE4M3, WeightFormat::kI8}) {
       TimedLayer layer(shape, format);
       for (const std::int64_t tokens : {1, 4, 16, 128, 1024, 8192}) {
         const bool sweep = format == WeightFormat::kBF16 || format == WeightFormat::kU4;
-        const std::int64_t policy = family.tile_rows(layer.fc1(), tokens * shape.top_k, layer.traits());
+        const std::int64_t policy =
+            family.tile_rows(layer.fc1(), tokens * shape.top_k, layer.traits());
         const auto t = layer.time(family, tokens, policy, -1, -1);
-        std::printf("%s format %d T=%ld rows %ld: gemm1 %.4f gemm2 %.4f both %.4f ms, floor %.4f, ratio %.3f\n", shape.name,
-                    static_cast<int>(format), static_cast<long>(tokens), static_cast<long>(policy), t.gemm1, t.gemm2, t.both,
-                    t.floor, t.both / t.floor);
+        std::printf(
+            "%s format %d T=%ld rows %ld: gemm1 %.4f gemm2 %.4f both %.4f ms, floor %.4f, ratio "
+            "%.3f\n",
+            shape.name, static_cast<int>(format), static_cast<long>(tokens),
+            static_cast<long>(policy), t.gemm1, t.gemm2, t.both, t.floor, t.both / t.floor);
         std::fflush(stdout);
         if (!sweep) continue;
         for (const std::int64_t rows : {policy / 2, policy, policy * 2}) {  // of a tile
           if (rows < 8 || rows > 128) continue;
           for (const Tactic& tactic : family.tactics(layer.fc1(), layer.traits())) {
-            if (tactic.description.find(" " + std::to_string(rows) + "x") == std::string::npos) continue;
+            if (tactic.description.find(" " + std::to_string(rows) + "x") == std::string::npos)
+              continue;
             const auto s = layer.time(family, tokens, rows, tactic.id, tactic.id);
-            std::printf("    rows %3ld %-28s gemm1 %.4f gemm2 %.4f both %.4f\n", static_cast<long>(rows),
-                        tactic.description.c_str(), s.gemm1, s.gemm2, s.both);
+            std::printf("    rows %3ld %-28s gemm1 %.4f gemm2 %.4f both %.4f\n",
+                        static_cast<long>(rows), tactic.description.c_str(), s.gemm1, s.gemm2,
+                        s.both);
           }
         }
       }

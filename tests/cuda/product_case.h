@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One grouped product on the device, built by hand: random operands of any format, a row map of either
-// format, and the float64 result with its error bound. For tests of one kernel family, without the layer.
+// One grouped product on the device, built by hand: random operands of any format, a row map of
+// either format, and the float64 result with its error bound. For tests of one kernel family,
+// without the layer.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -73,7 +74,9 @@ inline bool have_device() {
 // A float as `dtype` stores it, and back.
 inline double put(std::vector<std::uint8_t>& bytes, std::size_t i, DType dtype, float x) {
   switch (dtype) {
-    case DType::kF32: std::memcpy(&bytes[i * 4], &x, 4); return x;
+    case DType::kF32:
+      std::memcpy(&bytes[i * 4], &x, 4);
+      return x;
     case DType::kF16: {
       const std::uint16_t h = float_to_f16(x);
       std::memcpy(&bytes[i * 2], &h, 2);
@@ -84,9 +87,12 @@ inline double put(std::vector<std::uint8_t>& bytes, std::size_t i, DType dtype, 
       std::memcpy(&bytes[i * 2], &h, 2);
       return bf16_to_float(h);
     }
-    case DType::kF8E4M3: bytes[i] = float_to_e4m3(x); return e4m3_to_float(bytes[i]);
+    case DType::kF8E4M3:
+      bytes[i] = float_to_e4m3(x);
+      return e4m3_to_float(bytes[i]);
     default: {
-      const auto q = static_cast<std::int8_t>(std::lrint(std::fmin(std::fmax(x * 40.0f, -128.0f), 127.0f)));
+      const auto q =
+          static_cast<std::int8_t>(std::lrint(std::fmin(std::fmax(x * 40.0f, -128.0f), 127.0f)));
       bytes[i] = static_cast<std::uint8_t>(q);
       return q;
     }
@@ -123,15 +129,15 @@ struct ProductCase {
   bool row_weights = false, alpha = false;
   DType c_dtype = DType::kF32;
   Layout layout = Layout::kSortedPadded;
-  std::int64_t c_padding = 0;  // extra columns of C's row stride
+  std::int64_t c_padding = 0;                 // extra columns of C's row stride
   std::int64_t a_padding = 0, w_padding = 0;  // extra stored elements per row
   bool c_transposed = false;                  // columns far apart
   unsigned seed = 1;
 };
 
 // Activation in float64 (the definitions of contracts.md, written once more).
-inline double reference_activation(const ActivationSpec& s, double g, double u, double alpha, double beta,
-                                   double limit) {
+inline double reference_activation(const ActivationSpec& s, double g, double u, double alpha,
+                                   double beta, double limit) {
   const auto sigmoid = [](double x) { return 1.0 / (1.0 + std::exp(-x)); };
   const auto gelu = [](double x) { return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0))); };
   const auto gelu_tanh = [](double x) {
@@ -139,15 +145,24 @@ inline double reference_activation(const ActivationSpec& s, double g, double u, 
   };
   const auto clamp = [&](double x) { return std::min(std::max(x, -limit), limit); };
   switch (s.kind) {
-    case Activation::kSilu: return g * sigmoid(g);
-    case Activation::kGelu: return gelu(g);
-    case Activation::kGeluTanh: return gelu_tanh(g);
-    case Activation::kRelu: return std::max(g, 0.0);
-    case Activation::kRelu2: return std::max(g, 0.0) * std::max(g, 0.0);
-    case Activation::kIdentity: return g;
-    case Activation::kSwiglu: return g * sigmoid(g) * u;
-    case Activation::kGeglu: return gelu(g) * u;
-    case Activation::kGegluTanh: return gelu_tanh(g) * u;
+    case Activation::kSilu:
+      return g * sigmoid(g);
+    case Activation::kGelu:
+      return gelu(g);
+    case Activation::kGeluTanh:
+      return gelu_tanh(g);
+    case Activation::kRelu:
+      return std::max(g, 0.0);
+    case Activation::kRelu2:
+      return std::max(g, 0.0) * std::max(g, 0.0);
+    case Activation::kIdentity:
+      return g;
+    case Activation::kSwiglu:
+      return g * sigmoid(g) * u;
+    case Activation::kGeglu:
+      return gelu(g) * u;
+    case Activation::kGegluTanh:
+      return gelu_tanh(g) * u;
     case Activation::kSwigluOai: {
       const double c = std::min(g, limit);
       return c * sigmoid(alpha * c) * (clamp(u) + beta);
@@ -156,7 +171,8 @@ inline double reference_activation(const ActivationSpec& s, double g, double u, 
       const double c = std::min(g, limit);
       return c * sigmoid(c) * clamp(u);
     }
-    case Activation::kSwigluStep: return std::min(g * sigmoid(g), limit) * clamp(u);
+    case Activation::kSwigluStep:
+      return std::min(g * sigmoid(g), limit) * clamp(u);
   }
   return 0;
 }
@@ -172,20 +188,25 @@ class Product {
 
   const WeightSpec& spec() const { return operand_.spec; }
 
-  // Runs one tactic over tiles of at most `rows_per_tile` rows; C's bytes with everything around it.
-  // Verifies guards, untouched rows and, once, the values.
+  // Runs one tactic over tiles of at most `rows_per_tile` rows; C's bytes with everything around
+  // it. Verifies guards, untouched rows and, once, the values.
   std::vector<std::uint8_t> run(const cuda::GemmFamily& family, int tactic, std::int64_t tile_rows,
                                 std::int64_t rows_per_tile) {
     make_rows(tile_rows, rows_per_tile);
     const std::size_t size = size_of(case_.c_dtype);
     const std::int64_t rows = stage_.c_row == RowOf::kPosition ? stage_.rows.positions : slots_;
     const std::int64_t columns = n_out();
-    const std::int64_t pitch = case_.c_transposed ? rows + case_.c_padding : columns + case_.c_padding;
-    const std::int64_t body = (case_.c_transposed ? columns : rows) * pitch * static_cast<std::int64_t>(size);
+    const std::int64_t pitch =
+        case_.c_transposed ? rows + case_.c_padding : columns + case_.c_padding;
+    const std::int64_t body =
+        (case_.c_transposed ? columns : rows) * pitch * static_cast<std::int64_t>(size);
     constexpr std::int64_t kGuard = 4096;
     std::vector<std::uint8_t> poison(static_cast<std::size_t>(body + 2 * kGuard), 0xfb);
     DeviceBuffer c(poison.data(), poison.size());
-    stage_.c = {.data = static_cast<char*>(c.data()) + kGuard, .dtype = case_.c_dtype, .device = kGpu, .rank = 2};
+    stage_.c = {.data = static_cast<char*>(c.data()) + kGuard,
+                .dtype = case_.c_dtype,
+                .device = kGpu,
+                .rank = 2};
     stage_.c.shape = {rows, columns};
     stage_.c.strides = {case_.c_transposed ? 1 : pitch, case_.c_transposed ? pitch : 1};
     stage_.tactic = tactic;
@@ -193,8 +214,10 @@ class Product {
     cuda_ok(cudaDeviceSynchronize());
     std::vector<std::uint8_t> bytes = c.read();
     const auto intact = [](std::uint8_t b) { return b == 0xfb; };
-    EXPECT_TRUE(std::all_of(bytes.begin(), bytes.begin() + kGuard, intact)) << case_.name << ": guard before C";
-    EXPECT_TRUE(std::all_of(bytes.end() - kGuard, bytes.end(), intact)) << case_.name << ": guard behind C";
+    EXPECT_TRUE(std::all_of(bytes.begin(), bytes.begin() + kGuard, intact))
+        << case_.name << ": guard before C";
+    EXPECT_TRUE(std::all_of(bytes.end() - kGuard, bytes.end(), intact))
+        << case_.name << ": guard behind C";
     bytes.erase(bytes.begin(), bytes.begin() + kGuard);
     bytes.resize(static_cast<std::size_t>(body));
     verify(bytes, rows, pitch);
@@ -206,11 +229,14 @@ class Product {
   std::int64_t n_out() const { return gated() ? case_.n / 2 : case_.n; }
   bool gated() const { return case_.activation && is_gated(case_.activation->kind); }
   float normal() { return std::normal_distribution<float>()(random_); }
-  std::int64_t below(std::int64_t n) { return std::uniform_int_distribution<std::int64_t>(0, n - 1)(random_); }
+  std::int64_t below(std::int64_t n) {
+    return std::uniform_int_distribution<std::int64_t>(0, n - 1)(random_);
+  }
   template <typename T>
   Tensor keep(const std::vector<T>& v, DType dtype, std::vector<std::int64_t> shape) {
     buffers_.push_back(upload(v));
-    return Tensor::contiguous(buffers_.back()->data(), dtype, shape.data(), static_cast<int>(shape.size()), kGpu);
+    return Tensor::contiguous(buffers_.back()->data(), dtype, shape.data(),
+                              static_cast<int>(shape.size()), kGpu);
   }
 
   void make_spec() {
@@ -230,7 +256,8 @@ class Product {
     if (case_.scales == Scales::kBlock || case_.scales == Scales::kGroup) g.group_k = case_.group_k;
     g.grid_n = (case_.n + g.group_n - 1) / g.group_n;
     g.grid_k = (case_.k + g.group_k - 1) / g.group_k;
-    if (case_.token_scales == TokenScales::kGroup) s.act_scale = ActScale::kGroup, s.act_group = g.group_k;
+    if (case_.token_scales == TokenScales::kGroup)
+      s.act_scale = ActScale::kGroup, s.act_group = g.group_k;
     if (case_.token_scales == TokenScales::kToken) s.act_scale = ActScale::kToken;
     if (case_.token_scales == TokenScales::kTensor) s.act_scale = ActScale::kTensorStatic;
     if (case_.activation) {
@@ -263,14 +290,16 @@ class Product {
     for (std::int64_t e = 0; e < e_count; ++e) {
       for (std::int64_t r = 0; r < n; ++r) {
         for (std::int64_t c = 0; c < k; ++c) {
-          const std::int64_t cell = (e * s.scale.grid_n + r / s.scale.group_n) * s.scale.grid_k + c / s.scale.group_k;
+          const std::int64_t cell =
+              (e * s.scale.grid_n + r / s.scale.group_n) * s.scale.grid_k + c / s.scale.group_k;
           const double factor = s.scale.has_scale ? scale[cell] : 1.0;
           const std::int64_t at = (e * n + r) * pitch;
           double q = 0;
           if (four) {
             std::uint8_t& byte = bytes[at + c / 2];
             const auto nibble = static_cast<std::uint8_t>(below(16));
-            byte = c % 2 ? static_cast<std::uint8_t>((byte & 15) | nibble << 4) : static_cast<std::uint8_t>((byte & 0xf0) | nibble);
+            byte = c % 2 ? static_cast<std::uint8_t>((byte & 15) | nibble << 4)
+                         : static_cast<std::uint8_t>((byte & 0xf0) | nibble);
             if (s.e8m0_scales) {
               q = kE2M1[nibble];
             } else {
@@ -279,7 +308,9 @@ class Product {
             }
           } else if (s.format == WeightFormat::kU8) {
             bytes[at + c] = static_cast<std::uint8_t>(below(256));
-            q = bytes[at + c] - (case_.zero_points ? zero[(e * n + r) * s.scale.grid_k + c / s.scale.group_k] : 128);
+            q = bytes[at + c] - (case_.zero_points
+                                     ? zero[(e * n + r) * s.scale.grid_k + c / s.scale.group_k]
+                                     : 128);
           } else {
             q = put(bytes, at + c, dtype, normal());
           }
@@ -298,7 +329,8 @@ class Product {
       if (s.scale.grid_k > 1) shape.push_back(s.scale.grid_k);
       operand_.plain.scale = keep(scale, DType::kF32, shape);
     }
-    if (case_.zero_points) operand_.plain.zero_point = keep(zero, DType::kU8, {e_count, zero_rows, s.scale.grid_k});
+    if (case_.zero_points)
+      operand_.plain.zero_point = keep(zero, DType::kU8, {e_count, zero_rows, s.scale.grid_k});
     if (case_.bias) {
       std::vector<std::uint8_t> data(e_count * n * size_of(*case_.bias));
       bias_.resize(e_count * n);
@@ -312,13 +344,15 @@ class Product {
     }
     if (case_.activation) {
       const ActivationSpec& a = *case_.activation;
-      for (auto& [values, value] : {std::pair{&terms_[0], a.alpha}, {&terms_[1], a.beta}, {&terms_[2], a.limit}}) {
+      for (auto& [values, value] :
+           {std::pair{&terms_[0], a.alpha}, {&terms_[1], a.beta}, {&terms_[2], a.limit}}) {
         values->assign(e_count, value);
         if (case_.per_expert_terms)
           for (float& x : *values) x = 0.5f + std::fabs(normal());
       }
       if (case_.per_expert_terms) {
-        operand_.side.activation = {keep(terms_[0], DType::kF32, {e_count}), keep(terms_[1], DType::kF32, {e_count}),
+        operand_.side.activation = {keep(terms_[0], DType::kF32, {e_count}),
+                                    keep(terms_[1], DType::kF32, {e_count}),
                                     keep(terms_[2], DType::kF32, {e_count})};
       }
     }
@@ -339,8 +373,8 @@ class Product {
     if (case_.layout == Layout::kBatched) weights_.assign(slots_, 1.0f);
   }
 
-  // Per token; make_rows puts them where the layout wants them. Bits are compared by slot, so a slot must
-  // meet its token's values wherever it stands.
+  // Per token; make_rows puts them where the layout wants them. Bits are compared by slot, so a
+  // slot must meet its token's values wherever it stands.
   void make_activations() {
     base_.resize(case_.tokens * case_.k);
     for (auto& x : base_) x = normal();
@@ -349,7 +383,8 @@ class Product {
     for (float& s : base_scale_) {
       s = case_.token_scales == TokenScales::kNone ? 1.0f : 0.02f + 0.01f * std::fabs(normal());
     }
-    if (case_.token_scales == TokenScales::kTensor) base_scale_.assign(base_scale_.size(), base_scale_[0]);
+    if (case_.token_scales == TokenScales::kTensor)
+      base_scale_.assign(base_scale_.size(), base_scale_[0]);
   }
 
   // Tiles of the layout, and A arranged for it.
@@ -360,7 +395,8 @@ class Product {
     position_slot_.clear();
     const auto push_tiles = [&](std::int32_t expert, std::int64_t first, std::int64_t rows) {
       for (std::int64_t r = 0; r < rows; r += rows_per_tile) {
-        tiles.push_back({expert, static_cast<std::int32_t>(std::min(rows_per_tile, rows - r)), first + r});
+        tiles.push_back(
+            {expert, static_cast<std::int32_t>(std::min(rows_per_tile, rows - r)), first + r});
       }
     };
     for (std::int64_t e = -1; e < case_.experts; ++e) {
@@ -382,18 +418,22 @@ class Product {
     }
     if (case_.layout == Layout::kBatched) position_slot_.resize(case_.experts * capacity_, -1);
     for (const std::int64_t s : position_slot_) {
-      row_slot.push_back(s < 0 ? static_cast<std::int32_t>(slots_ + below(3)) : static_cast<std::int32_t>(s));
+      row_slot.push_back(s < 0 ? static_cast<std::int32_t>(slots_ + below(3))
+                               : static_cast<std::int32_t>(s));
     }
     const auto positions = static_cast<std::int64_t>(position_slot_.size());
     RowMap& rows = stage_.rows;
     const auto count = static_cast<std::int32_t>(tiles.size());
-    tiles.resize(tiles.size() + 2, Tile{99, 1 << 20, std::int64_t{1} << 40});  // beyond num_tiles: never read
+    tiles.resize(tiles.size() + 2,
+                 Tile{99, 1 << 20, std::int64_t{1} << 40});  // beyond num_tiles: never read
     rows_buffers_.push_back(upload(tiles));
     rows.tiles = static_cast<Tile*>(rows_buffers_.back()->data());
     rows_buffers_.push_back(upload(std::vector<std::int32_t>{count}));
     rows.num_tiles = static_cast<std::int32_t*>(rows_buffers_.back()->data());
     rows_buffers_.push_back(upload(row_slot));
-    rows.row_slot = case_.layout == Layout::kBatched ? nullptr : static_cast<std::int32_t*>(rows_buffers_.back()->data());
+    rows.row_slot = case_.layout == Layout::kBatched
+                        ? nullptr
+                        : static_cast<std::int32_t*>(rows_buffers_.back()->data());
     rows.max_tiles = static_cast<std::int64_t>(tiles.size());
     rows.tile_rows = tile_rows;
     rows.positions = positions;
@@ -403,7 +443,8 @@ class Product {
     stage_.c_row = gather ? RowOf::kSlot : RowOf::kPosition;
     stage_.top_k = case_.top_k;
 
-    const std::int64_t a_rows = gather ? case_.tokens : positions, pitch = case_.k + case_.a_padding;
+    const std::int64_t a_rows = gather ? case_.tokens : positions,
+                       pitch = case_.k + case_.a_padding;
     std::vector<std::uint8_t> bytes(a_rows * pitch * size_of(case_.act_dtype), 0x7d);
     std::vector<float> scales(a_rows * a_scale_groups_, NAN);
     a_.assign(case_.tokens * case_.k, 0);
@@ -412,12 +453,15 @@ class Product {
       if (slot < 0) continue;
       const std::int64_t token = slot / case_.top_k;
       for (std::int64_t c = 0; c < case_.k; ++c) {
-        a_[token * case_.k + c] = put(bytes, r * pitch + c, case_.act_dtype, base_[token * case_.k + c]);
+        a_[token * case_.k + c] =
+            put(bytes, r * pitch + c, case_.act_dtype, base_[token * case_.k + c]);
       }
-      for (std::int64_t g = 0; g < a_scale_groups_; ++g) scales[r * a_scale_groups_ + g] = base_scale_[token * a_scale_groups_ + g];
+      for (std::int64_t g = 0; g < a_scale_groups_; ++g)
+        scales[r * a_scale_groups_ + g] = base_scale_[token * a_scale_groups_ + g];
     }
     rows_buffers_.push_back(upload(bytes));
-    stage_.a = Tensor::contiguous(rows_buffers_.back()->data(), case_.act_dtype, {a_rows, pitch}, kGpu);
+    stage_.a =
+        Tensor::contiguous(rows_buffers_.back()->data(), case_.act_dtype, {a_rows, pitch}, kGpu);
     stage_.a.shape[1] = case_.k;
     if (case_.token_scales != TokenScales::kNone) {
       if (case_.token_scales == TokenScales::kTensor) scales = {base_scale_[0]};
@@ -466,14 +510,17 @@ class Product {
       const Bounded g = sum(e, token, gated() ? s.gate_row(column) : column);
       const Bounded u = gated() ? sum(e, token, s.up_row(column)) : Bounded{0, 0};
       const auto f = [&](double x, double y) {
-        return reference_activation(*case_.activation, x, y, terms_[0][e], terms_[1][e], terms_[2][e]);
+        return reference_activation(*case_.activation, x, y, terms_[0][e], terms_[1][e],
+                                    terms_[2][e]);
       };
       out.value = f(g.value, u.value);
       out.error = 1e-6 + 4e-6 * std::fabs(out.value);
       for (const double i : {-1.0, 1.0})
         for (const double j : {-1.0, 1.0})
-          out.error = std::max(out.error, 1.5 * std::fabs(f(g.value + i * g.error, u.value + j * u.error) - out.value) +
-                                              1e-6 + 4e-6 * std::fabs(out.value));
+          out.error = std::max(
+              out.error,
+              1.5 * std::fabs(f(g.value + i * g.error, u.value + j * u.error) - out.value) + 1e-6 +
+                  4e-6 * std::fabs(out.value));
     }
     if (case_.row_weights) {
       out.value *= weights_[slot];
@@ -485,7 +532,8 @@ class Product {
   }
 
   std::size_t index(std::int64_t row, std::int64_t column, std::int64_t pitch) const {
-    return static_cast<std::size_t>(case_.c_transposed ? column * pitch + row : row * pitch + column);
+    return static_cast<std::size_t>(case_.c_transposed ? column * pitch + row
+                                                       : row * pitch + column);
   }
 
   void verify(const std::vector<std::uint8_t>& bytes, std::int64_t rows, std::int64_t pitch) {
@@ -503,8 +551,9 @@ class Product {
         touched[at] = 1;
         const double got = get(bytes, at, case_.c_dtype);
         if (!(std::fabs(got - want.value) <= want.error)) {
-          ADD_FAILURE() << case_.name << ": slot " << slot << " expert " << ids_[slot] << " column " << column << ": got "
-                        << got << ", expected " << want.value << " within " << want.error;
+          ADD_FAILURE() << case_.name << ": slot " << slot << " expert " << ids_[slot] << " column "
+                        << column << ": got " << got << ", expected " << want.value << " within "
+                        << want.error;
           return;
         }
       }
@@ -513,7 +562,8 @@ class Product {
       if (touched[i]) continue;
       for (std::size_t b = 0; b < size; ++b) {
         if (bytes[i * size + b] != 0xfb) {
-          ADD_FAILURE() << case_.name << ": element " << i << " of " << rows << " rows was written, belongs to no row";
+          ADD_FAILURE() << case_.name << ": element " << i << " of " << rows
+                        << " rows was written, belongs to no row";
           return;
         }
       }
@@ -526,7 +576,8 @@ class Product {
     return -1;
   }
 
-  std::vector<std::uint8_t> bytes_by_slot(const std::vector<std::uint8_t>& bytes, std::int64_t pitch) const {
+  std::vector<std::uint8_t> bytes_by_slot(const std::vector<std::uint8_t>& bytes,
+                                          std::int64_t pitch) const {
     const std::size_t size = size_of(case_.c_dtype);
     std::vector<std::uint8_t> out;
     for (std::int64_t slot = 0; slot < slots_; ++slot) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times the two products of a layer in a replayed graph: every call with its own routing, weights from HBM.
-// Prints; decides nothing.
+// Times the two products of a layer in a replayed graph: every call with its own routing, weights
+// from HBM. Prints; decides nothing.
 #pragma once
 
 #include <cstdio>
@@ -19,7 +19,9 @@ class TimedLayer {
   static constexpr double kReadRate = 3.14e12, kProductRate = 800e12;  // of the floors
 
   TimedLayer(const TimedShape& shape, WeightFormat format)
-      : shape_(shape), traits_(device_traits()), fc1_(operand(format, 2 * shape.intermediate, shape.hidden)),
+      : shape_(shape),
+        traits_(device_traits()),
+        fc1_(operand(format, 2 * shape.intermediate, shape.hidden)),
         fc2_(operand(format, shape.hidden, shape.intermediate)) {
     fc1_.spec.gated = true;
   }
@@ -28,12 +30,15 @@ class TimedLayer {
   struct Times {
     double gemm1, gemm2, both, floor;
   };
-  Times time(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows, int tactic1, int tactic2) {
+  Times time(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows,
+             int tactic1, int tactic2) {
     const int calls = tokens == 1 ? 16 : tokens <= 128 ? 8 : tokens <= 1024 ? 4 : 2;
     prepare(tokens, tile_rows, calls);
     const double active = active_ / static_cast<double>(calls);
-    const double bytes = active * static_cast<double>(fc1_.spec.n * fc1_.spec.row_bytes() + fc2_.spec.n * fc2_.spec.row_bytes());
-    const double operations = 6.0 * static_cast<double>(tokens * shape_.top_k) * shape_.hidden * shape_.intermediate;
+    const double bytes = active * static_cast<double>(fc1_.spec.n * fc1_.spec.row_bytes() +
+                                                      fc2_.spec.n * fc2_.spec.row_bytes());
+    const double operations =
+        6.0 * static_cast<double>(tokens * shape_.top_k) * shape_.hidden * shape_.intermediate;
     const auto run = [&](int which, cudaStream_t stream) {
       for (int i = 0; i < calls; ++i) {
         if (which & 1) family.run(stage1(i, tactic1), traits_, stream);
@@ -45,7 +50,8 @@ class TimedLayer {
   }
 
   // One GEMM1 without a graph, for a profiler.
-  void once(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows, int tactic) {
+  void once(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows,
+            int tactic) {
     prepare(tokens, tile_rows, 2);
     for (int i = 0; i < 2; ++i) family.run(stage1(i, tactic), traits_, nullptr);
     cuda_ok(cudaDeviceSynchronize());
@@ -69,13 +75,19 @@ class TimedLayer {
     const bool four = format == WeightFormat::kU4;
     const bool bytes = format == WeightFormat::kE4M3 || format == WeightFormat::kI8;
     const std::size_t total = static_cast<std::size_t>(s.experts * n * s.row_bytes());
-    out.plain.weight = Tensor::contiguous(fill(total, four || bytes ? 1 : 2), four ? DType::kU8 : weight_dtype(format),
+    out.plain.weight = Tensor::contiguous(fill(total, four || bytes ? 1 : 2),
+                                          four ? DType::kU8 : weight_dtype(format),
                                           {s.experts, n, four ? k / 2 : k}, kGpu);
     if (four || bytes) {
-      s.scale = {.has_scale = true, .group_n = 1, .group_k = four ? 128 : k, .grid_n = n, .grid_k = four ? k / 128 : 1};
+      s.scale = {.has_scale = true,
+                 .group_n = 1,
+                 .group_k = four ? 128 : k,
+                 .grid_n = n,
+                 .grid_k = four ? k / 128 : 1};
       const std::vector<float> scales(s.experts * n * s.scale.grid_k, 0.01f);
       buffers_.push_back(upload(scales));
-      out.plain.scale = Tensor::contiguous(buffers_.back()->data(), DType::kF32, {s.experts, n, s.scale.grid_k}, kGpu);
+      out.plain.scale = Tensor::contiguous(buffers_.back()->data(), DType::kF32,
+                                           {s.experts, n, s.scale.grid_k}, kGpu);
     }
     return out;
   }
@@ -91,7 +103,8 @@ class TimedLayer {
     buffers_.push_back(std::make_unique<DeviceBuffer>(total));
     char* data = static_cast<char*>(buffers_.back()->data());
     for (std::size_t at = 0; at < total; at += block.size() * 2) {
-      cuda_ok(cudaMemcpy(data + at, block.data(), std::min(total - at, block.size() * 2), cudaMemcpyHostToDevice));
+      cuda_ok(cudaMemcpy(data + at, block.data(), std::min(total - at, block.size() * 2),
+                         cudaMemcpyHostToDevice));
     }
     return data;
   }
@@ -118,7 +131,8 @@ class TimedLayer {
         const auto count = static_cast<std::int64_t>(rows[e].size());
         active_ += count > 0;
         for (std::int64_t r = 0; r < count; r += tile_rows) {
-          tiles.push_back({static_cast<std::int32_t>(e), static_cast<std::int32_t>(std::min(tile_rows, count - r)),
+          tiles.push_back({static_cast<std::int32_t>(e),
+                           static_cast<std::int32_t>(std::min(tile_rows, count - r)),
                            static_cast<std::int64_t>(slot_list.size()) + r});
         }
         slot_list.insert(slot_list.end(), rows[e].begin(), rows[e].end());

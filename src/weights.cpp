@@ -138,14 +138,14 @@ SideTensors side_views(const WeightSpec& spec, std::int64_t experts, const GemmW
 std::vector<float> to_host_f32(const Backend& backend, const Tensor& t) {
   // One contiguous span covers every element; copy that, then pick. Side tensors are small.
   const std::size_t element = size_of(t.dtype);
-  std::int64_t span = t.numel() > 0 ? 1 : 0;
-  for (int i = 0; i < t.rank && span > 0; ++i) span += (t.shape[i] - 1) * t.strides[i];
-  std::vector<char> raw(static_cast<std::size_t>(span) * element);
-  backend.copy(raw.data(), t.data, raw.size(), {});
+  std::int64_t low = 0, high = t.numel() > 0 ? 1 : 0;  // strides may be negative
+  for (int i = 0; i < t.rank && high > 0; ++i) (t.strides[i] < 0 ? low : high) += (t.shape[i] - 1) * t.strides[i];
+  std::vector<char> raw(static_cast<std::size_t>(high - low) * element);
+  backend.copy(raw.data(), t.as<const char>() + low * static_cast<std::int64_t>(element), raw.size(), {});
   std::vector<float> out(static_cast<std::size_t>(t.numel()));
   std::array<std::int64_t, Tensor::kMaxRank> index{};
   for (float& value : out) {
-    std::int64_t offset = 0;
+    std::int64_t offset = -low;
     for (int i = 0; i < t.rank; ++i) offset += index[i] * t.strides[i];
     const char* at = raw.data() + static_cast<std::size_t>(offset) * element;
     std::uint16_t half = 0;

@@ -199,19 +199,19 @@ struct ReadNibbleZero {
 // e2m1 times 2^(e - 127): an addition to the exponent of what is not zero. Sums then need no scale, and
 // run on from group to group; scaling them every 32 of K would cost a fifth. e below 2 counts as 2 (bf16
 // products would be flushed anyway); what is above 252 has been made NaN by the caller.
-constexpr WordTable kE2M1Zero = word_table([](int i) { return i % 16 == 8 ? 0.0f : kE2M1[i % 16]; });
 struct ReadE2M1Scaled {
   static constexpr std::int64_t kBytes = 64;
   __m512i table, add[4];
   ReadE2M1Scaled(const Segments& s, std::int64_t segment)
-      : table(_mm512_load_si512(kE2M1Zero.words)) {
+      : table(_mm512_load_si512(kE2M1Words.words)) {
     const std::uint8_t* scales = s.zero + segment * s.data_stride;
-    for (int i = 0; i < 4; ++i) {
-      __m512i e = _mm512_cvtepu8_epi32(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16 * i)));
-      e = _mm512_min_epi32(_mm512_max_epi32(e, _mm512_set1_epi32(2)), _mm512_set1_epi32(252));
-      e = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(127)), 7);
-      add[i] = _mm512_mask_mov_epi16(e, 0xaaaaaaaa, _mm512_slli_epi32(e, 16));
+    __m512i e = _mm512_loadu_si512(scales);
+    e = _mm512_min_epu8(_mm512_max_epu8(e, _mm512_set1_epi8(2)), _mm512_set1_epi8(-4));  // 2 .. 252
+    for (int i = 0; i < 4; ++i) {  // column c's in both words of its pair
+      const __m512i wide = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(e));
+      const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16));
+      add[i] = _mm512_slli_epi16(_mm512_sub_epi16(both, _mm512_set1_epi16(127)), 7);
+      e = _mm512_alignr_epi64(e, e, 2);
     }
   }
   template <int kRows>
@@ -220,8 +220,9 @@ struct ReadE2M1Scaled {
     const __m512i q[4] = {v, _mm512_srli_epi16(v, 4), _mm512_srli_epi16(v, 8),
                           _mm512_srli_epi16(v, 12)};
     for (int i = 0; i < 4; ++i) {
-      const __m512i x = _mm512_permutexvar_epi16(q[i], table);
-      b[i] = _mm512_mask_add_epi16(x, _mm512_test_epi16_mask(x, x), x, add[i]);
+      const __mmask32 not_zero =
+          _mm512_test_epi16_mask(v, _mm512_set1_epi16(static_cast<std::int16_t>(7 << (4 * i))));
+      b[i] = _mm512_maskz_add_epi16(not_zero, _mm512_permutexvar_epi16(q[i], table), add[i]);
     }
   }
 };

@@ -124,7 +124,8 @@ struct QuantizeStage {
 
 // Whether the tile list was complete before the stage in front of this one began. A backend whose kernels
 // overlap may then read it, and fetch weights, while that stage still runs. (GEMM2 of a layer: the stage in
-// front is GEMM1 or the activation, and align came before that.)
+// front is GEMM1 or the activation, and align came before that. forward.cpp still leaves it kNew: kSettled has
+// been run on the products alone, not yet through a whole layer on a GPU.)
 enum class TileAge : std::uint8_t { kNew, kSettled };
 
 // The grouped product, with gather before and everything element-wise behind.

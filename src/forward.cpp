@@ -260,7 +260,6 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
                      stream);
   }
   backend.gemm({.rows = run.rows,
-                .tile_age = TileAge::kSettled,  // GEMM1 has come between
                 .a = hidden.values,
                 .a_scale = hidden.scale,
                 .top_k = plan.config.top_k,

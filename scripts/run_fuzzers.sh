@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Runs every libFuzzer target of a build folder for some seconds, from its committed corpus.
-#   scripts/run_fuzzers.sh build/fuzz SECONDS
+#   scripts/run_fuzzers.sh build/fuzz SECONDS      FUZZ_ONLY=regex picks targets by name
 set -euo pipefail
 build=$1 seconds=$2
 root=$(cd "$(dirname "$0")/.." && pwd)
 found=0
 for target in "$build"/*_fuzz; do
   [ -x "$target" ] || continue
+  [[ $(basename "$target") =~ ${FUZZ_ONLY:-.} ]] || continue
   found=$((found + 1))
   name=$(basename "$target")
   # New inputs go to a scratch folder: the committed corpus only grows by hand.

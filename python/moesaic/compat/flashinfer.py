@@ -41,7 +41,7 @@ def _refuse(name, value, why):
         raise ValueError(f"{name}={value}: {why}")
 
 
-def _mode(x, fc1, fc2, quant_scales, intermediate, use_deepseek_fp8_block_scale, use_w4_group_scaling):
+def _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scaling):
     """(quant, fc1 tensors, fc2 tensors, hidden_scale) of the modes that quant_scales stands for."""
     scales = list(quant_scales or [])
     if use_deepseek_fp8_block_scale:
@@ -124,8 +124,7 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
         kind = "swiglu_oai"
     elif kind == "swiglu" and swiglu_limit is not None:
         kind = "swiglu_clamp"
-    quant, one, two, hidden_scale = _mode(x, fc1, fc2, quant_scales, intermediate,
-                                          use_deepseek_fp8_block_scale, use_w4_group_scaling)
+    quant, one, two, hidden_scale = _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scaling)
     if input_sf is not None:
         hidden_scale = input_sf
     config = dict(experts=local * ep_size, hidden=hidden, intermediate=intermediate, top_k=top_k, max_tokens=tokens,
@@ -141,10 +140,9 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
     if tokens == 0:
         return [output]
     block_rows = 16 if tokens * top_k <= 16 * local else 64
-    slot_row = None
     slots, block_experts, num_padded = _gemm.align(
         token_selected_experts.contiguous(), local * ep_size, block_rows, local_first=ep_rank * local,
-        local_count=local, slot_row=slot_row)
+        local_count=local)
     rows = torch.empty((tokens * top_k, hidden), dtype=torch.float32 if x.device.type == "cpu" else output_dtype,
                        device=x.device)
     _stages.experts(config, x, rows, weights=weights, slots=slots, block_experts=block_experts, num_padded=num_padded,

@@ -5,13 +5,12 @@
 #include "check.h"
 #include "cuda/gemm.h"
 #include "cuda/gemm_sm90.h"
+#include "cuda/gemm_sm90_host.h"
 
 namespace moesaic::cuda {
 namespace {
 
 using namespace sm90;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // --- the closed list of kernels
 enum class Kernel : int { kNarrow, kMiddle, kWide, kWidest, kNarrowHalf };
@@ -122,7 +121,12 @@ std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
   return list;
 }
 
+}  // namespace
+
 // --- tensor maps
+namespace sm90 {
+namespace {
+
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
 EncodeTiled encoder() {
@@ -141,23 +145,18 @@ EncodeTiled encoder() {
   return function;
 }
 
-template <int kRank>
-struct Extent {
-  cuuint64_t size[kRank];
-  cuuint64_t bytes[kRank - 1];  // strides but the innermost
-  cuuint32_t box[kRank];
-};
+}  // namespace
 
 template <int kRank>
 void encode(CUtensorMap& map, const void* data, Element element, const Extent<kRank>& extent,
-            const char* what) {
+            const char* what, CUtensorMapSwizzle swizzle) {
   cuuint32_t unit[kRank];
   for (cuuint32_t& u : unit) u = 1;
   const CUresult status = encoder()(
       &map,
       element == Element::kE4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
       kRank, const_cast<void*>(data), extent.size, extent.bytes, extent.box, unit,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw Error(ErrorCode::kDevice, std::string(what) +
@@ -166,10 +165,13 @@ void encode(CUtensorMap& map, const void* data, Element element, const Extent<kR
   }
 }
 
+template void encode<2>(CUtensorMap&, const void*, Element, const Extent<2>&, const char*,
+                        CUtensorMapSwizzle);
+
 // Gate and up rows are brought together by the map: 8 rows of gate, 8 of up, and so on, whichever
 // way the caller's N lies. So a thread's accumulators hold gate and up of the same column.
 void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std::int64_t k,
-                int chunk_k, int box_rows) {
+                int chunk_k, int box_rows, CUtensorMapSwizzle swizzle) {
   const std::int64_t bytes = element == Element::kE4M3 ? 1 : 2;
   const auto row = static_cast<cuuint64_t>(w.strides[1] * bytes);
   const auto expert =
@@ -191,7 +193,7 @@ void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std
               {row, half * row, 8 * row, expert},
               {box_k, 8, 2, rows / 16, 1}};
   }
-  encode(p.weights, w.data, element, extent, "weight");
+  encode(p.weights, w.data, element, extent, "weight", swizzle);
 }
 
 // --- a stage's arguments
@@ -237,6 +239,10 @@ void set_output(Params& p, const Tensor& c) {
   }
 }
 
+}  // namespace sm90
+
+namespace {
+
 void set_scales(Params& p, const GemmStage& stage, const Tensor& scale) {
   const WeightSpec& spec = stage.b->spec;
   if (spec.format != WeightFormat::kE4M3) return;
@@ -257,7 +263,9 @@ void set_scales(Params& p, const GemmStage& stage, const Tensor& scale) {
   }
 }
 
-void set_side(Params& p, const GemmStage& stage) {
+}  // namespace
+
+void sm90::set_side(Params& p, const GemmStage& stage) {
   const SideTensors& side = stage.b->side;
   if (side.bias.defined()) {
     p.bias = {.data = side.bias.data,
@@ -273,6 +281,8 @@ void set_side(Params& p, const GemmStage& stage) {
   p.up_first = stage.activation->order == GateOrder::kUpFirst;
   p.interleaved = stage.activation->layout == GateLayout::kInterleaved;
 }
+
+namespace {
 
 void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream) {
   const WeightSpec& spec = stage.b->spec;

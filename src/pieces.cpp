@@ -58,54 +58,134 @@ void route(const RouteArgs& args) {
 
 std::size_t quantize_workspace_bytes(std::int64_t rows, Device device) {
   check_range("rows", rows, 0, INT64_C(0x7fffffff));
-  return backend(device).quantize_scratch_bytes(rows, 1);
+  Arena arena;
+  arena.take(backend(device).quantize_scratch_bytes(rows, 1));
+  return arena.used();
+}
+
+namespace {
+
+// What a call resolves to: plain rows, or the live rows of every expert's buffer.
+struct Quantization {
+  bool batched = false;
+  std::int64_t experts = 1, capacity = 0, positions = 0;
+  Tensor input, output;  // [positions, K]
+  std::int64_t scale_row_stride = 0;
+};
+
+// [E, capacity, K] as [E * capacity, K] rows; any view without gaps between experts.
+Tensor rows_of(std::string_view argument, const Tensor& t) {
+  if (t.rank == 2) return t;
+  if (t.shape[0] > 1 && t.numel() > 0 && t.strides[0] != t.shape[1] * t.strides[1])
+    unsupported(fmt::format("{}: the stride between experts must be capacity x the stride between rows; pass a "
+                            "view without gaps between experts",
+                            argument));
+  Tensor rows = t;
+  rows.rank = 2;
+  rows.shape = {t.shape[0] * t.shape[1], t.shape[2]};
+  rows.strides = {t.strides[1], t.strides[2]};
+  return rows;
+}
+
+Quantization resolve(const QuantizeArgs& args) {
+  Quantization q;
+  const Device device = args.input.device;
+  q.batched = args.num_tokens.defined();
+  check("input", args.input).rank(q.batched ? 3 : 2).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous();
+  const std::int64_t columns = args.input.shape[args.input.rank - 1];
+  q.capacity = args.input.shape[q.batched ? 1 : 0];
+  if (q.batched) {
+    q.experts = args.input.shape[0];
+    check_range("input: experts", q.experts, 1, kMaxExperts);
+    check("num_tokens", args.num_tokens).shape({q.experts}).dtype({DType::kI32}).contiguous().on(device);
+  }
+  q.positions = checked_mul(q.experts, q.capacity, "input");
+  check_range("input: rows", q.positions, 0, INT64_C(0x7fffffff));
+  if (args.to != DType::kF8E4M3 && args.to != DType::kI8)
+    unsupported(fmt::format("to: expected fp8_e4m3 or i8, got {}", name(args.to)));
+  const Check output = check("output", args.output);
+  output.dtype({args.to}).inner_contiguous().on(device);
+  if (q.batched)
+    output.shape({q.experts, q.capacity, columns});
+  else
+    output.shape({q.capacity, columns});
+  if (args.granularity == ActScale::kGroup) {
+    check_range("group_size", args.group_size, 1, INT64_C(1) << 24);
+    q.scale_row_stride = (columns + args.group_size - 1) / args.group_size;
+  } else if (args.granularity == ActScale::kToken) {
+    q.scale_row_stride = 1;
+  }
+  const bool per_tensor = q.scale_row_stride == 0 && args.granularity != ActScale::kGroup;
+  const Check scale = check("scale", args.scale);
+  scale.dtype({DType::kF32}).contiguous().on(device);
+  if (q.batched)
+    scale.shape({q.experts, per_tensor ? 1 : q.capacity, per_tensor ? 1 : q.scale_row_stride});
+  else if (per_tensor)
+    scale.shape({1});
+  else if (args.granularity == ActScale::kToken && args.scale.rank == 1)
+    scale.shape({q.capacity});
+  else
+    scale.shape({q.capacity, q.scale_row_stride});
+  if (args.granularity == ActScale::kDefault)
+    invalid("granularity: say which: tensor_static, tensor_dynamic, token or group");
+  if (args.granularity == ActScale::kTensorStatic) {
+    const Check given = check("static_scale", args.static_scale);
+    given.dtype({DType::kF32}).contiguous().on(device);
+    given.shape({q.batched && args.static_scale.numel() != 1 ? q.experts : 1});
+  }
+  q.input = rows_of("input", args.input);
+  q.output = rows_of("output", args.output);
+  return q;
+}
+
+struct QuantizeBuffers {
+  RowMap rows;
+  void* scratch = nullptr;
+};
+QuantizeBuffers take_quantize(Arena& arena, const QuantizeArgs& args, const Quantization& q) {
+  QuantizeBuffers b;
+  if (q.batched) {
+    b.rows = take_row_map(arena, q.positions, q.experts, q.positions);
+    set_tile_rows(b.rows, q.experts, kMinTileRows);  // a row is all the work there is: no reason for larger tiles
+  }
+  if (q.batched || args.granularity == ActScale::kTensorDynamic)
+    b.scratch = arena.take(backend(args.input.device).quantize_scratch_bytes(q.positions, q.experts));
+  return b;
+}
+
+}  // namespace
+
+std::size_t quantize_workspace_bytes(const QuantizeArgs& args) {
+  Arena arena;
+  take_quantize(arena, args, resolve(args));
+  return arena.used();
 }
 
 void quantize(const QuantizeArgs& args) {
-  const Device device = args.input.device;
-  check("input", args.input).rank(2).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous();
-  const std::int64_t rows = args.input.shape[0], columns = args.input.shape[1];
-  if (args.to != DType::kF8E4M3 && args.to != DType::kI8)
-    unsupported(fmt::format("to: expected fp8_e4m3 or i8, got {}", name(args.to)));
-  check("output", args.output).shape({rows, columns}).dtype({args.to}).inner_contiguous().on(device);
-  const Check scale = check("scale", args.scale);
-  scale.dtype({DType::kF32}).contiguous().on(device);
-  std::int64_t row_stride = 0;
-  switch (args.granularity) {
-    case ActScale::kDefault:
-      invalid("granularity: say which: tensor_static, tensor_dynamic, token or group");
-    case ActScale::kTensorStatic:
-      check("static_scale", args.static_scale).shape({1}).dtype({DType::kF32}).on(device);
-      [[fallthrough]];
-    case ActScale::kTensorDynamic: scale.shape({1}); break;
-    case ActScale::kToken:
-      if (args.scale.rank == 1)
-        scale.shape({rows});
-      else
-        scale.shape({rows, 1});
-      row_stride = 1;
-      break;
-    case ActScale::kGroup:
-      check_range("group_size", args.group_size, 1, INT64_C(1) << 24);
-      row_stride = (columns + args.group_size - 1) / args.group_size;
-      scale.shape({rows, row_stride});
-      break;
-  }
-  const std::size_t needed =
-      args.granularity == ActScale::kTensorDynamic ? quantize_workspace_bytes(rows, device) : 0;
-  check_workspace(args.workspace, needed, "quantize_workspace_bytes");
-  if (rows == 0) return;
-  backend(device).quantize({.input = args.input,
-                            .round_to = args.input.dtype,
-                            .granularity = args.granularity,
-                            .group = args.group_size,
-                            .int8_rounding = args.int8_rounding,
-                            .static_scale = args.static_scale,
-                            .output = args.output,
-                            .scale = args.scale.as<float>(),
-                            .scale_row_stride = row_stride,
-                            .scratch = args.workspace.data},
-                           args.stream);
+  const Quantization q = resolve(args);
+  Arena counting;
+  take_quantize(counting, args, q);
+  check_workspace(args.workspace, counting.used(), "quantize_workspace_bytes");
+  if (q.positions == 0) return;
+  Arena arena(args.workspace.data);
+  const QuantizeBuffers b = take_quantize(arena, args, q);
+  const Backend& run = backend(args.input.device);
+  if (q.batched)
+    run.tiles({.batched = {.num_tokens = args.num_tokens}, .capacity = q.capacity, .experts = q.experts, .rows = b.rows},
+              args.stream);
+  run.quantize({.input = q.input,
+                .rows = q.batched ? &b.rows : nullptr,
+                .round_to = args.input.dtype,
+                .granularity = args.granularity,
+                .group = args.group_size,
+                .int8_rounding = args.int8_rounding,
+                .static_scale = args.static_scale,
+                .per_expert_absmax = q.batched,
+                .output = q.output,
+                .scale = args.scale.as<float>(),
+                .scale_row_stride = q.scale_row_stride,
+                .scratch = b.scratch},
+               args.stream);
 }
 
 void activate(const ActivateArgs& args) {

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <random>
 
 #include "backend.h"
 #include "cpu/stage_kernels.h"
@@ -93,6 +94,61 @@ TEST(QuantizeGolden, NumPyBitForBit) {
       for (std::int64_t i = 0; i < got.scale.numel(); ++i)
         EXPECT_EQ(std::bit_cast<std::uint32_t>(got.scale.as<float>()[i]),
                   c.at("scale_bits")[i].get<std::uint32_t>());
+    }
+  });
+}
+
+// The batched form: each expert's live rows have the bits of a plain call on them alone, per-tensor
+// scales included; rows and scales behind them are not touched.
+TEST(Quantize, BatchedExpertsAreIndependent) {
+  constexpr std::int64_t kExperts = 4, kCapacity = 9, kColumns = 40, kGroup = 16;
+  const std::int32_t live[kExperts] = {3, 0, 9, 1};
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  HostTensor x(DType::kF32, {kExperts, kCapacity, kColumns}), counts(DType::kI32, {kExperts});
+  HostTensor fixed(DType::kF32, {kExperts});
+  for (std::int64_t i = 0; i < x.numel(); ++i) x.as<float>()[i] = normal(random);
+  std::copy_n(live, kExperts, counts.as<std::int32_t>());
+  for (std::int64_t e = 0; e < kExperts; ++e) fixed.as<float>()[e] = 0.01f * static_cast<float>(e + 1);
+  for_each_level([&] {
+    for (const ActScale granularity :
+         {ActScale::kTensorStatic, ActScale::kTensorDynamic, ActScale::kToken, ActScale::kGroup}) {
+      SCOPED_TRACE(static_cast<int>(granularity));
+      const std::int64_t groups = granularity == ActScale::kGroup ? (kColumns + kGroup - 1) / kGroup : 1;
+      const bool per_row = granularity == ActScale::kToken || granularity == ActScale::kGroup;
+      HostTensor q(DType::kF8E4M3, {kExperts, kCapacity, kColumns});
+      HostTensor scale(DType::kF32, {kExperts, per_row ? kCapacity : 1, groups});
+      std::fill(q.bytes().begin(), q.bytes().end(), std::byte{0x55});
+      std::fill(scale.bytes().begin(), scale.bytes().end(), std::byte{0x55});
+      QuantizeArgs args{.input = x.view(),
+                        .num_tokens = counts.view(),
+                        .granularity = granularity,
+                        .group_size = kGroup,
+                        .static_scale = granularity == ActScale::kTensorStatic ? fixed.view() : Tensor{},
+                        .output = q.view(),
+                        .scale = scale.view()};
+      const WorkspaceBuffer workspace({}, quantize_workspace_bytes(args));
+      args.workspace = workspace.view();
+      quantize(args);
+      for (std::int64_t e = 0; e < kExperts; ++e) {
+        const auto alone = run({.input = Tensor::contiguous(x.as<float>() + e * kCapacity * kColumns, DType::kF32,
+                                                            {live[e], kColumns}),
+                                .granularity = granularity,
+                                .group_size = kGroup,
+                                .static_scale = granularity == ActScale::kTensorStatic
+                                                    ? Tensor::contiguous(fixed.as<float>() + e, DType::kF32, {1})
+                                                    : Tensor{}});
+        for (std::int64_t i = 0; i < kCapacity * kColumns; ++i)
+          ASSERT_EQ(q.as<std::uint8_t>()[e * kCapacity * kColumns + i],
+                    i < live[e] * kColumns ? alone.q.as<std::uint8_t>()[i] : 0x55)
+              << "expert " << e << ", element " << i;
+        if (!per_row && live[e] == 0) continue;
+        const std::int64_t rows = per_row ? kCapacity : 1, written = per_row ? live[e] : 1;
+        for (std::int64_t i = 0; i < rows * groups; ++i)
+          ASSERT_EQ(std::bit_cast<std::uint32_t>(scale.as<float>()[e * rows * groups + i]),
+                    i < written * groups ? std::bit_cast<std::uint32_t>(alone.scale.as<float>()[i]) : 0x55555555u)
+              << "expert " << e << ", scale " << i;
+      }
     }
   });
 }

@@ -80,18 +80,23 @@ struct GemmWeights {
 
 // --- Quantizers (contracts: SGLang's scaled_fp8_quant, per_token_quant_int8, ...) --------------
 struct QuantizeArgs {
-  Tensor input;   // [R, K] f32, f16 or bf16; unit inner stride
+  Tensor input;   // [R, K] f32, f16 or bf16; unit inner stride. Batched: [E, capacity, K]
+  Tensor num_tokens;  // batched only: [E] i32, how many rows of each expert are live; others are not touched
   DType to = DType::kF8E4M3;                  // kF8E4M3 or kI8
   ActScale granularity = ActScale::kToken;
   std::int64_t group_size = 128;              // kGroup
   Int8Rounding int8_rounding = Int8Rounding::kNearest;
-  Tensor static_scale;                        // kTensorStatic: f32 [1]
-  Tensor output;                              // [R, K] of `to`
-  Tensor scale;                               // out, f32: [1] | [R, 1] | [R, ceil(K / group_size)]
-  Workspace workspace{};                      // quantize_workspace_bytes; CUDA per-tensor only
+  Tensor static_scale;                        // kTensorStatic: f32 [1]; batched also [E]
+  Tensor output;                              // [R, K] of `to`; batched [E, capacity, K]
+  Tensor scale;                               // out, f32: [1] | [R, 1] | [R, ceil(K / group_size)]; batched
+                                              // [E, 1, 1] (per tensor: an expert's own; left as it is where
+                                              // an expert has no rows) | [E, capacity, ...]
+  Workspace workspace{};                      // quantize_workspace_bytes; dynamic per tensor, and batched
   Stream stream{};
 };
 MOESAIC_API std::size_t quantize_workspace_bytes(std::int64_t rows, Device device = {});
+// The same from the call's shapes: what the batched form needs.
+MOESAIC_API std::size_t quantize_workspace_bytes(const QuantizeArgs& args);
 // Scales: absmax / 448 (e4m3) or / 127 (int8), absmax clamped at 1e-10. The bits do not depend on
 // the other rows, kTensorDynamic excepted.
 MOESAIC_API void quantize(const QuantizeArgs& args);

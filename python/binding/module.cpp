@@ -275,27 +275,35 @@ void route_tokens(Options spec, ffi::AnyView logits, ffi::AnyView hidden_states,
   });
 }
 
-void quantize_rows(ffi::AnyView input, ffi::String to, ffi::String granularity, std::int64_t group_size,
-                   ffi::String rounding, ffi::AnyView static_scale, ffi::AnyView output, ffi::AnyView scale,
-                   ffi::AnyView workspace) {
+QuantizeArgs read_quantize(ffi::AnyView input, ffi::AnyView num_tokens, ffi::String to, ffi::String granularity,
+                           std::int64_t group_size, ffi::String rounding, ffi::AnyView static_scale,
+                           ffi::AnyView output, ffi::AnyView scale) {
+  return {.input = tensor_of(input),
+          .num_tokens = tensor_of(num_tokens),
+          .to = parse_dtype(std::string(to)),
+          .granularity = choose("granularity", kActScales, std::string(granularity)),
+          .group_size = group_size,
+          .int8_rounding = choose("int8_rounding", kRoundings, std::string(rounding)),
+          .static_scale = tensor_of(static_scale),
+          .output = tensor_of(output),
+          .scale = tensor_of(scale)};
+}
+void quantize_rows(ffi::AnyView input, ffi::AnyView num_tokens, ffi::String to, ffi::String granularity,
+                   std::int64_t group_size, ffi::String rounding, ffi::AnyView static_scale, ffi::AnyView output,
+                   ffi::AnyView scale, ffi::AnyView workspace) {
   guarded([&] {
-    QuantizeArgs a{.input = tensor_of(input),
-                   .to = parse_dtype(std::string(to)),
-                   .granularity = choose("granularity", kActScales, std::string(granularity)),
-                   .group_size = group_size,
-                   .int8_rounding = choose("int8_rounding", kRoundings, std::string(rounding)),
-                   .static_scale = tensor_of(static_scale),
-                   .output = tensor_of(output),
-                   .scale = tensor_of(scale)};
-    a.workspace = workspace_of(tensor_of(workspace), a.input.device,
-                               a.input.rank == 2 ? quantize_workspace_bytes(a.input.shape[0], a.input.device) : 0);
+    QuantizeArgs a = read_quantize(input, num_tokens, to, granularity, group_size, rounding, static_scale, output, scale);
+    a.workspace = workspace_of(tensor_of(workspace), a.input.device, quantize_workspace_bytes(a));
     a.stream = current_stream(a.input);
     quantize(a);
   });
 }
-std::int64_t quantize_bytes(std::int64_t rows, ffi::String device) {
+std::int64_t quantize_bytes(ffi::AnyView input, ffi::AnyView num_tokens, ffi::String to, ffi::String granularity,
+                            std::int64_t group_size, ffi::String rounding, ffi::AnyView static_scale,
+                            ffi::AnyView output, ffi::AnyView scale) {
   return guarded([&] {
-    return static_cast<std::int64_t>(quantize_workspace_bytes(rows, parse_device(std::string(device))));
+    return static_cast<std::int64_t>(quantize_workspace_bytes(
+        read_quantize(input, num_tokens, to, granularity, group_size, rounding, static_scale, output, scale)));
   });
 }
 

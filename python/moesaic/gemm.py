@@ -66,16 +66,24 @@ def route(logits=None, top_k=None, *, method="renormalize", hidden_states=None, 
 
 
 def quantize(x, to="fp8_e4m3", granularity="token", *, group_size=128, int8_rounding="nearest",
-             static_scale=None, output=None, scale=None):
-    """Rows [R, K] -> (quantized [R, K], scale f32). granularity: tensor_static, tensor_dynamic, token, group."""
-    rows, columns = x.shape
-    shape = {"token": (rows, 1), "group": (rows, -(-columns // group_size))}.get(granularity, (1,))
-    output = _ffi.empty(x, (rows, columns), to) if output is None else output
+             static_scale=None, num_tokens=None, output=None, scale=None):
+    """Rows [R, K] -> (quantized [R, K], scale f32). granularity: tensor_static, tensor_dynamic, token, group.
+
+    With num_tokens i32 [E], x is [E, capacity, K]: only each expert's first rows are read and written, and
+    per-tensor scales ([E, 1, 1]) are each expert's own.
+    """
+    *lead, columns = x.shape
+    groups = -(-columns // group_size) if granularity == "group" else 1
+    if granularity in ("token", "group"):
+        shape = (*lead, groups)
+    else:
+        shape = (1,) if num_tokens is None else (lead[0], 1, 1)
+    output = _ffi.empty(x, tuple(x.shape), to) if output is None else output
     scale = _ffi.empty(x, shape, "f32") if scale is None else scale
-    device = _ffi.device_name(x)
     arg = _ffi.arg
-    lib.quantize(arg(x), to, granularity, group_size, int8_rounding, arg(static_scale), arg(output),
-                 arg(scale), _workspace(x, 0 if device == "cpu" else lib.quantize_workspace_bytes(rows, device)))
+    call = (arg(x), arg(num_tokens), to, granularity, group_size, int8_rounding, arg(static_scale), arg(output),
+            arg(scale))
+    lib.quantize(*call, _workspace(x, 0 if _ffi.device_name(x) == "cpu" else lib.quantize_workspace_bytes(*call)))
     return output, scale
 
 

@@ -33,7 +33,9 @@ file(GLOB MOESAIC_TOOL_SOURCES CONFIGURE_DEPENDS tools/*.cpp)
 if(MOESAIC_TOOLS AND MOESAIC_TOOL_SOURCES)
   find_package(CLI11 REQUIRED)
   add_executable(moesaic_command ${MOESAIC_TOOL_SOURCES})
-  set_target_properties(moesaic_command PROPERTIES OUTPUT_NAME moesaic)
+  # CLI11 and the JSON library cost ten seconds in every file that includes them: compiled together, in
+  # one unit per core of a small machine, the command builds in a quarter of the time.
+  set_target_properties(moesaic_command PROPERTIES OUTPUT_NAME moesaic UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 5)
   target_compile_options(moesaic_command PRIVATE ${MOESAIC_CXX_FLAGS})
   target_link_libraries(moesaic_command PRIVATE moesaic_harness moesaic_internal CLI11::CLI11)
   target_link_options(moesaic_command PRIVATE ${MOESAIC_EXE_LINK})

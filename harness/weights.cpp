@@ -6,14 +6,13 @@
 #include <cstring>
 
 #include "check.h"
+#include "divide.h"
 #include "harness/data.h"
 #include "numeric.h"
 #include "scheme.h"
 
 namespace moesaic::harness {
 namespace {
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // One product's tensors while they are filled, expert by expert.
 struct Filling {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The table of schemes, and how a configuration becomes the WeightSpec of each product.
+#include "divide.h"
 #include "scheme.h"
 
 #include <fmt/format.h>
@@ -60,7 +61,6 @@ constexpr std::array<SchemeTraits, kNumSchemes> kSchemes{{
 }};
 
 constexpr std::int64_t kMxGroup = 32;
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::string_view name(WeightScale scale) {
   constexpr std::string_view kNames[] = {"default", "tensor", "channel", "block", "group"};
@@ -152,7 +152,7 @@ WeightSpec resolve(const QuantSpec& quant, const ProductShape& shape) {
   const bool two_halves = shape.gated && shape.layout == GateLayout::kHalves;
   spec.scale = scale_grid(quant, granularity, shape.n, shape.k, two_halves);
   spec.e8m0_scales = quant.scheme == Scheme::kMxfp4W4A16;
-  const bool four_bit = spec.format == kU4 || spec.format == kE2M1;
+  const bool four_bit = is_four_bit(spec.format);
   if (four_bit && shape.k % 2 != 0)
     unsupported(fmt::format("scheme {}: packs two weights in a byte along K, so K must be even, got {}",
                             t.name, shape.k));
@@ -174,7 +174,7 @@ std::span<const SchemeTraits> all_schemes() { return kSchemes; }
 int WeightSpec::implicit_zero() const { return format == kU4 ? 8 : format == kU8 ? 128 : 0; }
 
 std::int64_t WeightSpec::row_bytes() const {
-  if (format == kU4 || format == kE2M1) return k / 2;
+  if (is_four_bit(format)) return k / 2;
   return k * static_cast<std::int64_t>(size_of(weight_dtype(format)));
 }
 

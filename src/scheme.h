@@ -14,6 +14,9 @@ namespace moesaic {
 
 // How a weight element is stored.
 enum class WeightFormat : std::uint8_t { kF32, kF16, kBF16, kE4M3, kI8, kU8, kU4, kE2M1 };
+constexpr bool is_four_bit(WeightFormat f) {  // two codes in a byte, the earlier k in the low nibble
+  return f == WeightFormat::kU4 || f == WeightFormat::kE2M1;
+}
 // What the product multiplies it with. k16: f16 or bf16, whichever the layer's 16-bit dtype is.
 enum class ActFormat : std::uint8_t { kF32, k16, kE4M3, kI8 };
 

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "divide.h"
 #include "weights.h"
 
 #include <fmt/format.h>
@@ -11,8 +12,6 @@
 
 namespace moesaic {
 namespace {
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 bool has_shape(const Tensor& t, std::initializer_list<std::int64_t> shape) {
   return t.rank == static_cast<int>(shape.size()) &&
@@ -68,7 +67,7 @@ void check_float_if_given(const std::string& argument, const Tensor& t) {
 GemmWeights normalize(const WeightSpec& spec, std::int64_t experts, const GemmWeights& given,
                       std::string_view argument) {
   const std::string arg(argument);
-  const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
+  const bool four_bit = is_four_bit(spec.format);
   const std::int64_t columns = four_bit ? spec.k / 2 : spec.k;
   GemmWeights w = given;
   const std::string weight_argument = arg + ".weight";  // a Check keeps a view of its name

@@ -16,7 +16,6 @@ constexpr float kTiny = 1e-10f;  // the floor of an absmax, as the activation qu
 bool is_plain(WeightFormat f) {
   return f == WeightFormat::kF32 || f == WeightFormat::kF16 || f == WeightFormat::kBF16;
 }
-bool is_4bit(WeightFormat f) { return f == WeightFormat::kU4 || f == WeightFormat::kE2M1; }
 
 // Integer code of element (n, k) of dense rows.
 int nibble(const std::uint8_t* row, std::int64_t k) { return (row[k / 2] >> (k % 2 * 4)) & 0xf; }
@@ -231,7 +230,7 @@ GemmWeights quantize_weights(const WeightSpec& spec, const std::vector<float>& v
   const ScaleGrid& g = spec.scale;
   GemmWeights out;
   out.weight = arena.tensor(weight_dtype(spec.format),
-                            {1, spec.n, is_4bit(spec.format) ? spec.k / 2 : spec.k});
+                            {1, spec.n, is_four_bit(spec.format) ? spec.k / 2 : spec.k});
   out.scale = arena.tensor(spec.e8m0_scales ? DType::kU8 : DType::kF32, {1, g.grid_n, g.grid_k});
   if (spec.zero_points)
     out.zero_point = arena.tensor(
@@ -260,7 +259,7 @@ GemmWeights quantize_weights(const WeightSpec& spec, const std::vector<float>& v
         for (std::int64_t k = k_begin; k < k_end; ++k) {
           const std::uint8_t q =
               encode(spec.format, values[static_cast<std::size_t>(n * spec.k + k)], code);
-          if (!is_4bit(spec.format))
+          if (!is_four_bit(spec.format))
             row[k] = q;
           else if (k % 2 == 0)
             row[k / 2] = q;

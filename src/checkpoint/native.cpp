@@ -146,7 +146,7 @@ void check_product(const WeightSpec& spec, const GemmWeights& w, const std::stri
     corrupt(fmt::format("{}{}: expected {}, got {}", prefix, what, to_string(expected),
                         t.defined() ? to_string(t) : std::string("nothing")));
   };
-  const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
+  const bool four_bit = is_four_bit(spec.format);
   expect("weight", w.weight, weight_dtype(spec.format),
          {1, spec.n, four_bit ? spec.k / 2 : spec.k});
   if (spec.scale.has_scale)

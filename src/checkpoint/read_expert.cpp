@@ -11,14 +11,11 @@
 #include "checkpoint/slice.h"
 #include "checkpoint/stored.h"
 #include "checkpoint/unpack.h"
+#include "divide.h"
 #include "numeric.h"
 
 namespace moesaic {
 namespace {
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-bool is_4bit(WeightFormat f) { return f == WeightFormat::kU4 || f == WeightFormat::kE2M1; }
 
 // The slice's bytes, aligned to its element. The safetensors library always aligns; others may not.
 const std::byte* aligned(const Slice& slice, Arena& arena) {
@@ -109,7 +106,7 @@ class ProductReader {
   void allocate() {
     if (parts_.size() > 1 || bytes_change())
       out_.weight = arena_.tensor(weight_dtype(spec_.format),
-                                  {1, spec_.n, is_4bit(spec_.format) ? spec_.k / 2 : spec_.k});
+                                  {1, spec_.n, is_four_bit(spec_.format) ? spec_.k / 2 : spec_.k});
     if (spec_.scale.has_scale)
       out_.scale = arena_.tensor(spec_.e8m0_scales ? DType::kU8 : DType::kF32,
                                  {1, spec_.scale.grid_n, spec_.scale.grid_k});
@@ -143,7 +140,7 @@ class ProductReader {
 
   void view_weight(const Slice& w) {
     const bool transposed = layout_.orientation == CheckpointOptions::FusedLayout::kKN;
-    const std::int64_t columns = is_4bit(spec_.format) ? spec_.k / 2 : spec_.k;
+    const std::int64_t columns = is_four_bit(spec_.format) ? spec_.k / 2 : spec_.k;
     out_.weight =
         Tensor::contiguous(aligned(w, arena_), weight_dtype(spec_.format), {1, spec_.n, columns});
     if (transposed) {  // the file's [K, N]

@@ -11,13 +11,12 @@
 #include "check.h"
 #include "checkpoint/files.h"
 #include "checkpoint/slice.h"
+#include "divide.h"
 
 namespace moesaic {
 namespace {
 
 using FusedLayout = CheckpointOptions::FusedLayout;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 Storage storage_of(const Slice& weight, std::string_view suffix, const QuantizationConfig& q) {
   if (suffix == ".weight_packed") return Storage::kCompressedPacked;
@@ -44,11 +43,6 @@ Storage storage_of(const Slice& weight, std::string_view suffix, const Quantizat
                               show_name(weight.stored->name), weight.stored->dtype));
   }
 }
-
-// Extents of one projection's matrix.
-struct Extent {
-  std::int64_t n = 0, k = 0;
-};
 
 class Detector {
  public:

@@ -28,8 +28,7 @@ struct ExpertNames {
   std::int64_t experts = 1;
 };
 
-// --- what quantization_config says
-// ----------------------------------------------------------------
+// --- what quantization_config says --------------------------------------------------------------
 enum class StoredActs : std::uint8_t {
   kUnsaid,
   kNone,
@@ -51,8 +50,12 @@ struct QuantizationConfig {
 };
 QuantizationConfig read_quantization(const ModelConfig& config);
 
-// --- one layer's storage
-// ----------------------------------------------------------------------------
+// --- one layer's storage ------------------------------------------------------------------------
+// Extents of one projection's matrix.
+struct Extent {
+  std::int64_t n = 0, k = 0;
+};
+
 enum class Storage : std::uint8_t {
   kFloat,             // f32, f16, bf16
   kFp8,               // e4m3, scales per tensor, channel or block

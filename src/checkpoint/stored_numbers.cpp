@@ -10,18 +10,12 @@
 #include "checkpoint/files.h"
 #include "checkpoint/slice.h"
 #include "checkpoint/stored.h"
+#include "divide.h"
 
 namespace moesaic {
 namespace {
 
 using FusedLayout = CheckpointOptions::FusedLayout;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Extents of one projection's matrix.
-struct Extent {
-  std::int64_t n = 0, k = 0;
-};
 
 class Describer {
  public:

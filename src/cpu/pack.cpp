@@ -14,6 +14,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
+#include "divide.h"
 #include "numeric.h"
 
 namespace moesaic {
@@ -24,8 +25,6 @@ constexpr std::int64_t kLine = 64;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 // An int32 sum of products of bytes is exact for this many at least.
 constexpr std::int64_t kIntegerK = INT64_C(1) << 16;
-
-constexpr std::int64_t round_up(std::int64_t x, std::int64_t m) { return (x + m - 1) / m * m; }
 
 PackKind pack_kind(const WeightSpec& spec) {
   const bool integers = integer_product(spec);

@@ -8,8 +8,7 @@ namespace {
 
 // The number stored at (n, k), before zero point and scale.
 double stored(const WeightSpec& spec, const Tensor& weight, std::int64_t n, std::int64_t k) {
-  if (spec.format != WeightFormat::kU4 && spec.format != WeightFormat::kE2M1)
-    return load(weight, n, k);
+  if (!is_four_bit(spec.format)) return load(weight, n, k);
   const auto byte = static_cast<unsigned>(load(weight, n, k / 2));  // two along K, low nibble first
   const unsigned nibble = k % 2 == 0 ? byte & 15u : byte >> 4;
   return spec.format == WeightFormat::kE2M1 ? kE2M1[nibble] : nibble;

@@ -19,6 +19,7 @@ const fs::path kRoot = MOESAIC_SOURCE_DIR;
 const std::vector<std::pair<std::string, std::string>> kHouses = {
     {"include/moesaic/", "public"}, {"src/scheme.", "nouns"},     {"src/row_map.", "nouns"},
     {"src/check.", "nouns"},        {"src/numeric.", "nouns"},    {"src/log.", "nouns"},
+    {"src/divide.", "nouns"},
     {"src/backend.", "contract"},   {"src/cpu/", "cpu"},          {"src/cuda/", "cuda"},
     {"src/reference/", "reference"}, {"src/checkpoint/", "checkpoint"},
     {"src/parallel/", "parallel"},  {"src/", "core"},             {"harness/", "harness"},

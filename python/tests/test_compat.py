@@ -222,3 +222,47 @@ def test_no_product_runs_in_torch(monkeypatch):
         monkeypatch.setattr(torch.nn.functional, name, refuse)
     sglang.fused_experts(x, w1, w2, (weights, ids, None))
     flashinfer.cutlass_fused_moe(x, ids, weights, w1, w2, torch.bfloat16, [])
+
+
+def test_flashinfer_four_bit_weights_go_through_the_originals_helpers():
+    x, _, _, ids, weights = _problem(torch.bfloat16, 9)
+    g = torch.Generator().manual_seed(9)
+    n1, n2, group = 2 * I, H, 16
+    q1, q2 = (torch.randint(0, 256, s, generator=g, dtype=torch.uint8) for s in ((E, n1, H // 2), (E, n2, I // 2)))
+
+    def signed(q):  # two's-complement nibbles, low first
+        low, high = (q & 15).to(torch.int8), (q >> 4).to(torch.int8)
+        pair = torch.stack([low, high], -1)
+        return torch.where(pair > 7, pair - 16, pair).reshape(*q.shape[:-1], -1).float()
+
+    s1 = (torch.rand(E, n1, H // group, generator=g) * 0.02).bfloat16()
+    s2 = (torch.rand(E, n2, I // group, generator=g) * 0.02).bfloat16()
+    prequant1, prequant2 = torch.full((H,), 5.0).bfloat16(), torch.full((I,), 4.0).bfloat16()
+    nothing = torch.empty(0)
+    scales = [flashinfer.interleave_moe_scales_for_sm90_mixed_gemm(s, group) for s in (s1, s2)]
+    scales += [prequant1, prequant2, nothing, nothing, torch.full((E,), 0.2), torch.full((E,), 0.25)]
+    y = flashinfer.cutlass_fused_moe(
+        x, ids, weights, *(flashinfer.interleave_moe_weights_for_sm90_mixed_gemm(q, "int4") for q in (q1, q2)),
+        torch.bfloat16, scales, use_w4_group_scaling=True, use_packed_weights=True)[0]
+    d1 = signed(q1) * s1.float().repeat_interleave(group, 2)
+    d2 = signed(q2) * s2.float().repeat_interleave(group, 2)
+    _close(y, _layer64(x, d1, d2, ids, weights, gate_first=False), 0.06)
+    with pytest.raises(ValueError, match="quant_type"):
+        flashinfer.interleave_moe_weights_for_sm90_mixed_gemm(q1, "fp8")
+
+
+def test_flashinfer_mxfp4():
+    x, _, _, ids, weights = _problem(torch.bfloat16, 10)
+    g = torch.Generator().manual_seed(10)
+    inner = 64  # groups of 32
+    values = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6, 0, -.5, -1, -1.5, -2, -3, -4, -6])
+    q1, q2 = (torch.randint(0, 256, s, generator=g, dtype=torch.uint8) for s in ((E, 2 * inner, H // 2), (E, H, inner // 2)))
+    s1, s2 = (torch.randint(118, 123, (E, q.shape[1], q.shape[2] // 16), generator=g, dtype=torch.uint8) for q in (q1, q2))
+
+    def numbers(q, s):
+        pair = torch.stack([q & 15, q >> 4], -1).reshape(*q.shape[:-1], -1).long()
+        return values[pair] * torch.exp2(s.float() - 127).repeat_interleave(32, 2)
+
+    y = flashinfer.cutlass_fused_moe(x, ids, weights, flashinfer.interleave_moe_weights_for_sm90_mixed_gemm(q1), q2,
+                                     torch.bfloat16, [s1, s2], use_w4_group_scaling=True)[0]
+    _close(y, _layer64(x, numbers(q1, s1), numbers(q2, s2), ids, weights, gate_first=False), 1e-2)

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+class NotOffered(ValueError):
+    """A mode of an original that this library does not run; the message says what to use instead."""
+
+
 _DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 

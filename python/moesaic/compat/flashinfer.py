@@ -13,6 +13,7 @@ import torch
 
 from .. import gemm as _gemm
 from .. import stages as _stages
+from ._common import NotOffered
 
 
 class ActivationType(enum.IntEnum):
@@ -38,7 +39,7 @@ _NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", to
 
 def _refuse(name, value, why):
     if value:
-        raise ValueError(f"{name}={value}: {why}")
+        raise NotOffered(f"{name}={value}: {why}")
 
 
 def _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scaling):
@@ -48,6 +49,9 @@ def _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scali
         if len(scales) != 2:
             raise ValueError(f"quant_scales: fp8 block scaling takes [fc1_scales, fc2_scales], got {len(scales)}")
         return dict(scheme="fp8_block"), dict(scale=scales[0]), dict(scale=scales[1]), None
+    if use_w4_group_scaling and len(scales) == 2:  # MXFP4 weights, 16-bit rows; scales may come viewed as int32
+        one, two = (s if s.dtype == torch.uint8 else s.contiguous().view(torch.uint8) for s in scales)
+        return dict(scheme="mxfp4_w4a16"), dict(scale=one), dict(scale=two), None
     if use_w4_group_scaling:
         if len(scales) != 8:
             raise ValueError("quant_scales: W4A8 takes 8 tensors (weight scales, activation prequant scales, zero "
@@ -56,6 +60,9 @@ def _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scali
         group = fc1.shape[2] * 2 // groups
         zeros = [None if z is None or z.numel() == 0 else z for z in (scales[4], scales[5])]
         one = torch.ones(1, dtype=torch.float32, device=x.device)
+        # The weights' scales are bf16 bits, in tensors that may be called float16; prequant scales are what they say.
+        bits = lambda t: t.view(torch.bfloat16) if t.dtype == torch.float16 else t  # noqa: E731
+        scales[:2] = (bits(t) for t in scales[:2])
         make = lambda s, p, z, a: dict(scale=s, prequant=p.reshape(p.shape[0], -1) if p.dim() == 3 else p,  # noqa: E731
                                        zero_point=z, alpha=a.reshape(-1), input_scale=one)
         return (dict(scheme="int4_w4a8_fp8", group_size=group, act_scale="tensor_static",
@@ -111,13 +118,16 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
     _refuse("min_latency_mode", min_latency_mode, "there is one mode; decode is fast without it")
     _refuse("enable_alltoall", enable_alltoall, "exchange tokens around prepare and finalize instead")
     _refuse("use_mxfp8_act_scaling", use_mxfp8_act_scaling, "use fp8_block, or mxfp4_w4a16 for MXFP4 weights")
-    _refuse("use_packed_weights", use_packed_weights, "pass the weights as [E, N, K]")
+    _refuse("use_packed_weights", use_packed_weights and not use_w4_group_scaling, "pass the weights as [E, N, K]")
     _refuse("cluster_size", cluster_size if cluster_size != 1 else 0, "expected 1; use ep_size for expert parallelism")
     del tune_max_num_tokens, enable_pdl, tp_size
     x, fc1, fc2 = input, fc1_expert_weights, fc2_expert_weights
     tokens, top_k = token_selected_experts.shape
     local, hidden = fc2.shape[0], fc2.shape[1]
-    kind = _KINDS[ActivationType(activation_type)]
+    if int(activation_type) not in _KINDS:
+        raise NotOffered(f"activation_type={activation_type!r}: not offered; known: "
+                         f"{', '.join(kind.name for kind in _KINDS)}")
+    kind = _KINDS[int(activation_type)]
     gated = kind.startswith(("swiglu", "geglu"))
     intermediate = fc1.shape[1] // (2 if gated else 1)
     if kind == "swiglu" and (swiglu_alpha is not None or swiglu_beta is not None):
@@ -152,6 +162,20 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
     _gemm.sum_slots(rows.view(tokens, top_k, hidden), token_final_scales.float().contiguous(), topk_ids=mine,
                     output=output)
     return [output]
+
+
+def interleave_moe_weights_for_sm90_mixed_gemm(weight, quant_type="fp4"):
+    """What a model calls once per weight. No layout changes here: "fp4" comes back as it is, and "int4" with
+    its two's-complement nibbles as the offset ones (value + 8) that this library reads."""
+    if quant_type not in ("fp4", "int4"):
+        raise NotOffered(f"quant_type='{quant_type}': expected 'fp4' or 'int4'")
+    return weight if quant_type == "fp4" else weight.bitwise_xor(0x88)
+
+
+def interleave_moe_scales_for_sm90_mixed_gemm(scales, group_size=32):
+    """The scales as they are."""
+    del group_size
+    return scales
 
 
 def cutlass_fused_moe_sm80(output, input, token_selected_experts, token_final_scales, fc1_expert_weights,

@@ -16,6 +16,7 @@ from typing import Optional
 import torch
 
 from ... import gemm as _gemm
+from .._common import NotOffered
 from . import _batched, seed
 from ._batched import (FusedMoEActivationFormat, batched_moe_kernel_quantize_input,
                        invoke_moe_batched_triton_kernel, normalize_batched_scales_shape, normalize_scales_shape)
@@ -255,7 +256,7 @@ class FusedMoEKernel:
               apply_router_weight_on_input, shared_experts=None, shared_experts_input=None):
         """[T, K] -> [T, K]."""
         if shared_experts is not None or shared_experts_input is not None:
-            raise ValueError("shared_experts: not run here; add their output yourself, or use moesaic.Layer with "
+            raise NotOffered("shared_experts: not run here; add their output yourself, or use moesaic.Layer with "
                              "shared_experts")
         experts = self.fused_experts
         output = hidden_states if self.inplace else torch.empty_like(hidden_states)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from ... import gemm as _gemm
-from .._common import quant_spec
+from .._common import NotOffered, quant_spec
 
 
 # --- activations ------------------------------------------------------------------------------------
@@ -32,6 +32,11 @@ class MoEActivation(enum.Enum):
     @property
     def is_gated(self):
         return not self.value.endswith("_no_mul")
+
+    @property
+    def custom_op_name(self):
+        return {"relu2_no_mul": "relu2"}.get(self.value, self.value.removesuffix("_no_mul") + "_and_mul" * (
+            self.value != "relu2"))
 
     def without_mul(self):
         return MoEActivation(self.value + "_no_mul") if self.value + "_no_mul" in _KINDS else self
@@ -56,7 +61,7 @@ def activation_spec(activation, quant_config=None) -> dict:
     """The library's activation of a MoEActivation (ours or vLLM's own) or its name."""
     name = getattr(activation, "value", activation)
     if name not in _KINDS:
-        raise ValueError(f"activation: '{name}' is not offered; known: {', '.join(_KINDS)}")
+        raise NotOffered(f"activation: '{name}' is not offered; known: {', '.join(_KINDS)}")
     spec = dict(_KINDS[name])
     if quant_config is not None and name == "silu" and quant_config.gemm1_clamp_limit is not None:
         spec = {"kind": "swiglu_clamp", "limit": float(quant_config.gemm1_clamp_limit)}
@@ -173,7 +178,7 @@ class FusedMoEQuantConfig:
         weight_dtype = quant_dtype if weight_dtype is None else weight_dtype
         for name, value in (("quant_dtype", quant_dtype), ("weight_dtype", weight_dtype)):
             if isinstance(value, str) and (name, value) not in (("weight_dtype", "int4"), ("weight_dtype", "mxfp4")):
-                raise ValueError(f"{name}: '{value}' is not offered; use torch.float8_e4m3fn, torch.int8 or None, and "
+                raise NotOffered(f"{name}: '{value}' is not offered; use torch.float8_e4m3fn, torch.int8 or None, and "
                                  "for weights also 'int4' and 'mxfp4' with 16-bit activations")
         if block_shape is not None:
             if per_act_token_quant or per_out_ch_quant:

@@ -4,8 +4,10 @@
 // that the project quotes. Prints the ratio to the floor: bytes of the active experts' weights
 // over 3.14 TB/s, or operations over 800 (16-bit) / 1520 (e4m3) TFLOPS, whichever is longer.
 //
-//   gemm_sm90_bench [bf16|fp8_block|fp8_tensor] [shape|all] [tile_rows or 0] [tactic1 tactic2] [T
-//   ...]
+//   gemm_sm90_bench [bf16|fp8_block|fp8_tensor][:moved|:gathered] [shape|all] [tile_rows or 0]
+//                   [tactic1 tactic2] [T ...]
+//
+// moved: GEMM1's rows lie in the order of positions; gathered: in the order of tokens.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -69,6 +71,7 @@ struct Options {
   std::string scheme = "bf16";
   std::int64_t tile_rows = 0;
   int tactic1 = -1, tactic2 = -1;
+  bool moved = false;
 };
 
 class Bench {
@@ -99,8 +102,7 @@ class Bench {
     std::int64_t tile =
         o_.tile_rows ? o_.tile_rows : family_sm90().tile_rows(fc1.spec, slots, device_);
     const int reps = tokens >= 2048 ? 2 : tokens >= 128 ? 4 : 12;
-    // 8-bit activations come quantized, in the order of positions; 16-bit ones are gathered.
-    const std::int64_t x_rows = fp8_ ? slots : tokens;
+    const std::int64_t x_rows = o_.moved ? slots : tokens;
     void* x = random(x_rows * s_.hidden * bytes, 3);
     void* h = take(slots * s_.intermediate * 2);
     check_cuda(cudaMemset(h, 0x31, slots * s_.intermediate * 2), "memset");
@@ -125,7 +127,7 @@ class Bench {
                 .slot_count = slots};
       if (which & 1) {
         g.a = Tensor::contiguous(x, dtype, {x_rows, s_.hidden}, on);
-        g.a_row = fp8_ ? RowOf::kPosition : RowOf::kToken;
+        g.a_row = o_.moved ? RowOf::kPosition : RowOf::kToken;
         g.top_k = s_.top_k;
         g.b = &fc1;
         g.activation = &swiglu;
@@ -176,9 +178,9 @@ class Bench {
     const double work = 6.0 * slots * s_.hidden * s_.intermediate;
     const double floor = std::max(read / 3.14e12, work / (fp8_ ? 1520e12 : 800e12)) * 1e3;
     std::printf(
-        "%-18s %-10s T=%-5lld tile %-3lld t%d,%d  %8.4f ms  ratio %.3f  (gemm1 %.4f + gemm2 %.4f)  "
+        "%-18s %-10s %s T=%-5lld tile %-3lld t%d,%d  %8.4f ms  ratio %.3f  (gemm1 %.4f + gemm2 %.4f)  "
         "%6.0f TFLOPS %6.0f GB/s\n",
-        s_.name, o_.scheme.c_str(), static_cast<long long>(tokens), static_cast<long long>(tile),
+        s_.name, o_.scheme.c_str(), o_.moved ? "moved" : "gathered", static_cast<long long>(tokens), static_cast<long long>(tile),
         o_.tactic1, o_.tactic2, ms[3], ms[3] / floor, ms[1], ms[2], work / ms[3] * 1e-9,
         read / ms[3] * 1e-6);
     std::fflush(stdout);
@@ -294,6 +296,10 @@ class Bench {
 int main(int argc, char** argv) try {
   Options options;
   if (argc > 1) options.scheme = argv[1];
+  if (const std::size_t colon = options.scheme.find(':'); colon != std::string::npos) {
+    options.moved = options.scheme.substr(colon) == ":moved";
+    options.scheme.resize(colon);
+  }
   const std::string only = argc > 2 ? argv[2] : "all";
   if (argc > 3) options.tile_rows = std::atoll(argv[3]);
   if (argc > 5) {

@@ -20,6 +20,7 @@ struct KernelTraits {
   int tokens, rows;  // of a task
   int pair;          // CTAs that run it together
   int per_sm;        // CTAs that fit into an SM
+  int box;           // tokens of a TMA load
   void (*launch)(const Params&, int, cudaStream_t);
   const char* text;
 };
@@ -28,15 +29,22 @@ template <Element E>
 KernelTraits traits_of(Kernel kernel) {
   switch (kernel) {
     case Kernel::kNarrow:
-      return {16, 64, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 64 rows"};
+      return {16, 64, 1, 2, Narrow<E>::kBox, launch_gemm<Narrow<E>>, "16 tokens x 64 rows"};
     case Kernel::kNarrowHalf:
-      return {16, 32, 1, 2, launch_gemm<Narrow<E>>, "16 tokens x 32 rows"};
+      return {16, 32, 1, 2, Narrow<E>::kBox, launch_gemm<Narrow<E>>, "16 tokens x 32 rows"};
     case Kernel::kMiddle:
-      return {64, 128, 1, 1, launch_gemm<Middle<E>>, "64 tokens x 128 rows"};
+      return {64, 128, 1, 1, Middle<E>::kBox, launch_gemm<Middle<E>>, "64 tokens x 128 rows"};
     case Kernel::kWide:
-      return {128, 128, 1, 1, launch_gemm<Wide<E>>, "128 tokens x 128 rows"};
+      return {128, 128, 1, 1, Wide<E>::kBox, launch_gemm<Wide<E>>, "128 tokens x 128 rows"};
     case Kernel::kWidest:
-      return {256, 256, 2, 1, launch_gemm<Widest<E>>, "256 tokens x 256 rows, CTA pairs"};
+      return {2 * Widest<E>::kTokens,
+              256,
+              2,
+              1,
+              Widest<E>::kBox,
+              launch_gemm<Widest<E>>,
+              E == Element::kE4M3 ? "256 tokens x 256 rows, CTA pairs"
+                                  : "288 tokens x 256 rows, CTA pairs"};
   }
   return {};
 }
@@ -84,8 +92,7 @@ bool supports(const WeightSpec& spec) {
 }
 
 // --- policy
-// The
-// smallest tile that holds nearly every expert's rows: two standard deviations above the mean of
+// The smallest tile that holds nearly every expert's rows: two standard deviations above the mean of
 // uniform routing. A tile with fewer rows runs a smaller instruction, so too large costs little;
 // too small reads weights once more through L2.
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
@@ -93,7 +100,7 @@ std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTr
   if (mean <= 9) return 16;
   if (mean <= 50) return 64;
   if (mean <= 108) return 128;
-  return 256;
+  return traits_of(element_of(fc1.format), Kernel::kWidest).tokens;
 }
 
 Kernel kernel_for(const GemmStage& stage, std::int64_t columns, bool gated,
@@ -345,7 +352,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
     encode<2>(p.tokens, stage.a.data, element,
               {{static_cast<cuuint64_t>(spec.k), static_cast<cuuint64_t>(a_rows)},
                {static_cast<cuuint64_t>(p.a_rows.stride * 16)},
-               {static_cast<cuuint32_t>(chunk_k), kTokenBox}},
+               {static_cast<cuuint32_t>(chunk_k), static_cast<cuuint32_t>(traits.box)}},
               "a");
   } else if (a_rows * (p.a_rows.inner ? p.a_rows.outer : p.a_rows.stride) > 0xffffffffLL) {
     unsupported("a: rows beyond 64 GiB cannot be gathered; split the tokens over several calls");

@@ -48,12 +48,15 @@ struct Shape {
   // Block scales of one stage: of each token, and of each eight weight rows.
   static constexpr int kScales = kTokens + kRows / 8;
   static constexpr int kScaleBytes = kPromotes ? kChunks * kScales * 4 : 0;
-  // Epilogue of one warpgroup: two buffers of up to 32 tokens x 64 rows of 16 bits, or 16 tokens in
-  // fp32; and what it must know of its weight rows (factor, bias), of this task and of the next.
+  // Epilogue of one warpgroup: two buffers of some tokens x 64 columns of 16 bits, or both together
+  // 16 tokens in fp32; and what it must know of its weight rows (factor, bias), of this task and of
+  // the next.
   static constexpr int kPitch =
       144;  // bytes per token: 128 and 16, so that eight rows hit all banks
-  static constexpr int kBufferBytes = kTokens < 32 ? 16 * 68 * 4 : 32 * kPitch;
+  static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;
+  static constexpr int kBufferBytes = kEpilogueTokens * kPitch;
   static constexpr int kEpilogueBytes = 2 * (kBufferBytes + kBlocks * 64 * 8);
+  static_assert(2 * kBufferBytes >= 16 * 68 * 4);
   // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors.
   // Every task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
   static constexpr int kTaskBytes = 32;
@@ -61,29 +64,32 @@ struct Shape {
   static constexpr int kRing = kStages + 1;
   // Offsets of gathered rows: for each of 8 rows of a pass those of all passes, in fours.
   static constexpr int kPasses = kTokens / 8;
-  static constexpr int kPassRoom = kPasses < 4 ? 4 : kPasses;
+  static constexpr int kPassRoom = (kPasses + 3) / 4 * 4;
   static constexpr int kGatherBytes = 8 * kPassRoom * 4;
   static constexpr int kSharedBytes =
       kStages * (kStageBytes + kScaleBytes) + kWarpgroups * kEpilogueBytes +
       kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8;
   static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
   static_assert(kTokenBytes % 1024 == 0);
+  static constexpr int kBox = kTokens % 32 == 0 ? 32 : kTokens % 48 == 0 ? 48 : 16;  // of a TMA load
+  static_assert(kTokens % kBox == 0);
 };
 
 // Element-independent names of the kernels, in the order of their tactics.
 // Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half
 // after another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
+// Widest takes a little more than 256 tokens where registers allow it (e4m3 needs them for its
+// promotion): round numbers of tokens mean 256 or a multiple for each expert on the average, and with
+// room for just so many every second expert would need one tile more.
 // clang-format off
 //                                           tokens  wg  blocks  chunks  stages  pair
 template <Element E> using Narrow = Shape<E,     16,  1,      1,      2,      5>;
 template <Element E> using Middle = Shape<E,     64,  2,      1,      1,      8>;
 template <Element E> using Wide = Shape<E,      128,  2,      1,      1,  E == Element::kE4M3 ? 5 : 6>;
-template <Element E> using Widest = Shape<E,    128,  2,      2,      1,      4,     2>;
+template <Element E> using Widest = Shape<E, E == Element::kE4M3 ? 128 : 144, 2, 2, 1, 4, 2>;
 // clang-format on
 
 // --- arguments
-inline constexpr int kTokenBox = 32;  // tokens of one TMA load
-
 // Offset of row r: r * stride, or with inner > 0: (r / inner) * outer + (r % inner) * stride.
 struct RowLayout {
   std::int64_t stride = 0, inner = 0, outer = 0;

@@ -190,48 +190,56 @@ class Epilogue {
   __device__ void store_matrix(const Task& task, float (&sum)[kBlocks][kTokens / 2],
                                const ActivationTerms& terms) {
     constexpr bool kGated = is_gated(kKind);
-    constexpr int kChunk = kTokens < 32 ? kTokens : 32;
-    constexpr int kUnits = kGated ? 4 : 8;  // of 16 bytes, per token
+    constexpr int kChunk = kTokens < 32 ? kTokens : S::kEpilogueTokens;
+    // Blocks that leave together: gated, two of them are 128 bytes of a token.
+    constexpr int kTogether = kGated ? kBlocks : 1;
+    static_assert(kTogether * (kGated ? 64 : 128) < S::kPitch);
+    constexpr int kUnits = kGated ? 4 * kTogether : 8;  // of 16 bytes, per token
     const std::int64_t end = limit(task);
     const int g = lane_ / 4;
     const bool swap = p_.up_first;
+    // Lane l stores row l % 8 of matrix l / 8; matrices: token octets (and, ungated, rows + 8).
+    const int octet = kGated ? lane_ / 8 % 2 : lane_ / 16;
+    const int unit = kGated ? warp_ : warp_ * 2 + lane_ / 8 % 2;
+    const std::uint32_t mine = (octet * 8 + lane_ % 8) * S::kPitch + unit * 16;
+    // Buffers alternate over the chunks that really come, so that no chunk is written where the one
+    // before it may still be read: only one sync lies between them.
+    const int chunks = (task.rows + kChunk - 1) / kChunk;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const std::int64_t first = column(task, b);
-      const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
-      const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
+    for (int first_block = 0; first_block < kBlocks; first_block += kTogether) {
+      const std::int64_t first = column(task, first_block);
 #pragma unroll
       for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
         if (chunk * kChunk < task.rows) {
-          unsigned char* const out = buffer((b * (kTokens / kChunk) + chunk) & 1);
-          // Lane l stores row l % 8 of matrix l / 8; matrices: token octets (and, ungated, rows +
-          // 8).
-          const int octet = kGated ? lane_ / 8 % 2 : lane_ / 16;
-          const int unit = kGated ? warp_ : warp_ * 2 + lane_ / 8 % 2;
-          const std::uint32_t at =
-              ptx::shared_address(out) + (octet * 8 + lane_ % 8) * S::kPitch + unit * 16;
+          unsigned char* const out = buffer((first_block / kTogether * chunks + chunk) & 1);
 #pragma unroll
-          for (int pair = 0; pair < kChunk / 16; ++pair) {
-            std::uint32_t packed[4];
+          for (int b = first_block; b < first_block + kTogether; ++b) {
+            const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
+            const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
+            const std::uint32_t at = ptx::shared_address(out) + mine + (b - first_block) * 64;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const Quad x = scaled(sum[b], chunk * (kChunk / 8) + pair * 2 + half, low, high);
-              if constexpr (kGated) {
-                const float even =
-                    activate<kKind>(swap ? x.v[2] : x.v[0], swap ? x.v[0] : x.v[2], terms);
-                const float odd =
-                    activate<kKind>(swap ? x.v[3] : x.v[1], swap ? x.v[1] : x.v[3], terms);
-                packed[half] = pack16(p_.c_type, even * x.post[0], odd * x.post[1]);
-              } else {
-                packed[2 * half] = pack16(p_.c_type, x.v[0] * x.post[0], x.v[1] * x.post[1]);
-                packed[2 * half + 1] = pack16(p_.c_type, x.v[2] * x.post[0], x.v[3] * x.post[1]);
+            for (int pair = 0; pair < kChunk / 16; ++pair) {
+              std::uint32_t packed[4];
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const Quad x = scaled(sum[b], chunk * (kChunk / 8) + pair * 2 + half, low, high);
+                if constexpr (kGated) {
+                  const float even =
+                      activate<kKind>(swap ? x.v[2] : x.v[0], swap ? x.v[0] : x.v[2], terms);
+                  const float odd =
+                      activate<kKind>(swap ? x.v[3] : x.v[1], swap ? x.v[1] : x.v[3], terms);
+                  packed[half] = pack16(p_.c_type, even * x.post[0], odd * x.post[1]);
+                } else {
+                  packed[2 * half] = pack16(p_.c_type, x.v[0] * x.post[0], x.v[1] * x.post[1]);
+                  packed[2 * half + 1] = pack16(p_.c_type, x.v[2] * x.post[0], x.v[3] * x.post[1]);
+                }
               }
-            }
-            const std::uint32_t dst = at + pair * 16 * S::kPitch;
-            if constexpr (kGated) {
-              ptx::store_matrix_x2_transposed(dst, packed[0], packed[1]);
-            } else {
-              ptx::store_matrix_x4_transposed(dst, packed[0], packed[1], packed[2], packed[3]);
+              const std::uint32_t dst = at + pair * 16 * S::kPitch;
+              if constexpr (kGated) {
+                ptx::store_matrix_x2_transposed(dst, packed[0], packed[1]);
+              } else {
+                ptx::store_matrix_x4_transposed(dst, packed[0], packed[1], packed[2], packed[3]);
+              }
             }
           }
           sync();
@@ -257,14 +265,14 @@ class Epilogue {
   // a short loop that takes any activation, output type and stride.
   __device__ void store_staged(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
     constexpr int kPitch = 68;  // floats per token: lanes of a warp write to 32 different banks
-    static_assert(16 * kPitch * 4 <= S::kBufferBytes);
+    static_assert(16 * kPitch * 4 <= 2 * S::kBufferBytes);
     const int g = lane_ / 4, q = lane_ % 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
       const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
       for (int chunk = 0; chunk * 16 < task.rows; ++chunk) {
-        float* const out = reinterpret_cast<float*>(buffer((b * (kTokens / 16) + chunk) & 1));
+        float* const out = reinterpret_cast<float*>(buffer(0));  // both: each use ends with a sync
         // Registers have no index: only their store is unrolled, not what comes behind it.
 #pragma unroll
         for (int c = 0; c < kTokens / 16; ++c) {

@@ -47,7 +47,8 @@ class Multiplier {
   // Fewer tokens than the tile has room for need a smaller instruction only.
   template <int N>
   __device__ void multiply_rows(int rows, Sums& sums) {
-    constexpr int kSmaller = N > 64 ? N - 16 : N / 2;
+    constexpr int kStep = S::kPair == 2 ? 8 : 16;
+    constexpr int kSmaller = N > 64 ? N - kStep : N / 2;
     if constexpr (kSmaller >= (S::kTokens > 16 ? 16 : 8)) {
       if (rows <= kSmaller) return multiply_rows<kSmaller>(rows, sums);
     }
@@ -70,6 +71,7 @@ class Multiplier {
     return task;
   }
   __device__ void release(int stage) {
+    __syncwarp();  // one lane speaks for all, also for what they read of tables and scales
     if constexpr (S::kPair == 2) {
       if (threadIdx.x % 32 < 2) ptx::barrier_arrive_at(shared_.empty(stage), threadIdx.x % 32);
     } else {

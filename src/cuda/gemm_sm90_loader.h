@@ -300,7 +300,7 @@ class TokenLoader {
 
   // Whole boxes: rows of the next expert may come along, and nobody stores their sums.
   __device__ void load_boxes(const Load& load, int stage, std::uint32_t to, std::uint32_t full) {
-    constexpr int kBox = S::kTokens < kTokenBox ? S::kTokens : kTokenBox;
+    constexpr int kBox = S::kBox;
     const int boxes = (load.rows + kBox - 1) / kBox;
     if (boxes == 0) return;
     ptx::barrier_expect(full, static_cast<std::uint32_t>(S::kChunks * boxes * kBox * 128));

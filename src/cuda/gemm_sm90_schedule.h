@@ -108,7 +108,7 @@ class Schedule {
     }
     if (p_.even_tiles) divide();
   }
-  // Runs of adjacent tiles of one expert inside the group: equal shares, in multiples of 16 rows.
+  // Runs of adjacent tiles of one expert inside the group: equal shares, in units of 16 rows.
   __device__ void divide() {
     const int here = lane();
     const long long first = static_cast<long long>(
@@ -125,9 +125,10 @@ class Schedule {
     const int last = later ? __ffs(static_cast<int>(later)) - 2 : 31;
     const long long run_first = __shfl_sync(~0u, first, head);
     const int rows = static_cast<int>(__shfl_sync(~0u, end, last) - run_first);
-    const int count = last - head + 1;
-    const int share = ((rows + count - 1) / count + 15) / 16 * 16;
-    const int before = (here - head) * share;
+    const int count = last - head + 1, index = here - head;
+    const int units = (rows + 15) / 16, each = units / count, more = units % count;
+    const int before = (index * each + (index < more ? index : more)) * 16;
+    const int share = (each + (index < more ? 1 : 0)) * 16;
     tile_.y = rows - before < share ? rows - before : share;  // not positive: no task
     tile_.z = static_cast<int>(static_cast<unsigned long long>(run_first + before));
     tile_.w = static_cast<int>(static_cast<unsigned long long>(run_first + before) >> 32);

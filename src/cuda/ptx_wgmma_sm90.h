@@ -35,10 +35,27 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MOESAIC_D64(i) MOESAIC_D32(i), MOESAIC_D32(i + 32)
 #define MOESAIC_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define MOESAIC_R16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MOESAIC_R32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define MOESAIC_R32_HALF "%32, %33, %34, %35, %36, %37, %38, %39"
-#define MOESAIC_R48_HALF "%48, %49, %50, %51, %52, %53, %54, %55"
-#define MOESAIC_R48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MOESAIC_R32 ", %32, %33, %34, %35"
+#define MOESAIC_R36 ", %36, %37, %38, %39"
+#define MOESAIC_R40 ", %40, %41, %42, %43"
+#define MOESAIC_R44 ", %44, %45, %46, %47"
+#define MOESAIC_R48 ", %48, %49, %50, %51"
+#define MOESAIC_R52 ", %52, %53, %54, %55"
+#define MOESAIC_R56 ", %56, %57, %58, %59"
+#define MOESAIC_R60 ", %60, %61, %62, %63"
+#define MOESAIC_R64 ", %64, %65, %66, %67"
+#define MOESAIC_R68 ", %68, %69, %70, %71"
+#define MOESAIC_N64 MOESAIC_R0 ", " MOESAIC_R16
+#define MOESAIC_N72 MOESAIC_N64 MOESAIC_R32
+#define MOESAIC_N80 MOESAIC_N72 MOESAIC_R36
+#define MOESAIC_N88 MOESAIC_N80 MOESAIC_R40
+#define MOESAIC_N96 MOESAIC_N88 MOESAIC_R44
+#define MOESAIC_N104 MOESAIC_N96 MOESAIC_R48
+#define MOESAIC_N112 MOESAIC_N104 MOESAIC_R52
+#define MOESAIC_N120 MOESAIC_N112 MOESAIC_R56
+#define MOESAIC_N128 MOESAIC_N120 MOESAIC_R60
+#define MOESAIC_N136 MOESAIC_N128 MOESAIC_R64
+#define MOESAIC_N144 MOESAIC_N136 MOESAIC_R68
 
 #define MOESAIC_WGMMA(n, type, tail, registers, a, b, p, ...)                           \
   asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " p                              \
@@ -69,20 +86,27 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], std::uint64_t desc
   } else if constexpr (N == 32) {
     MOESAIC_WGMMA_TYPES("32", MOESAIC_R0, "%16", "%17", "%18", MOESAIC_D16(0));
   } else if constexpr (N == 64) {
-    MOESAIC_WGMMA_TYPES("64", MOESAIC_R0 ", " MOESAIC_R16, "%32", "%33", "%34", MOESAIC_D32(0));
+    MOESAIC_WGMMA_TYPES("64", MOESAIC_N64, "%32", "%33", "%34", MOESAIC_D32(0));
+  } else if constexpr (N == 72) {
+    MOESAIC_WGMMA_TYPES("72", MOESAIC_N72, "%36", "%37", "%38", MOESAIC_D32(0), MOESAIC_D4(32));
   } else if constexpr (N == 80) {
-    MOESAIC_WGMMA_TYPES("80", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32_HALF, "%40", "%41",
-                        "%42", MOESAIC_D32(0), MOESAIC_D4(32), MOESAIC_D4(36));
-  } else if constexpr (N == 112) {
-    MOESAIC_WGMMA_TYPES("112", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48_HALF,
-                        "%56", "%57", "%58", MOESAIC_D32(0), MOESAIC_D16(32), MOESAIC_D4(48),
-                        MOESAIC_D4(52));
+    MOESAIC_WGMMA_TYPES("80", MOESAIC_N80, "%40", "%41", "%42", MOESAIC_D32(0), MOESAIC_D4(32), MOESAIC_D4(36));
+  } else if constexpr (N == 88) {
+    MOESAIC_WGMMA_TYPES("88", MOESAIC_N88, "%44", "%45", "%46", MOESAIC_D32(0), MOESAIC_D4(32), MOESAIC_D4(36), MOESAIC_D4(40));
   } else if constexpr (N == 96) {
-    MOESAIC_WGMMA_TYPES("96", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32, "%48", "%49", "%50",
-                        MOESAIC_D32(0), MOESAIC_D16(32));
+    MOESAIC_WGMMA_TYPES("96", MOESAIC_N96, "%48", "%49", "%50", MOESAIC_D32(0), MOESAIC_D16(32));
+  } else if constexpr (N == 104) {
+    MOESAIC_WGMMA_TYPES("104", MOESAIC_N104, "%52", "%53", "%54", MOESAIC_D32(0), MOESAIC_D16(32), MOESAIC_D4(48));
+  } else if constexpr (N == 112) {
+    MOESAIC_WGMMA_TYPES("112", MOESAIC_N112, "%56", "%57", "%58", MOESAIC_D32(0), MOESAIC_D16(32), MOESAIC_D4(48), MOESAIC_D4(52));
+  } else if constexpr (N == 120) {
+    MOESAIC_WGMMA_TYPES("120", MOESAIC_N120, "%60", "%61", "%62", MOESAIC_D32(0), MOESAIC_D16(32), MOESAIC_D4(48), MOESAIC_D4(52), MOESAIC_D4(56));
   } else if constexpr (N == 128) {
-    MOESAIC_WGMMA_TYPES("128", MOESAIC_R0 ", " MOESAIC_R16 ", " MOESAIC_R32 ", " MOESAIC_R48, "%64",
-                        "%65", "%66", MOESAIC_D64(0));
+    MOESAIC_WGMMA_TYPES("128", MOESAIC_N128, "%64", "%65", "%66", MOESAIC_D64(0));
+  } else if constexpr (N == 136) {
+    MOESAIC_WGMMA_TYPES("136", MOESAIC_N136, "%68", "%69", "%70", MOESAIC_D64(0), MOESAIC_D4(64));
+  } else if constexpr (N == 144) {
+    MOESAIC_WGMMA_TYPES("144", MOESAIC_N144, "%72", "%73", "%74", MOESAIC_D64(0), MOESAIC_D4(64), MOESAIC_D4(68));
   } else {
     static_assert(N == 8, "no such instruction listed");
   }
@@ -95,9 +119,26 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], std::uint64_t desc
 #undef MOESAIC_R0
 #undef MOESAIC_R16
 #undef MOESAIC_R32
+#undef MOESAIC_R36
+#undef MOESAIC_R40
+#undef MOESAIC_R44
 #undef MOESAIC_R48
-#undef MOESAIC_R32_HALF
-#undef MOESAIC_R48_HALF
+#undef MOESAIC_R52
+#undef MOESAIC_R56
+#undef MOESAIC_R60
+#undef MOESAIC_R64
+#undef MOESAIC_R68
+#undef MOESAIC_N64
+#undef MOESAIC_N72
+#undef MOESAIC_N80
+#undef MOESAIC_N88
+#undef MOESAIC_N96
+#undef MOESAIC_N104
+#undef MOESAIC_N112
+#undef MOESAIC_N120
+#undef MOESAIC_N128
+#undef MOESAIC_N136
+#undef MOESAIC_N144
 #undef MOESAIC_WGMMA
 #undef MOESAIC_WGMMA_TYPES
 

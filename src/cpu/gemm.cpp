@@ -53,11 +53,10 @@ void gemm_cpu(const GemmStage& stage) {
   const std::int64_t tiles = std::clamp<std::int64_t>(*stage.rows.num_tiles, 0, stage.rows.max_tiles);
   if (tiles == 0 || layout.tiles == 0) return;
 
-  // Wide strips convert a row of A less often; narrow ones feed more threads. The bits do not depend
-  // on it.
-  const std::int64_t enough = std::int64_t{num_threads()} * 8;
-  const std::int64_t width =
-      std::clamp<std::int64_t>(tiles * layout.tiles / enough, 1, kStripTiles);
+  // Wide strips convert a row of A less often; narrow ones feed more threads and end together: the last
+  // task costs up to half of its time. The bits do not depend on it.
+  const std::int64_t enough = std::int64_t{num_threads()} * 32;
+  const std::int64_t width = std::clamp<std::int64_t>(tiles * layout.tiles / enough, 1, layout.tiles);
   const std::int64_t strips = (layout.tiles + width - 1) / width;
   const std::int64_t columns = spec.gated ? kTileCols / 2 : kTileCols;
   parallel_for(tiles * strips, [&](std::int64_t task) {

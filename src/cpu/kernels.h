@@ -12,11 +12,10 @@ namespace moesaic {
 // Rows of one expert against a strip of its tiles: the unit a thread takes.
 struct Strip {
   std::int64_t expert = 0;
-  std::int64_t first_tile = 0, tiles = 0;  // of columns; tiles <= kStripTiles
+  std::int64_t first_tile = 0, tiles = 0;  // of columns
   const std::int64_t* positions = nullptr; // [rows] live rows
   std::int64_t rows = 0;                   // <= kStripRows
 };
-inline constexpr std::int64_t kStripTiles = 8;
 inline constexpr std::int64_t kStripRows = 48;
 
 // What all strips of a call share.

@@ -2,50 +2,63 @@
 // A strip: some rows of one expert against a few tiles of its weights. The same walk for every level;
 // `Level` brings the dot products:
 //   static constexpr bool has_b16();
-//   static constexpr bool can_fuse();       // unpacks in registers
-//   static constexpr bool can_fold_e8m0();  // has Code::kE2M1Scaled
+//   template <Compute> static constexpr std::int64_t panel_rows();     // that one call takes at most
+//   template <Compute> static constexpr std::int64_t readable_rows();  // A's room is a multiple of it
+//   template <Compute> static constexpr bool can_fuse();               // unpacks in registers
+//   static constexpr bool keeps(Code);     // fused: leaves what it unpacked behind for other panels
+//   static constexpr bool can_fold_e8m0(); // has Code::kE2M1Scaled
 //   template <Compute> static void native(const Panel&, const Segments&);  // units ready in memory
-//   template <Compute> static void fused(const Panel&, const Segments&);   // packed, at most kFusedRows
+//   template <Compute> static void fused(const Panel&, const Segments&);   // packed
 //   template <Compute> static void unpack(const Segments& one, void* out);
 //
-// K is walked in chunks: A's rows of a chunk are converted once for all tiles of the strip, and a tile's
-// chunk is multiplied with all rows while it is in the cache. Sums that are not finished stay in fp32
-// (or int32) between chunks, so the order of additions of an element is that of K, wherever the cuts lie.
+// A's rows are converted once, for as much of K as fits (for all of it, unless K is very long): a chunk.
+// A tile's chunk is multiplied with all rows piece by piece, so that the piece stays in the cache from one
+// panel of rows to the next: the first panel unpacks it in registers and leaves it behind for the others,
+// or, where unpacking is next to nothing, every panel unpacks it again. (Unpacking before the first panel
+// lost 10 to 20%: stores that nothing hides.)
+// Sums that are not finished stay in fp32 (or int32) between pieces, so the order of additions of an
+// element is that of K, wherever the cuts lie.
 #pragma once
 
 #include <algorithm>
 
-#include "cpu/strip_epilogue.h"
+#include "cpu/strip_finish.h"
 #include "cpu/strip_rows.h"
+#include "cpu/strip_scales.h"
 #include "cpu/strip_unpack.h"
 
 namespace moesaic {
 namespace {
 
-inline constexpr std::int64_t kChunkUnits = 256, kChunkSegments = 32;  // with many rows
-inline constexpr std::int64_t kFusedChunkUnits = 2048, kFusedChunkSegments = 128;
-inline constexpr std::int64_t kUnitPadding = 16;  // keeps rows off one cache set
-inline constexpr std::int64_t kStripCols = kStripTiles * kTileCols;
+// A piece of a tile: in units of A, and in segments.
+struct PieceLimit {
+  std::int64_t units = 0, segments = 0;
+};
+inline constexpr PieceLimit kPlainPiece{256, 32};       // packed on the fly
+inline constexpr PieceLimit kUnpackedPiece{128, 32};    // kept unpacked between panels
+inline constexpr PieceLimit kNativePiece{512, 128};     // read again from where it lies
+inline constexpr PieceLimit kStreamedPiece{1 << 16, 128};  // a single panel: no reason to cut but scales
+inline constexpr std::int64_t kUnpackedUnits = std::max(kPlainPiece.units, kUnpackedPiece.units);
 
-// Either chunk's shape in one buffer.
-inline constexpr std::int64_t kRowUnits =
-    std::max(kStripRows * (kChunkUnits + kUnitPadding), kFusedRows*(kFusedChunkUnits + kUnitPadding));
-inline constexpr std::int64_t kRowSegments =
-    std::max(kStripRows * kChunkSegments, kFusedRows* kFusedChunkSegments);
+inline constexpr std::int64_t kUnitPadding = 16;  // keeps rows off one cache set
+inline constexpr std::int64_t kRowUnits = kStripRows * (1024 + kUnitPadding);
+inline constexpr std::int64_t kRowSegments = kStripRows * 128;
+// When K takes several chunks, sums of this many tiles wait between them.
+inline constexpr std::int64_t kWaitingTiles = 8;
+inline constexpr std::int64_t kWaitingCols = kWaitingTiles * kTileCols;
 
 // All of it on the stack of the thread that runs the strip: no allocation, and no scratch whose size
 // would depend on the number of threads.
 struct alignas(64) StripBuffers {
   std::uint32_t rows[kRowUnits];
-  float total[kStripRows * kStripCols];
-  float raw[kStripRows * kStripCols];
-  std::int32_t row_sums[kRowSegments];
+  float total[kStripRows * kWaitingCols];
+  float raw[kStripRows * kWaitingCols];
+  std::int32_t row_begins[kRowSegments];
   float row_scales[kRowSegments];
-  float scales[kFusedChunkSegments * kTileCols];
-  std::int32_t zeros[kFusedChunkSegments * kTileCols];
+  PieceScales scales;
   // A caller's weights, packed on the fly.
-  std::uint8_t plain[kChunkUnits * 256 + kChunkSegments * (5 * kTileCols)];
-  std::uint8_t unpacked[kChunkUnits * 256];
+  std::uint8_t plain[kPlainPiece.units * 256 + kPlainPiece.segments * (5 * kTileCols)];
+  std::uint8_t unpacked[kUnpackedUnits * 256];
 };
 
 // A run of whole segments, or part of one.
@@ -72,41 +85,37 @@ class StripRun {
     grouped_rows_ =
         call_.spec->act_scale == ActScale::kGroup && stage_.a_scale.data != nullptr;
     set_code();
+    panels_ = (strip.rows + kPanelRows - 1) / kPanelRows;
   }
 
   void run() {
-    fused_ = Level::can_fuse() && strip_.rows <= kFusedRows;
-    const bool long_chunks = strip_.rows <= kFusedRows && call_.packed != nullptr &&
-                             (fused_ || is_native<kCompute>(code_));
-    const std::int64_t chunk_steps = (long_chunks ? kFusedChunkUnits : kChunkUnits) / per_step_;
-    const std::int64_t whole = std::min(chunk_steps / layout_.segment_steps,
-                                        long_chunks ? kFusedChunkSegments : kChunkSegments);
-    for (std::int64_t segment = 0; segment < layout_.segments;) {
-      if (whole > 0) {
-        const std::int64_t count = std::min(whole, layout_.segments - segment);
-        run_chunk({.segment = segment, .segments = count, .first_step = 0,
-                   .steps = layout_.segment_steps});
-        segment += count;
-        continue;
-      }
-      const std::int64_t steps = layout_.steps(segment);
-      for (std::int64_t s = 0; s < steps; s += chunk_steps)
-        run_chunk({.segment = segment, .segments = 1, .first_step = s,
-                   .steps = std::min(chunk_steps, steps - s)});
-      ++segment;
+    const Chunk all{.segment = 0, .segments = layout_.segments, .first_step = 0,
+                    .steps = layout_.segment_steps};
+    constexpr std::int64_t kRoom = Level::template readable_rows<kCompute>();
+    const std::int64_t rows = (strip_.rows + kRoom - 1) / kRoom * kRoom;
+    const PieceLimit limit{.units = kRowUnits / rows - kUnitPadding, .segments = kRowSegments / rows};
+    std::int64_t chunks = 0;
+    for_each_piece(all, limit, [&](const Chunk&) { ++chunks; });
+    c_stride_ = chunks == 1 ? kTileCols : kWaitingCols;
+    const std::int64_t width = chunks == 1 ? strip_.tiles : kWaitingTiles;
+    StripEpilogue epilogue(call_, strip_, grouped_rows_ ? nullptr : a_scale_);
+    for (std::int64_t first = 0; first < strip_.tiles; first += width) {
+      const std::int64_t last = std::min(first + width, strip_.tiles);
+      for_each_piece(all, limit, [&](const Chunk& chunk) {
+        if (chunks > 1 || first == 0) convert_rows(chunk);
+        for (std::int64_t t = first; t < last; ++t) {
+          run_tile(chunk, t, chunks == 1 ? 0 : t - first);
+          if (chunks == 1) epilogue.finish(t, b_.total, c_stride_);
+        }
+      });
+      for (std::int64_t t = first; t < last && chunks > 1; ++t)
+        epilogue.finish(t, b_.total + (t - first) * kTileCols, c_stride_);
     }
-    finish();
   }
 
  private:
-  static std::size_t size_of_element(DType dtype) {
-    switch (dtype) {
-      case DType::kF32: return 4;
-      case DType::kF16:
-      case DType::kBF16: return 2;
-      default: return 1;
-    }
-  }
+  static constexpr std::int64_t kPanelRows = Level::template panel_rows<kCompute>();
+  static constexpr bool kFuses = Level::template can_fuse<kCompute>();
 
   void set_code() {
     const WeightFormat format = call_.spec->format;
@@ -125,12 +134,38 @@ class StripRun {
         break;
       case PackKind::kU4Quad: code_ = Code::kNibbleQuad; break;
     }
-    // Without a tensor of zero points: the integer kernels subtract this one.
-    implicit_zero_ = layout_.kind == PackKind::kU4Quad ? 8 : 128;
+    // Integer sums begin at -zero point * sum of the row's activations: with one zero point for all, a
+    // number per row.
+    implicit_zero_ = zero ? 1 : layout_.kind == PackKind::kU4Quad ? 8 : 128;
   }
 
   std::int64_t steps_of(const Chunk& chunk, std::int64_t i) const {
     return std::min(chunk.steps, layout_.steps(chunk.segment + i) - chunk.first_step);
+  }
+
+  // Cuts a chunk into runs of whole segments, or, where one is longer than the limit, into parts: of a
+  // multiple of 16 steps, since some levels add up 16 at a time.
+  template <typename Body>
+  void for_each_piece(const Chunk& chunk, const PieceLimit& limit, const Body& body) const {
+    const std::int64_t most = limit.units / per_step_ / 16 * 16;
+    const std::int64_t whole = std::min(most / chunk.steps, limit.segments);
+    for (std::int64_t i = 0; i < chunk.segments;) {
+      Chunk piece{.segment = chunk.segment + i, .segments = 1, .first_step = chunk.first_step,
+                  .steps = chunk.steps};
+      if (whole > 0) {
+        piece.segments = std::min(whole, chunk.segments - i);
+        body(piece);
+        i += piece.segments;
+        continue;
+      }
+      const std::int64_t steps = steps_of(chunk, i);
+      for (std::int64_t s = 0; s < steps; s += most) {
+        piece.first_step = chunk.first_step + s;
+        piece.steps = std::min(most, steps - s);
+        body(piece);
+      }
+      ++i;
+    }
   }
 
   void convert_rows(const Chunk& chunk) {
@@ -145,7 +180,8 @@ class StripRun {
         std::uint32_t* out = b_.rows + r * a_stride_ + i * chunk.steps * per_step_;
         convert_row<kCompute>(stage_.a.dtype, in, count, steps * per_step_, out);
         const std::int64_t at = r * chunk.segments + i;
-        if constexpr (kCompute == Compute::kByte) b_.row_sums[at] = sum_of_bytes(in, count);
+        if (kCompute == Compute::kByte && chunk.first_step == 0)  // enters with the first step
+          b_.row_begins[at] = -implicit_zero_ * sum_of_bytes(in, layout_.length(segment));
         if (grouped_rows_)
           b_.row_scales[at] =
               a_scale_[r][segment * layout_.segment_k / call_.spec->act_group *
@@ -154,86 +190,119 @@ class StripRun {
     }
   }
 
-  void run_chunk(const Chunk& chunk) {
-    convert_rows(chunk);
-    for (std::int64_t t = 0; t < strip_.tiles; ++t) run_tile(chunk, t);
+  PieceLimit limit_of_pieces() const {
+    if (call_.packed == nullptr) return kPlainPiece;
+    if (panels_ == 1 && (kFuses || is_native<kCompute>(code_))) return kStreamedPiece;
+    return is_native<kCompute>(code_) || unpacks_each_time() ? kNativePiece : kUnpackedPiece;
   }
 
-  // The packed segments of a chunk: in the layer, or made here from the caller's views.
-  const std::uint8_t* packed_segments(const Chunk& chunk, std::int64_t tile, std::int64_t* stride) {
+  void run_tile(const Chunk& chunk, std::int64_t t, std::int64_t slot) {
+    for_each_piece(chunk, limit_of_pieces(),
+                   [&](const Chunk& piece) { run_piece(chunk, piece, t, slot); });
+  }
+
+  // The packed segments of a piece: in the layer, or made here from the caller's views.
+  const std::uint8_t* packed_segments(const Chunk& piece, std::int64_t tile, std::int64_t* stride) {
     if (call_.packed != nullptr) {
       *stride = layout_.segment_bytes;
       return reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert)) +
-             tile * layout_.tile_bytes + chunk.segment * layout_.segment_bytes;
+             tile * layout_.tile_bytes + piece.segment * layout_.segment_bytes;
     }
-    *stride = layout_.header_bytes + chunk.steps * layout_.step_bytes;
-    for (std::int64_t i = 0; i < chunk.segments; ++i) {
+    *stride = layout_.header_bytes + piece.steps * layout_.step_bytes;
+    for (std::int64_t i = 0; i < piece.segments; ++i) {
       auto* out = reinterpret_cast<std::byte*>(b_.plain) + i * *stride;
-      const PackPart part{.expert = strip_.expert, .tile = tile, .segment = chunk.segment + i,
-                          .first_step = chunk.first_step, .steps = steps_of(chunk, i)};
+      const PackPart part{.expert = strip_.expert, .tile = tile, .segment = piece.segment + i,
+                          .first_step = piece.first_step, .steps = steps_of(piece, i)};
       pack_header(*call_.spec, layout_, stage_.b->plain, part, out);
       pack_steps(*call_.spec, layout_, stage_.b->plain, part, out + layout_.header_bytes);
     }
     return b_.plain;
   }
 
-  void run_tile(const Chunk& chunk, std::int64_t t) {
+  // `slot`: which of the waiting tiles' sums are this one's.
+  void run_piece(const Chunk& chunk, const Chunk& piece, std::int64_t t, std::int64_t slot) {
     std::int64_t stride = 0;
-    const std::uint8_t* header = packed_segments(chunk, strip_.first_tile + t, &stride);
-    Segments segments{.code = code_, .count = chunk.segments, .steps = chunk.steps,
-                      .last_steps = steps_of(chunk, chunk.segments - 1),
+    const std::uint8_t* header = packed_segments(piece, strip_.first_tile + t, &stride);
+    Segments segments{.code = code_, .count = piece.segments, .steps = piece.steps,
+                      .last_steps = steps_of(piece, piece.segments - 1),
                       .data = header + layout_.header_bytes, .data_stride = stride,
                       .zero = header + (folded() ? 0 : layout_.zero_offset),
                       .e2m1 = call_.spec->format == WeightFormat::kE2M1};
-    if (call_.packed != nullptr) segments.data += chunk.first_step * layout_.step_bytes;
-    const bool last = chunk.first_step + segments.last_steps ==
-                      layout_.steps(chunk.segment + chunk.segments - 1);
-    Panel panel{.a_stride = a_stride_, .segment_units = chunk.steps * per_step_,
-                .c_stride = kStripCols,
-                .begin = chunk.first_step == 0 ? Begin::kZero : Begin::kRaw,
-                .end = !last ? End::kRaw : chunk.segment == 0 ? End::kFirst : End::kAdd,
-                .row_stride = chunk.segments, .implicit_zero = implicit_zero_};
-    if (folded()) {  // sums run through: as one segment of all of K, cut into chunks
-      const bool ends = last && chunk.segment + chunk.segments == layout_.segments;
-      panel.begin = chunk.segment == 0 && chunk.first_step == 0 ? Begin::kZero : Begin::kRaw;
+    if (call_.packed != nullptr) segments.data += piece.first_step * layout_.step_bytes;
+    const bool first = piece.first_step == 0;
+    const bool last = piece.first_step + segments.last_steps ==
+                      layout_.steps(piece.segment + piece.segments - 1);
+    Panel panel{.a_stride = a_stride_, .segment_units = piece.steps * per_step_,
+                .c_stride = c_stride_,
+                .begin = first ? Begin::kZero : Begin::kRaw,
+                .end = !last ? End::kRaw : piece.segment == 0 ? End::kFirst : End::kAdd,
+                .row_stride = chunk.segments};
+    if (folded()) {  // sums run through: as one segment of all of K, cut into pieces
+      const bool ends = last && piece.segment + piece.segments == layout_.segments;
+      panel.begin = piece.segment == 0 && first ? Begin::kZero : Begin::kRaw;
       panel.end = ends ? End::kFirst : End::kRaw;
       panel.sums = Sums::kThroughout;
     } else if (last) {
-      read_scales(header, stride, chunk.segments, &panel);
+      panel.scale = b_.scales.read(layout_, header, stride, piece.segments, &panel.scale_stride);
     }
-    if (kCompute == Compute::kByte && layout_.zero_points) {
-      for (std::int64_t i = 0; i < chunk.segments; ++i)
-        for (std::int64_t c = 0; c < kTileCols; ++c)
-          b_.zeros[i * kTileCols + c] = segments.zero[i * stride + c];
-      panel.zero = b_.zeros;
-    }
-    const std::int64_t panels = (strip_.rows + kPanelRows - 1) / kPanelRows;
-    const std::int64_t units = ((chunk.segments - 1) * chunk.steps + segments.last_steps) * per_step_;
-    if (panels > 1) look_ahead(chunk, t, panels, &panel);
-    if (!fused_) make_native(&segments);
-    for (std::int64_t p = 0, row = 0; p < panels; ++p) {
-      panel.rows = (strip_.rows - row + panels - p - 1) / (panels - p);  // even shares
-      panel.a = b_.rows + row * a_stride_;
-      panel.total = b_.total + row * kStripCols + t * kTileCols;
+    if (kCompute == Compute::kByte && layout_.zero_points)
+      panel.zero = b_.scales.read_zeros(segments.zero, stride, piece.segments);
+    const std::int64_t segment_of_chunk = piece.segment - chunk.segment;
+    const std::int64_t step_of_chunk =
+        segment_of_chunk * chunk.steps + piece.first_step - chunk.first_step;
+    const std::int64_t units = ((piece.segments - 1) * piece.steps + segments.last_steps) * per_step_;
+    if (panels_ > 1) look_ahead(chunk, piece, t, &panel);
+    for (std::int64_t p = 0, row = 0; p < panels_; ++p) {
+      panel.rows = (strip_.rows - row + panels_ - p - 1) / (panels_ - p);  // even shares
+      panel.a = b_.rows + row * a_stride_ + step_of_chunk * per_step_;
+      panel.total = b_.total + row * c_stride_ + slot * kTileCols;
       panel.raw = layout_.segments == 1 || folded() ? panel.total
-                                                    : b_.raw + row * kStripCols + t * kTileCols;
-      panel.row_sum = b_.row_sums + row * chunk.segments;
-      if (grouped_rows_ && last) panel.row_scale = b_.row_scales + row * chunk.segments;
-      if (fused_ && !is_native<kCompute>(code_))
-        Level::template fused<kCompute>(panel, segments);
-      else
-        Level::template native<kCompute>(panel, segments);
+                                                    : b_.raw + row * c_stride_ + slot * kTileCols;
+      panel.row_begin = b_.row_begins + row * chunk.segments + segment_of_chunk;
+      if (grouped_rows_ && last)
+        panel.row_scale = b_.row_scales + row * chunk.segments + segment_of_chunk;
+      multiply(&panel, &segments, p);
       if (panel.ahead != nullptr) panel.ahead += panel.ahead_step * units;
       row += panel.rows;
     }
-    if (folded()) mark_huge_scales(header, stride, chunk.segments, t);
+    if (folded()) mark_huge_scales(header, stride, piece.segments, slot);
   }
 
   bool folded() const { return code_ == Code::kE2M1Scaled; }
 
-  // E8M0's NaN, and scales whose largest weight leaves bf16: NaN, which stays through later chunks.
+  bool unpacks_each_time() const { return kFuses && !Level::keeps(code_); }
+
+  void multiply(Panel* panel, Segments* segments, std::int64_t p) {
+    if (is_native<kCompute>(code_) || (p > 0 && !unpacks_each_time()))
+      return Level::template native<kCompute>(*panel, *segments);
+    if constexpr (kFuses) {
+      const bool keeps = panels_ > 1 && !unpacks_each_time();
+      panel->keep = keeps ? b_.unpacked : nullptr;
+      Level::template fused<kCompute>(*panel, *segments);
+      if (keeps) view_unpacked(segments);
+    } else {
+      const std::int64_t bytes = segments->steps * per_step_ * 256;
+      for (std::int64_t i = 0; i < segments->count; ++i)
+        Level::template unpack<kCompute>(segments->at(i), b_.unpacked + i * bytes);
+      view_unpacked(segments);
+      Level::template native<kCompute>(*panel, *segments);
+    }
+  }
+
+  void view_unpacked(Segments* segments) const {
+    segments->data = b_.unpacked;
+    segments->steps *= per_step_;
+    segments->last_steps *= per_step_;
+    segments->data_stride = segments->steps * 256;
+    if (folded()) {
+      segments->last_steps += (segments->count - 1) * segments->steps;
+      segments->count = 1;
+    }
+  }
+
+  // E8M0's NaN, and scales whose largest weight leaves bf16: NaN, which stays through later pieces.
   void mark_huge_scales(const std::uint8_t* header, std::int64_t stride, std::int64_t count,
-                        std::int64_t t) {
+                        std::int64_t slot) {
     typedef std::uint8_t Bytes __attribute__((vector_size(kTileCols)));
     Bytes largest{};
     for (std::int64_t i = 0; i < count; ++i) {
@@ -247,118 +316,34 @@ class StripRun {
     if ((any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7]) == 0) return;
     for (std::int64_t c = 0; c < kTileCols; ++c)
       for (std::int64_t r = 0; r < strip_.rows && over[c] != 0; ++r)
-        b_.total[r * kStripCols + t * kTileCols + c] = std::bit_cast<float>(0x7fc00000u);
-  }
-
-  // Into units, in scratch, unless they are that already.
-  void make_native(Segments* segments) {
-    if (is_native<kCompute>(code_)) return;
-    const std::int64_t bytes = segments->steps * per_step_ * 256;
-    for (std::int64_t i = 0; i < segments->count; ++i)
-      Level::template unpack<kCompute>(segments->at(i), b_.unpacked + i * bytes);
-    segments->data = b_.unpacked;
-    segments->data_stride = bytes;
-    segments->steps *= per_step_;
-    segments->last_steps *= per_step_;
-    if (folded()) {
-      segments->last_steps += (segments->count - 1) * segments->steps;
-      segments->count = 1;
-    }
+        b_.total[r * c_stride_ + slot * kTileCols + c] = std::bit_cast<float>(0x7fc00000u);
   }
 
   // With several panels the same weights are multiplied several times: each panel fetches its share of
-  // what follows, so that memory works while the arithmetic does.
-  void look_ahead(const Chunk& chunk, std::int64_t t, std::int64_t panels, Panel* panel) const {
+  // what follows, so that memory works while the arithmetic does. Within a tile pieces follow each other
+  // in memory, and behind a tile the next one; only the last piece of a chunk of several knows better.
+  void look_ahead(const Chunk& chunk, const Chunk& piece, std::int64_t t, Panel* panel) const {
     if (call_.packed == nullptr) return;
-    std::int64_t tile = strip_.first_tile + t, segment = chunk.segment, step = chunk.first_step;
-    if (t + 1 < strip_.tiles) {
+    const auto* expert = reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert));
+    std::int64_t tile = strip_.first_tile + t, segment = piece.segment, step = piece.first_step;
+    step += piece.steps;
+    if (step >= layout_.segment_steps) {
+      segment += piece.segments;
+      step = 0;
+    }
+    if (segment >= chunk.segment + chunk.segments ||
+        (chunk.segments == 1 && step >= chunk.first_step + chunk.steps)) {
+      if (t + 1 >= strip_.tiles) return;  // rare: nothing known to follow
       ++tile;
-    } else {  // the next chunk of the first tile
-      tile = strip_.first_tile;
-      step += chunk.steps;
-      if (step >= layout_.segment_steps) {
-        segment += chunk.segments;
-        step = 0;
-      }
+      segment = chunk.segment;
+      step = chunk.first_step;
     }
-    if (segment >= layout_.segments) return;
-    panel->ahead = reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert)) +
-                   tile * layout_.tile_bytes + segment * layout_.segment_bytes +
+    panel->ahead = expert + tile * layout_.tile_bytes + segment * layout_.segment_bytes +
                    (step == 0 ? 0 : layout_.header_bytes) + step * layout_.step_bytes;
-    const std::int64_t units = chunk.steps * per_step_ * panels;
-    panel->ahead_step = (layout_.header_bytes + chunk.steps * layout_.step_bytes + units - 1) / units;
-  }
-
-  void read_scales(const std::uint8_t* header, std::int64_t stride, std::int64_t count, Panel* panel) {
-    panel->scale = layout_.scale == ScaleKind::kNone ? nullptr : b_.scales;
-    panel->scale_stride = kTileCols;
-    switch (layout_.scale) {
-      case ScaleKind::kColumns:  // as they lie
-        panel->scale = reinterpret_cast<const float*>(header);
-        panel->scale_stride = stride / static_cast<std::int64_t>(sizeof(float));
-        return;
-      case ScaleKind::kHalves:
-        for (std::int64_t i = 0; i < count; ++i) {
-          float halves[2];
-          std::memcpy(halves, header + i * stride, sizeof(halves));
-          std::fill_n(b_.scales + i * kTileCols, kTileCols / 2, halves[0]);
-          std::fill_n(b_.scales + i * kTileCols + kTileCols / 2, kTileCols / 2, halves[1]);
-        }
-        return;
-      case ScaleKind::kE8M0:
-        for (std::int64_t i = 0; i < count; ++i)
-          for (std::int64_t c = 0; c < kTileCols; c += 16)
-            e8m0_to_f32(header + i * stride + c, b_.scales + i * kTileCols + c);
-        return;
-      case ScaleKind::kNone: return;
-    }
-  }
-
-  void finish() {
-    const SideTensors& side = stage_.b->side;
-    const std::int64_t expert = strip_.expert;
-    Epilogue e{.activation = stage_.activation, .gated = call_.spec->gated};
-    const auto per_expert = [&](const Tensor& t, float otherwise) {
-      return t.defined() ? float_at(t, expert * t.strides[0]) : otherwise;
-    };
-    float alpha = 1.0f;
-    if (side.alpha.defined()) {
-      alpha = float_at(side.alpha, expert * side.alpha.strides[0]);
-      e.alpha = &alpha;
-    }
-    if (stage_.activation != nullptr) {
-      e.values = {.alpha = per_expert(side.activation.alpha, stage_.activation->alpha),
-                  .beta = per_expert(side.activation.beta, stage_.activation->beta),
-                  .limit = per_expert(side.activation.limit, stage_.activation->limit)};
-    }
-    const std::int64_t outputs = call_.spec->gated ? kTileCols / 2 : kTileCols;
-    alignas(64) float bias[kTileCols];
-    const Tensor& c = stage_.c;
-    for (std::int64_t t = 0; t < strip_.tiles; ++t) {
-      const std::int64_t tile = strip_.first_tile + t;
-      if (side.bias.defined()) {
-        for (std::int64_t i = 0; i < kTileCols; ++i) {
-          const std::int64_t row = row_of_column(*call_.spec, tile, i);
-          bias[i] = row < 0 ? 0.0f
-                            : float_at(side.bias, expert * side.bias.strides[0] +
-                                                          row * side.bias.strides[1]);
-        }
-        e.bias = bias;
-      }
-      for (std::int64_t r = 0; r < strip_.rows; ++r) {
-        const std::int64_t position = strip_.positions[r];
-        e.sums = b_.total + r * kStripCols + t * kTileCols;
-        e.a_scale = grouped_rows_ ? nullptr : a_scale_[r];
-        if (stage_.row_weights != nullptr)
-          e.row_weight = stage_.row_weights + stage_.rows.row_slot[position];
-        const std::int64_t row = row_index(stage_.rows, stage_.c_row, stage_.top_k, position);
-        e.out = {.dtype = c.dtype,
-                 .data = row_of(c, row, static_cast<std::int64_t>(size_of_element(c.dtype))),
-                 .stride = c.strides[c.rank - 1], .columns = c.shape[c.rank - 1]};
-        e.first_column = tile * outputs;
-        finish_row(e);
-      }
-    }
+    const std::int64_t units = piece.segments * piece.steps * per_step_ * panels_;
+    const std::int64_t bytes =
+        piece.segments * (layout_.header_bytes + piece.steps * layout_.step_bytes);
+    panel->ahead_step = (bytes + units - 1) / units;
   }
 
   const GemmCall& call_;
@@ -366,10 +351,10 @@ class StripRun {
   const GemmStage& stage_;
   const Strip& strip_;
   StripBuffers& b_;
-  std::int64_t element_ = 1, per_step_ = 1, a_stride_ = 0;
+  std::int64_t element_ = 1, per_step_ = 1, a_stride_ = 0, c_stride_ = kTileCols, panels_ = 1;
   Code code_ = Code::kF32;
-  std::int32_t implicit_zero_ = 0;
-  bool grouped_rows_ = false, fused_ = false;
+  std::int32_t implicit_zero_ = 1;
+  bool grouped_rows_ = false;
   const std::byte* a_[kStripRows];
   const float* a_scale_[kStripRows] = {};
 };

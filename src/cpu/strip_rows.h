@@ -86,7 +86,16 @@ inline void row_to_bf16(DType dtype, const std::byte* in, std::int64_t count, st
 inline std::int32_t sum_of_bytes(const std::byte* in, std::int64_t count) {
   const auto* bytes = reinterpret_cast<const std::int8_t*>(in);
   std::int32_t sum = 0;
-  for (std::int64_t k = 0; k < count; ++k) sum += bytes[k];
+  std::int64_t k = 0;
+#if defined(__AVX512BW__)
+  __m512i sums = _mm512_setzero_si512();
+  for (; k + 64 <= count; k += 64)  // of x + 128, eight bytes at a time
+    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_xor_si512(_mm512_loadu_si512(in + k),
+                                                                   _mm512_set1_epi8(-128)),
+                                                  _mm512_setzero_si512()));
+  sum = static_cast<std::int32_t>(_mm512_reduce_add_epi64(sums) - 128 * k);
+#endif
+  for (; k < count; ++k) sum += bytes[k];
   return sum;
 }
 

@@ -78,10 +78,11 @@ struct Panel {
   const float* scale = nullptr;    // [segments][64] at scale_stride, or none
   std::int64_t scale_stride = 0;
   const float* row_scale = nullptr;        // [rows][segments] at row_stride, or none
-  const std::int32_t* row_sum = nullptr;   // same shape: of each row's activations (kByte)
+  // kByte: where sums begin (Begin::kZero), same shape; times the column's zero point if there is one.
+  const std::int32_t* row_begin = nullptr;
   std::int64_t row_stride = 0;
-  const std::int32_t* zero = nullptr;      // kByte: [segments][64] zero points, or
-  std::int32_t implicit_zero = 0;          // this one
+  const std::int32_t* zero = nullptr;      // kByte: [segments][64] zero points, or none
+  std::uint8_t* keep = nullptr;            // fused: the unpacked units are stored here, too
   const std::uint8_t* ahead = nullptr;     // weights that are needed next, to be fetched meanwhile:
   std::int64_t ahead_step = 0;             // bytes per unit
 
@@ -90,15 +91,12 @@ struct Panel {
     p.a += i * segment_units;
     if (p.scale != nullptr) p.scale += i * scale_stride;
     if (p.row_scale != nullptr) p.row_scale += i;
-    p.row_sum += i;
+    p.row_begin += i;
     if (p.zero != nullptr) p.zero += i * kTileCols;
     if (i > 0) p.end = End::kAdd;
     return p;
   }
 };
-
-inline constexpr std::int64_t kPanelRows = 6;  // 6 rows x 4 registers of sums
-inline constexpr std::int64_t kFusedRows = 6;  // up to here weights are unpacked in registers
 
 constexpr float kNibbleInt4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 

@@ -27,13 +27,10 @@ template <>
 struct Dot<Compute::kByte> {
   using Sum = __m256i;
   static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-  // Starts at -zero * the sum of the activations: integers, so the order does not matter.
-  static Sum begin(const Panel& p, std::int64_t r, std::int64_t c) {
-    const __m256i zero = p.zero != nullptr ? load(p.zero + c) : _mm256_set1_epi32(p.implicit_zero);
-    const __m256i shift = _mm256_mullo_epi32(zero, _mm256_set1_epi32(p.row_sum[r * p.row_stride]));
-    return _mm256_sub_epi32(p.begin == Begin::kRaw ? load(p.raw + r * p.c_stride + c)
-                                                   : _mm256_setzero_si256(),
-                            shift);
+  static __m256i begin(const Panel& p, std::int64_t r, std::int64_t c) {
+    if (p.begin == Begin::kRaw) return load(p.raw + r * p.c_stride + c);
+    const __m256i begin = _mm256_set1_epi32(p.row_begin[r * p.row_stride]);
+    return p.zero == nullptr ? begin : _mm256_mullo_epi32(load(p.zero + c), begin);
   }
   // Through words: vpmaddubsw would saturate.
   static Sum add(Sum sum, __m256i b, __m256i a) {
@@ -93,7 +90,19 @@ struct Level {
       unpack_bytes(segment, static_cast<std::uint8_t*>(out));
   }
 
-  static constexpr bool can_fuse() { return false; }
+  template <Compute>
+  static constexpr std::int64_t panel_rows() {
+    return 6;
+  }
+  template <Compute>
+  static constexpr std::int64_t readable_rows() {
+    return 1;
+  }
+  template <Compute>
+  static constexpr bool can_fuse() {
+    return false;
+  }
+  static constexpr bool keeps(Code) { return true; }
   static constexpr bool can_fold_e8m0() { return false; }
   template <Compute kCompute>
   static void fused(const Panel&, const Segments&) {}

@@ -16,7 +16,19 @@ struct Level {
       unpack_bytes(segment, static_cast<std::uint8_t*>(out));
   }
 
-  static constexpr bool can_fuse() { return false; }
+  template <Compute>
+  static constexpr std::int64_t panel_rows() {
+    return 6;
+  }
+  template <Compute>
+  static constexpr std::int64_t readable_rows() {
+    return 1;
+  }
+  template <Compute>
+  static constexpr bool can_fuse() {
+    return false;
+  }
+  static constexpr bool keeps(Code) { return true; }
   static constexpr bool can_fold_e8m0() { return false; }
   template <Compute kCompute>
   static void fused(const Panel&, const Segments&) {}
@@ -35,10 +47,10 @@ struct Level {
       const std::uint32_t* a = p.a + r * p.a_stride;
       Sum sums[kTileCols] = {};
       if (p.begin == Begin::kRaw) std::memcpy(sums, p.raw + r * p.c_stride, sizeof(sums));
-      if constexpr (kCompute == Compute::kByte) {
-        const std::int32_t sum = p.row_sum[r * p.row_stride];
+      if (kCompute == Compute::kByte && p.begin == Begin::kZero) {
+        const std::int32_t begin = p.row_begin[r * p.row_stride];
         for (std::int64_t c = 0; c < kTileCols; ++c)
-          sums[c] -= (p.zero != nullptr ? p.zero[c] : p.implicit_zero) * sum;
+          sums[c] = p.zero != nullptr ? p.zero[c] * begin : begin;
       }
       for (std::int64_t u = 0; u < units; ++u) {
         if constexpr (kCompute == Compute::kF32) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Behind the sums: scales, bias, activation, routing weight, rounding, in fp32 on 16 columns at a time.
-// Written in GCC's vector types, so that one source serves every level and a column's bits depend on
-// its value alone.
+// The activations on 16 columns of fp32 at a time. Written in GCC's vector types, so that one source
+// serves every level and a column's bits depend on its value alone.
 #pragma once
 
 #include "cpu/strip_types.h"
@@ -134,76 +133,6 @@ MOESAIC_INLINE Halves to_f16(Floats x) {
   for (int i = 0; i < 16; ++i) out[i] = float_to_f16(x[i]);
   return out;
 #endif
-}
-
-struct RowOut {
-  DType dtype = DType::kF32;
-  std::byte* data = nullptr;  // column 0
-  std::int64_t stride = 1;    // elements
-  std::int64_t columns = 0;
-};
-
-// Up to 16 columns from `first` on.
-MOESAIC_INLINE void store16(const RowOut& row, std::int64_t first, Floats x) {
-  const std::int64_t count = row.columns - first < 16 ? row.columns - first : 16;
-  if (count <= 0) return;
-  if (row.dtype == DType::kF32) {
-    float values[16];
-    std::memcpy(values, &x, sizeof(x));
-    auto* out = reinterpret_cast<float*>(row.data) + first * row.stride;
-    if (row.stride == 1 && count == 16) {
-      std::memcpy(out, values, sizeof(values));
-    } else {
-      for (std::int64_t i = 0; i < count; ++i) out[i * row.stride] = values[i];
-    }
-    return;
-  }
-  const Halves halves = row.dtype == DType::kF16 ? to_f16(x) : to_bf16(x);
-  std::uint16_t values[16];
-  std::memcpy(values, &halves, sizeof(halves));
-  auto* out = reinterpret_cast<std::uint16_t*>(row.data) + first * row.stride;
-  if (row.stride == 1 && count == 16) {
-    std::memcpy(out, values, sizeof(values));
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) out[i * row.stride] = values[i];
-  }
-}
-
-// --- one row of one tile -----------------------------------------------------------------------------
-struct Epilogue {
-  const float* sums = nullptr;  // [64], weight scales applied
-  const float* a_scale = nullptr;  // of the row; null: none, or per group and applied
-  const float* alpha = nullptr;
-  const float* bias = nullptr;     // [64]
-  const ActivationSpec* activation = nullptr;
-  bool gated = false;
-  ActivationValues values{};
-  const float* row_weight = nullptr;
-  RowOut out{};
-  std::int64_t first_column = 0;
-};
-
-inline void finish_row(const Epilogue& e) {
-  Floats x[4];
-  for (int i = 0; i < 4; ++i) {
-    x[i] = load16(e.sums + 16 * i);
-    if (e.a_scale != nullptr) x[i] = x[i] * *e.a_scale;
-    if (e.alpha != nullptr) x[i] = x[i] * *e.alpha;
-    if (e.bias != nullptr) x[i] = x[i] + load16(e.bias + 16 * i);
-  }
-  int outputs = 4;
-  if (e.activation != nullptr) {
-    if (e.gated) {
-      outputs = 2;
-      for (int i = 0; i < 2; ++i) x[i] = gated16(e.activation->kind, x[i], x[i + 2], e.values);
-    } else {
-      for (int i = 0; i < 4; ++i) x[i] = plain16(e.activation->kind, x[i]);
-    }
-  }
-  for (int i = 0; i < outputs; ++i) {
-    if (e.row_weight != nullptr) x[i] = x[i] * *e.row_weight;
-    store16(e.out, e.first_column + 16 * i, x[i]);
-  }
 }
 
 }  // namespace

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+// The AVX-512 levels' readers: a packed step into the four registers that are multiplied. What a level
+// lacks is replaced by a longer sequence with the same numbers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/strip_rows.h"
+
+namespace moesaic {
+namespace {
+
+// --- unpackers: one packed step -> the 64 columns' units ------------------------------------------
+// pairs(): two bf16 per column. Every code's values are exact in bf16.
+struct ReadB16 {
+  static constexpr std::int64_t kBytes = 256;
+  ReadB16(const Segments&, std::int64_t) {}
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
+  }
+};
+
+#if defined(__AVX512VBMI__)
+// Tables that the compiler keeps in registers over a loop push the sums of four and more rows out of
+// them; a pointer it knows nothing about makes it read them again.
+template <int kRows, typename T>
+const T* table_for(const T* table) {
+  if constexpr (kRows >= 4) asm("" : "+r"(table));
+  return table;
+}
+
+// 128 bytes to be looked up.
+struct alignas(64) ByteTable {
+  std::uint8_t bytes[128];
+  __m512i operator[](__m512i index) const {  // bit 7 of an index is ignored
+    return _mm512_permutex2var_epi8(_mm512_load_si512(bytes), index, _mm512_load_si512(bytes + 64));
+  }
+};
+// One byte of the bf16 of value(first), value(first + 1), ...
+template <typename F>
+constexpr ByteTable byte_table(int first, int shift, F value) {
+  ByteTable table{};
+  for (int i = 0; i < 128; ++i)
+    table.bytes[i] =
+        static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(value(first + i)) >> (16 + shift));
+  return table;
+}
+
+constexpr float e4m3_value(int i) { return exact_e4m3(static_cast<std::uint8_t>(i)); }
+constexpr ByteTable kE4M3Tables[2] = {byte_table(0, 0, e4m3_value), byte_table(0, 8, e4m3_value)};
+struct ReadE4M3 {
+  static constexpr std::int64_t kBytes = 128;
+  ReadE4M3(const Segments&, std::int64_t) {}
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i v = _mm512_loadu_si512(p + 64 * half);
+      const ByteTable* tables = table_for<kRows>(kE4M3Tables);
+      const __m512i lo = tables[0][v];
+      // high | (v & 0x80)
+      const __m512i hi = _mm512_ternarylogic_epi32(tables[1][v], v, _mm512_set1_epi8(-128), 0xf8);
+      b[2 * half] = _mm512_unpacklo_epi8(lo, hi);
+      b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
+    }
+  }
+};
+
+constexpr float byte_value(int i) { return static_cast<float>(i - 128); }
+constexpr ByteTable kByteTables[4] = {byte_table(0, 0, byte_value), byte_table(128, 0, byte_value),
+                                      byte_table(0, 8, byte_value), byte_table(128, 8, byte_value)};
+struct ReadByte {
+  static constexpr std::int64_t kBytes = 128;
+  ReadByte(const Segments&, std::int64_t) {}
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i v = _mm512_loadu_si512(p + 64 * half);
+      const ByteTable* tables = table_for<kRows>(kByteTables);
+      const __mmask64 upper = _mm512_movepi8_mask(v);
+      const __m512i lo = _mm512_mask_mov_epi8(tables[0][v], upper, tables[1][v]);
+      const __m512i hi = _mm512_mask_mov_epi8(tables[2][v], upper, tables[3][v]);
+      b[2 * half] = _mm512_unpacklo_epi8(lo, hi);
+      b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
+    }
+  }
+};
+#else
+struct ReadE4M3 {
+  static constexpr std::int64_t kBytes = 128;
+  ReadE4M3(const Segments&, std::int64_t) {}
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i v = _mm512_loadu_si512(p + 64 * half);
+      b[2 * half] = e4m3_words_to_bf16(_mm512_unpacklo_epi8(v, _mm512_setzero_si512()));
+      b[2 * half + 1] = e4m3_words_to_bf16(_mm512_unpackhi_epi8(v, _mm512_setzero_si512()));
+    }
+  }
+};
+#endif
+
+// Words of -255 .. 255 -> bf16.
+inline __m512i words_to_bf16(__m512i words) {
+  const __m512i even = _mm512_castps_si512(
+      _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16)));
+  const __m512i odd = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16)));
+  return _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
+}
+// A column's zero point in both words of its pair.
+inline void read_zero_words(const std::uint8_t* zero, __m512i out[4]) {
+  for (int i = 0; i < 4; ++i) {
+    const __m512i z = _mm512_cvtepu8_epi32(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + 16 * i)));
+    out[i] = _mm512_or_si512(z, _mm512_slli_epi32(z, 16));
+  }
+}
+
+struct ReadByteZero {
+  static constexpr std::int64_t kBytes = 128;
+  __m512i zero[4];
+  ReadByteZero(const Segments& s, std::int64_t segment) {
+    if (s.code == Code::kByteZero) {
+      read_zero_words(s.zero + segment * s.data_stride, zero);
+    } else {
+      for (__m512i& z : zero) z = _mm512_set1_epi16(128);
+    }
+  }
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i v = _mm512_loadu_si512(p + 64 * half);
+      const __m512i none = _mm512_setzero_si512();
+      b[2 * half] =
+          words_to_bf16(_mm512_sub_epi16(_mm512_unpacklo_epi8(v, none), zero[2 * half]));
+      b[2 * half + 1] =
+          words_to_bf16(_mm512_sub_epi16(_mm512_unpackhi_epi8(v, none), zero[2 * half + 1]));
+    }
+  }
+};
+#if !defined(__AVX512VBMI__)
+using ReadByte = ReadByteZero;
+#endif
+
+// 32 words to be looked up: bf16 of value(0), value(1), ...
+struct alignas(64) WordTable {
+  std::uint16_t words[32];
+};
+template <typename F>
+constexpr WordTable word_table(F value) {
+  WordTable table{};
+  for (int i = 0; i < 32; ++i)
+    table.words[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value(i)) >> 16);
+  return table;
+}
+
+// vpermw looks at five bits of an index. Sixteen values are there twice, so the fifth bit (the next
+// nibble's) does not matter and no mask is needed.
+constexpr WordTable kInt4Words = word_table([](int i) { return kNibbleInt4[i % 16]; });
+constexpr WordTable kE2M1Words = word_table([](int i) { return kE2M1[i % 16]; });
+struct ReadNibble {
+  static constexpr std::int64_t kBytes = 64;
+  __m512i table;
+  ReadNibble(const Segments& s, std::int64_t)
+      : table(_mm512_load_si512(s.e2m1 ? kE2M1Words.words : kInt4Words.words)) {}
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    const __m512i v = _mm512_loadu_si512(p);
+    b[0] = _mm512_permutexvar_epi16(v, table);
+    b[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), table);
+    b[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), table);
+    b[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), table);
+  }
+};
+
+// q - zero is -15 .. 15: five bits of two's complement, which index a table of 32.
+constexpr WordTable kSignedWords =
+    word_table([](int i) { return static_cast<float>(i < 16 ? i : i - 32); });
+struct ReadNibbleZero {
+  static constexpr std::int64_t kBytes = 64;
+  __m512i table, zero[4];
+  ReadNibbleZero(const Segments& s, std::int64_t segment)
+      : table(_mm512_load_si512(kSignedWords.words)) {
+    read_zero_words(s.zero + segment * s.data_stride, zero);
+  }
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    const __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi16(15);
+    const __m512i q[4] = {_mm512_and_si512(v, mask),
+                          _mm512_and_si512(_mm512_srli_epi16(v, 4), mask),
+                          _mm512_and_si512(_mm512_srli_epi16(v, 8), mask),
+                          _mm512_srli_epi16(v, 12)};
+    for (int i = 0; i < 4; ++i)
+      b[i] = _mm512_permutexvar_epi16(_mm512_sub_epi16(q[i], zero[i]), table);
+  }
+};
+
+// e2m1 times 2^(e - 127): a change of the exponent of what is not zero. Sums then need no scale, and
+// run on from group to group; scaling them every 32 of K would cost a fifth. e below 2 counts as 2 (bf16
+// products would be flushed anyway); what is above 252 has been made NaN by the caller.
+// The table's magnitudes are those for the largest e, 252, and what e lacks is subtracted: saturating, so
+// that zero stays zero (minus zero is looked up as plus zero). Testing for zero lost: 12% at one row.
+constexpr std::uint16_t e2m1_at_252(int i) {
+  const auto bits = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(kE2M1[i % 16]) >> 16);
+  return (bits & 0x7fffu) == 0 ? std::uint16_t{0} : static_cast<std::uint16_t>(bits + (125u << 7));
+}
+constexpr WordTable e2m1_words_at_252() {
+  WordTable table{};
+  for (int i = 0; i < 32; ++i) table.words[i] = e2m1_at_252(i);
+  return table;
+}
+constexpr WordTable kE2M1WordsAt252 = e2m1_words_at_252();
+struct ReadE2M1Scaled {
+  static constexpr std::int64_t kBytes = 64;
+  __m512i table, lacks[4];
+  ReadE2M1Scaled(const Segments& s, std::int64_t segment)
+      : table(_mm512_load_si512(kE2M1WordsAt252.words)) {
+    const std::uint8_t* scales = s.zero + segment * s.data_stride;
+    for (int i = 0; i < 4; ++i) {  // column c's, times 2^7, in both words of its pair
+      const __m128i e = _mm_max_epu8(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16 * i)), _mm_set1_epi8(2));
+      const __m512i wide = _mm512_cvtepu8_epi32(_mm_subs_epu8(_mm_set1_epi8(-4), e));
+      lacks[i] = _mm512_or_si512(_mm512_slli_epi32(wide, 7), _mm512_slli_epi32(wide, 23));
+    }
+  }
+  template <int kRows>
+  void pairs(const std::uint8_t* p, __m512i b[4]) const {
+    const __m512i v = _mm512_loadu_si512(p);
+    const __m512i q[4] = {v, _mm512_srli_epi16(v, 4), _mm512_srli_epi16(v, 8),
+                          _mm512_srli_epi16(v, 12)};
+    for (int i = 0; i < 4; ++i)
+      b[i] = _mm512_subs_epu16(_mm512_permutexvar_epi16(q[i], table), lacks[i]);
+  }
+};
+
+// --- what a block multiplies: `units` per packed step, each four registers -------------------------
+template <typename Read>
+struct AsPairs : Read {  // Compute::kB16
+  using Read::Read;
+  static constexpr int kUnits = 1;
+  template <int kRows>
+  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
+    Read::template pairs<kRows>(p, b);
+  }
+};
+template <typename Read>
+struct AsFloats : Read {  // Compute::kF32: the pair's first, then its second
+  using Read::Read;
+  static constexpr int kUnits = 2;
+  template <int kRows>
+  void unit(const std::uint8_t* p, int which, __m512i b[4]) const {
+    Read::template pairs<kRows>(p, b);
+    for (int i = 0; i < 4; ++i)
+      b[i] = which == 0 ? _mm512_slli_epi32(b[i], 16)
+                        : _mm512_and_si512(b[i], _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  }
+};
+struct ReadF16 {  // Compute::kF32
+  static constexpr std::int64_t kBytes = 128;
+  static constexpr int kUnits = 1;
+  ReadF16(const Segments&, std::int64_t) {}
+  template <int kRows>
+  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
+    for (int i = 0; i < 4; ++i)
+      b[i] = _mm512_castps_si512(
+          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * i))));
+  }
+};
+struct ReadUnits {  // ready in memory
+  static constexpr std::int64_t kBytes = 256;
+  static constexpr int kUnits = 1;
+  ReadUnits(const Segments&, std::int64_t) {}
+  template <int kRows>
+  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
+    for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
+  }
+};
+struct ReadNibbleQuad {  // Compute::kByte
+  static constexpr std::int64_t kBytes = 128;
+  static constexpr int kUnits = 1;
+  ReadNibbleQuad(const Segments&, std::int64_t) {}
+  template <int kRows>
+  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int half = 0; half < 2; ++half) {
+      const __m512i v = _mm512_loadu_si512(p + 64 * half);
+      b[2 * half] = _mm512_and_si512(v, mask);
+      b[2 * half + 1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace moesaic

@@ -10,8 +10,9 @@ namespace moesaic::cuda {
 
 const GemmFamily* find_family(const WeightSpec& spec, const DeviceTraits& device) {
   // Decided by the scheme and the shape of the weights alone, never by the number of tokens: the
-  // two families need not give the same bits in 8 bit.
+  // families need not give the same bits.
   if (device.use_sm90 && family_sm90().supports(spec)) return &family_sm90();
+  if (device.use_sm90 && family_sm90_dequant().supports(spec)) return &family_sm90_dequant();
   if (family_sm80().supports(spec)) return &family_sm80();
   return nullptr;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two kernel families behind Backend::gemm on CUDA. Both read weights in the caller's own
+// The kernel families behind Backend::gemm on CUDA. Both read weights in the caller's own
 // layout [E, N, K]; a family may in addition define a packed layout (see pack_*), which the layer
 // then uses. Which family runs a scheme on a device is decided in one place: gemm.cpp.
 #pragma once
@@ -43,7 +43,8 @@ struct GemmFamily {
   void (*reorder)(const WeightSpec& spec, const void* dense, void* packed, cudaStream_t stream);
   void (*run)(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream);
 };
-const GemmFamily& family_sm90();  // wgmma + TMA, SM90a: f16, bf16, fp8 w8a8
-const GemmFamily& family_sm80();  // mma.sync + cp.async: every scheme the backend supports
+const GemmFamily& family_sm90();          // wgmma + TMA, SM90a: f16, bf16, fp8 w8a8
+const GemmFamily& family_sm90_dequant();  // the same, weights widened in registers: weight-only
+const GemmFamily& family_sm80();          // mma.sync + cp.async: every scheme the backend supports
 
 }  // namespace moesaic::cuda

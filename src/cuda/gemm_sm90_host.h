@@ -20,14 +20,13 @@ void encode(CUtensorMap& map, const void* data, Element element, const Extent<kR
             const char* what, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
 // Of p.experts experts, gate and up brought together as p says. Packed weights: k in bytes, kE4M3.
 void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std::int64_t k,
-                int chunk_k, int box_rows,
-                CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
+                int chunk_k, int box_rows, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
 
 // Rows of a rank-2 or rank-3 tensor, in units of `unit` elements.
 RowLayout row_layout(const Tensor& t, std::int64_t unit);
 bool multiples(const Tensor& t, std::int64_t of);  // all strides but the last
 bool aligned(const void* data, std::size_t bytes);
-void set_output(Params& p, const Tensor& c);            // after p.columns
-void set_side(Params& p, const GemmStage& stage);       // bias, alpha, activation, row weights
+void set_output(Params& p, const Tensor& c);       // after p.columns
+void set_side(Params& p, const GemmStage& stage);  // bias, alpha, activation, row weights
 
 }  // namespace moesaic::cuda::sm90

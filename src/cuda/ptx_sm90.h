@@ -79,6 +79,12 @@ __device__ __forceinline__ void copy_async_16(std::uint32_t dst, const void* src
 __device__ __forceinline__ void copy_async_4(std::uint32_t dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
+// The same; only `bytes` (up to 4) are read, the rest becomes zero.
+__device__ __forceinline__ void copy_async_4(std::uint32_t dst, const void* src,
+                                             std::uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(bytes)
+               : "memory");
+}
 // One of the barrier's expected arrivals, made when this thread's copies so far have landed.
 __device__ __forceinline__ void copy_async_arrive(std::uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of the SM90 weight-only family: which schemes it takes, which kernel runs a stage.
+#include <algorithm>
+#include <string>
+
+#include "check.h"
+#include "cuda/gemm.h"
+#include "cuda/gemm_sm90_dequant.h"
+#include "cuda/gemm_sm90_host.h"
+
+namespace moesaic::cuda {
+namespace {
+
+using namespace sm90;
+
+// --- the closed list of kernels
+enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf };
+constexpr int kKernels = 4;
+
+struct KernelTraits {
+  int tokens, rows;  // of a task
+  int per_sm;        // CTAs that fit into an SM
+  int box;           // tokens of a TMA load
+  int row_bytes;     // of weights in a stage
+  void (*launch)(const DequantParams&, int, cudaStream_t);
+};
+
+template <typename W, Element E, int kSteps>
+KernelTraits traits_of(Kernel kernel) {
+  using Small = DequantNarrow<W, E, kSteps>;
+  using Medium = DequantMiddle<W, E, kSteps>;
+  using Large = DequantWide<W, E, kSteps>;
+  switch (kernel) {
+    case Kernel::kNarrow:
+      return {Small::kTokens, Small::kRows,     Small::kPerSm,
+              Small::kBox,    Small::kRowBytes, launch_dequant<Small>};
+    case Kernel::kNarrowHalf:
+      return {Small::kTokens,       32, Small::kPerSm, Small::kBox, Small::kRowBytes,
+              launch_dequant<Small>};
+    case Kernel::kMiddle:
+      return {Medium::kTokens, Medium::kRows,     Medium::kPerSm,
+              Medium::kBox,    Medium::kRowBytes, launch_dequant<Medium>};
+    case Kernel::kWide:
+      return {Large::kTokens, Large::kRows,     Large::kPerSm,
+              Large::kBox,    Large::kRowBytes, launch_dequant<Large>};
+  }
+  return {};
+}
+
+// What distinguishes the kernels of a scheme.
+struct Variant {
+  WeightFormat format;
+  bool f16, zeros, fine;  // fine: promotion every 32 of K
+};
+
+template <typename W>
+KernelTraits traits_of(const Variant& v, Kernel kernel) {
+  if (v.f16)
+    return v.fine ? traits_of<W, Element::kF16, 2>(kernel) : traits_of<W, Element::kF16, 8>(kernel);
+  return v.fine ? traits_of<W, Element::kBF16, 2>(kernel) : traits_of<W, Element::kBF16, 8>(kernel);
+}
+
+KernelTraits traits_of(const Variant& v, Kernel kernel) {
+  if (v.format == WeightFormat::kE4M3) return traits_of<E4M3>(v, kernel);
+  if (v.format == WeightFormat::kU4)
+    return v.zeros ? traits_of<U4<Zeros::kGiven>>(v, kernel)
+                   : traits_of<U4<Zeros::kMiddle>>(v, kernel);
+  return v.zeros ? traits_of<I8<Zeros::kGiven>>(v, kernel)
+                 : traits_of<I8<Zeros::kMiddle>>(v, kernel);
+}
+
+bool along_k(const WeightSpec& spec) { return spec.scale.has_scale && spec.scale.grid_k > 1; }
+
+Variant variant_of(const WeightSpec& spec) {
+  return {.format = spec.format,
+          .f16 = spec.act_dtype == DType::kF16,
+          .zeros = spec.zero_points,
+          .fine = along_k(spec) && spec.scale.group_k % 128 != 0};
+}
+
+std::int64_t row_bytes(const WeightSpec& spec) {
+  return spec.format == WeightFormat::kU4 ? spec.k / 2 : spec.k;
+}
+
+bool supports(const WeightSpec& spec) {
+  if (spec.act != ActFormat::k16 || !is_16bit(spec.act_dtype)) return false;
+  if (spec.format != WeightFormat::kU4 && spec.format != WeightFormat::kI8 &&
+      spec.format != WeightFormat::kU8 && spec.format != WeightFormat::kE4M3)
+    return false;
+  // 16-byte pieces are the unit of every load of weights and tokens.
+  if (spec.k <= 0 || spec.n <= 0 || spec.k % 8 != 0 || row_bytes(spec) % 16 != 0) return false;
+  if (spec.gated && spec.n % 16 != 0) return false;  // gate and up are interleaved eight by eight
+  if (!spec.scale.has_scale) return false;           // every one of these schemes has some
+  // Zero points come with groups of single rows, of unsigned weights.
+  const bool grouped = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kU8;
+  if (spec.zero_points && (!grouped || spec.scale.group_n != 1)) return false;
+  return !along_k(spec) || spec.scale.group_k % 32 == 0;
+}
+
+// --- policy
+// As in the SM90 family: the smallest tile that holds nearly every expert's rows.
+std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
+  const std::int64_t mean = slots / (fc1.experts > 0 ? fc1.experts : 1);
+  if (mean <= 9) return 16;
+  return mean <= 50 ? 64 : traits_of(variant_of(fc1), Kernel::kWide).tokens;
+}
+
+Kernel kernel_for(const GemmStage& stage) {
+  const int forced = stage.tactic;
+  if (forced >= 0 && forced < kKernels) return static_cast<Kernel>(forced);
+  const std::int64_t rows = stage.rows.tile_rows;
+  return rows <= 16 ? Kernel::kNarrow : rows <= 64 ? Kernel::kMiddle : Kernel::kWide;
+}
+
+std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
+  std::vector<Tactic> list;
+  for (int i = 0; i < kKernels; ++i) {
+    const KernelTraits traits = traits_of(variant_of(spec), static_cast<Kernel>(i));
+    list.push_back({i, "weights widened in registers, " + std::to_string(traits.tokens) +
+                           " tokens x " + std::to_string(traits.rows) + " rows"});
+  }
+  return list;
+}
+
+// --- a stage's arguments
+// Offset of one step along each dimension of cells [E, N, G], in elements; 0 where there is one.
+struct CellStrides {
+  std::int64_t expert = 0, row = 0, group = 0, reach = 0;
+  explicit CellStrides(const Tensor& t) {
+    const auto stride = [&](int i) { return t.rank > i && t.shape[i] > 1 ? t.strides[i] : 0; };
+    expert = stride(0), row = stride(1), group = stride(2);
+    for (int i = 0; i < t.rank; ++i) reach += (t.shape[i] - 1) * t.strides[i];
+  }
+};
+
+void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weights) {
+  if (!weights.scale.defined()) invalid("scale: this scheme's weights need scales");
+  const CellStrides scale(weights.scale);
+  p.scale = weights.scale.as<const float>();
+  p.cell_expert = static_cast<std::uint32_t>(scale.expert);
+  p.cell_row = static_cast<std::uint32_t>(scale.row);
+  p.cell_group = static_cast<std::uint32_t>(scale.group);
+  p.cell_rows = static_cast<std::uint32_t>(std::max<std::int64_t>(spec.scale.group_n, 1));
+  p.groups = static_cast<std::uint32_t>(along_k(spec) ? spec.scale.grid_k : 1);
+  p.group_blocks =
+      static_cast<std::uint32_t>(along_k(spec) ? spec.scale.group_k / 32 : ceil_div(spec.k, 32));
+  std::int64_t reach = scale.reach;
+  if (spec.zero_points) {
+    if (!weights.zero_point.defined())
+      invalid("zero_point: this scheme's weights need zero points");
+    const CellStrides zero(weights.zero_point);
+    p.zero = weights.zero_point.as<const std::uint8_t>();
+    if (!aligned(p.zero, 4)) {
+      unsupported(
+          "zero_point: the wgmma kernels read zero points from a tensor that starts at a multiple "
+          "of 4 bytes; pass a contiguous copy");
+    }
+    p.zero_expert = static_cast<std::uint32_t>(zero.expert);
+    p.zero_row = static_cast<std::uint32_t>(zero.row);
+    p.zero_group = static_cast<std::uint32_t>(zero.group);
+    p.zero_bytes = static_cast<std::uint32_t>(zero.reach + 1);
+    p.zero_nibbles = spec.format == WeightFormat::kU4;
+    reach = std::max(reach, zero.reach + 1);
+  }
+  if (reach > 0xfffffff0LL || spec.n > 0x3fffffffLL) {
+    unsupported("scale: more than 2^32 cells; split the experts over several layers");
+  }
+}
+
+void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream) {
+  const WeightSpec& spec = stage.b->spec;
+  const GemmWeights& weights = weights_of(*stage.b);
+  if (stage.rows.max_tiles == 0 || stage.rows.positions == 0) return;
+  const Tensor& w = weights.weight;
+  if (w.strides[2] != 1 || !multiples(w, 16) || !aligned(w.data, 16)) {
+    unsupported(
+        "weight: the wgmma kernels read rows of K contiguous elements that start at multiples of "
+        "16 bytes; pass a contiguous copy");
+  }
+  if (!multiples(stage.a, 8) || !aligned(stage.a.data, 16)) {
+    unsupported(
+        "a: the wgmma kernels read rows that start at multiples of 16 bytes; pass a contiguous "
+        "copy");
+  }
+  if (stage.rows.positions > 0xfffffff0LL || stage.rows.slot_count > 0x7fffffffLL) {
+    unsupported(
+        "positions: the wgmma kernels number rows with 32 bits; split the tokens over several "
+        "calls");
+  }
+
+  DequantParams p{};
+  p.rows = stage.rows;
+  p.experts = static_cast<std::int32_t>(spec.experts);
+  p.gated = stage.activation != nullptr && is_gated(stage.activation->kind);
+  p.columns = p.gated ? spec.n / 2 : spec.n;
+  const KernelTraits traits = traits_of(variant_of(spec), kernel_for(stage));
+  p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, traits.tokens));
+  p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows % 16 == 0;
+  p.task_rows = traits.rows;
+  p.row_tasks = static_cast<std::int32_t>(ceil_div(spec.n, traits.rows));
+  p.settled = stage.tile_age == TileAge::kSettled;
+  p.a_row = stage.a_row;
+  p.c_row = stage.c_row;
+  p.top_k = stage.top_k;
+  p.a = stage.a.as<const char>();
+  p.a_rows = row_layout(stage.a, 8);
+  p.k_bytes = spec.k * 2;
+  p.k_chunks = static_cast<std::int32_t>(ceil_div(p.k_bytes, 128));
+  p.flip = spec.format == WeightFormat::kI8 ? 0x80808080u : 0;
+  set_side(p, stage);
+  set_cells(p, spec, weights);
+  set_output(p, stage.c);
+
+  weight_map(p, w, Element::kE4M3, spec.n, row_bytes(spec), traits.row_bytes, traits.rows,
+             traits.row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+  const std::int64_t a_rows =
+      stage.a.rank == 3 ? stage.a.shape[0] * stage.a.shape[1] : stage.a.shape[0];
+  // Consecutive rows come by TMA, but for the narrow tiles: a box would bring rows that nobody
+  // wants.
+  p.token_load = stage.a_row == RowOf::kPosition && p.a_rows.inner == 0 && traits.tokens >= 64
+                     ? TokenLoad::kTma
+                     : TokenLoad::kGather;
+  if (p.token_load == TokenLoad::kTma) {
+    encode<2>(p.tokens, stage.a.data, Element::kBF16,
+              {{static_cast<cuuint64_t>(spec.k), static_cast<cuuint64_t>(a_rows)},
+               {static_cast<cuuint64_t>(p.a_rows.stride * 16)},
+               {64, static_cast<cuuint32_t>(traits.box)}},
+              "a");
+  } else if (a_rows * (p.a_rows.inner ? p.a_rows.outer : p.a_rows.stride) > 0xffffffffLL) {
+    unsupported("a: rows beyond 64 GiB cannot be gathered; split the tokens over several calls");
+  }
+  const std::int64_t tasks = stage.rows.max_tiles * p.sub_tiles * p.row_tasks;
+  const std::int64_t teams = device.sm_count * traits.per_sm;
+  const std::int64_t group = ceil_div(teams, p.row_tasks);
+  p.group_tiles = static_cast<std::int32_t>(group < 16 ? group : 16);
+  traits.launch(p, static_cast<int>(tasks < teams ? tasks : teams), stream);
+}
+
+bool never(const WeightSpec&) { return false; }
+void nothing(const WeightSpec&, const void*, void*, cudaStream_t) {}
+
+}  // namespace
+
+const GemmFamily& family_sm90_dequant() {
+  static const GemmFamily family{.supports = supports,
+                                 .tile_rows = tile_rows,
+                                 .tactics = tactics,
+                                 .reorders = never,
+                                 .reorder = nothing,
+                                 .run = run};
+  return family;
+}
+
+}  // namespace moesaic::cuda

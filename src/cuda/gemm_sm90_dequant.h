@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weight-only schemes on SM90a: the shapes of the kernels, and what they are told beyond Params.
+//
+// Weights arrive as the caller stores them, are widened in registers to the exact integers (or
+// e4m3 values) and enter wgmma as its register operand; tokens are the other operand, from shared
+// memory. Scales multiply fp32 sums over 128 of K (32, where groups are no multiples of 128), in
+// ascending K whatever the tile: the same bits from every tactic.
+#pragma once
+
+#include "cuda/dequant_sm90.h"
+#include "cuda/gemm_sm90.h"
+
+namespace moesaic::cuda::sm90 {
+
+// A stage holds kRowBytes of every weight row. kSteps: steps of 16 of K between two promotions, 8
+// or
+// 2. Member names that SharedMemory, TokenLoader and Epilogue know are those of Shape.
+template <typename Weight_, Element kElement_, int kSteps_, int kTokens_, int kWarpgroups_,
+          int kBlocks_, int kRowBytes_, int kMostStages_, int kPerSm_>
+struct DequantShape {
+  using Weight = Weight_;
+  static constexpr Element kElement = kElement_;
+  static constexpr int kSteps = kSteps_;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kRowBytes = kRowBytes_;
+  static constexpr int kStageK = kRowBytes * 8 / Weight::kBits;
+  static constexpr int kPerSm = kPerSm_;
+  static constexpr int kPair = 1;
+  // Few tokens: mma.sync, whose warps go their own ways. It gives the same bits.
+  static constexpr bool kWarpwise = kTokens <= 16;
+
+  static constexpr bool kPromotes = false;  // for the token loader: no scales of activations
+  static constexpr int kChunks = kStageK / 64, kChunkK = 64;
+  static constexpr int kRows = 64 * kBlocks * kWarpgroups;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+
+  static constexpr int kWeightBytes = kRows * kRowBytes / kChunks;  // of one chunk
+  static constexpr int kTokenBytes = kTokens * 128;
+  static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
+  // For each group of a stage: a scale of every row, then a word that holds its zero point.
+  static constexpr int kGroups = kStageK / 16 / kSteps;
+  static constexpr int kScales = kGroups * kRows;
+  static constexpr int kScaleBytes = kScales * (Weight::kZeros ? 8 : 4);
+
+  static constexpr int kPitch = 144;
+  static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;
+  static constexpr int kBufferBytes = kEpilogueTokens * kPitch;
+  static constexpr int kEpilogueBytes = 2 * (kBufferBytes + kBlocks * 64 * 8);
+  static constexpr int kTaskBytes = 32;
+  static constexpr int kTableBytes = kTokens * 12;
+  static constexpr int kPasses = kTokens / 8;
+  static constexpr int kPassRoom = (kPasses + 3) / 4 * 4;
+  static constexpr int kGatherBytes = 8 * kPassRoom * 4;
+  static constexpr int kBox = kTokens % 32 == 0 ? 32 : 16;
+
+  // As many stages as fit.
+  static constexpr int kFixedBytes =
+      kWarpgroups * kEpilogueBytes + kTableBytes + kTaskBytes + kGatherBytes;
+  static constexpr int kPerStage = kStageBytes + kScaleBytes + kTableBytes + kTaskBytes + 16;
+  static constexpr int kFitting = (228 * 1024 / kPerSm - 1024 - kFixedBytes) / kPerStage;
+  static constexpr int kStages = kFitting < kMostStages_ ? kFitting : kMostStages_;
+  static constexpr int kRing = kStages + 1;
+  static constexpr int kSharedBytes = kFixedBytes + kStages * kPerStage;
+  static_assert(kStages >= 2 && kStageBytes % 1024 == 0);
+};
+
+// In the order of their tactics.
+// clang-format off
+//                                                 tokens wg blocks   row bytes   stages per SM
+template <typename W, Element E, int kSteps>
+using DequantNarrow = DequantShape<W, E, kSteps,     16,  1,    1,           128,      8,    2>;
+template <typename W, Element E, int kSteps>
+using DequantMiddle = DequantShape<W, E, kSteps,     64,  2,    2, W::kBits * 16,      5,    1>;
+template <typename W, Element E, int kSteps>
+using DequantWide = DequantShape<W, E, kSteps,      112,  2,    2, W::kBits * 16,      4,    1>;
+// clang-format on
+
+struct DequantParams : Params {
+  std::uint32_t flip;  // 0x80808080: signed bytes, stored q + 128 behind it
+
+  // Cells: scale of row n, group g of expert e. Offsets fit 32 bits.
+  const float* scale;
+  std::uint32_t cell_expert, cell_row, cell_group, cell_rows;  // cell_rows: rows of one cell
+  std::uint32_t groups, group_blocks;                          // group_blocks: in 32s of K
+  const std::uint8_t* zero;                                    // aligned to 4 bytes
+  std::uint32_t zero_expert, zero_row, zero_group, zero_bytes;
+  std::uint32_t zero_nibbles;  // 1: two rows share a byte, the even one has its low half
+};
+
+template <typename S>
+void launch_dequant(const DequantParams& params, int grid, cudaStream_t stream);
+
+}  // namespace moesaic::cuda::sm90

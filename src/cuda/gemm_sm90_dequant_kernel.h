@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped product of weight-only schemes on SM90a: the persistent CTAs, ring of stages, token
+// loader and epilogue of gemm_sm90_kernel.h, with one more loading warp (scales and zero points)
+// and a multiplying warpgroup that widens its weights itself.
+#pragma once
+
+#include "cuda/gemm_sm90_dequant.h"
+#include "cuda/gemm_sm90_loader.h"
+#include "cuda/launch.h"
+#include "cuda/ptx_wgmma_rs_sm90.h"
+
+namespace moesaic::cuda::sm90 {
+
+template <typename S>
+inline constexpr int kStageBlocks = S::kStageK / 32;
+
+// The scale group that contains block `block` (32 of K). Behind the end of K the last one.
+__device__ __forceinline__ std::uint32_t group_of(const DequantParams& p, int block) {
+  const std::uint32_t group = static_cast<std::uint32_t>(block) / p.group_blocks;
+  return group < p.groups ? group : p.groups - 1;
+}
+// A weight row's zero points: offset of the first one's byte.
+__device__ __forceinline__ std::uint32_t zero_offset(const DequantParams& p, int expert,
+                                                     std::uint32_t row) {
+  return static_cast<std::uint32_t>(expert) * p.zero_expert + (row >> p.zero_nibbles) * p.zero_row;
+}
+// The weight row behind row i of a task, as the tensor map arranges them, or any existing one where
+// there is none. (Epilogue's weight_row in 32 bits: the scales' warp has few registers.)
+__device__ __forceinline__ std::uint32_t existing_row(const Params& p, int row_task, int i) {
+  const auto columns = static_cast<std::uint32_t>(p.columns);
+  const auto row = static_cast<std::uint32_t>(row_task * p.task_rows + i);
+  if (!p.gated) return row < columns ? row : columns - 1;
+  std::uint32_t output = row / 16 * 8 + row % 8;
+  if (output >= columns) output = columns - 1;
+  const std::uint32_t half = row / 8 % 2;
+  return p.interleaved ? 2 * output + half : output + half * columns;
+}
+
+// --- warp 0
+template <typename S>
+__device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S>& shared) {
+  if (!p.settled) ptx::wait_for_earlier_kernels();
+  Schedule<S::kTokens, 1> schedule(p);
+  Cursor<S::kStages> cursor;
+  int ring = 0, flip = 0;
+  for (;;) {
+    Task task = schedule.next();
+    task.flip = flip;
+    flip ^= 1;
+    if (threadIdx.x == 0) {
+      const int stages = stages_of<S>(p, task);
+      const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p.task_rows;
+      const int y = p.gated ? 0 : static_cast<int>(row);
+      const int u = p.gated ? static_cast<int>(row / 16) : 0;
+      for (int i = 0; i < stages; ++i) {
+        ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
+        if (i == 0) shared.tasks()[ring] = task;
+        const std::uint32_t full = shared.full(cursor.stage);
+        if (task.expert < 0) {
+          ptx::barrier_arrive(full);
+        } else {
+          ptx::barrier_arrive_expect(full, static_cast<std::uint32_t>(p.task_rows * S::kRowBytes));
+          ptx::tma_load_5d(ptx::shared_address(shared.weights(cursor.stage)), &p.weights, full,
+                           i * S::kRowBytes, y, 0, u, task.expert);
+        }
+        cursor.advance();
+      }
+    }
+    __syncwarp();
+    if (++ring == S::kRing) ring = 0;
+    if (task.expert == kEndOfTasks) return;
+  }
+}
+
+// --- warp 3
+// Scales and zero points lie anywhere, four bytes at a time. A zero point comes as the aligned word
+// that contains it, and the multiplying threads know which part they want.
+template <typename S>
+__device__ void load_scales(const DequantParams& p, const SharedMemory<S>& shared) {
+  constexpr int kMine = S::kRows / 32;
+  const int lane = ptx::thread_index() % 32;
+  if (!p.settled) ptx::wait_for_earlier_kernels();
+  Schedule<S::kTokens, 1> schedule(p);
+  Cursor<S::kStages> cursor;
+  for (;;) {
+    const Task task = schedule.next();
+    const int stages = stages_of<S>(p, task);
+    // Rows of cells. With zero points every row has its own, which saves the registers of a second
+    // list.
+    std::uint32_t rows[kMine];
+    const std::uint32_t first = static_cast<std::uint32_t>(task.expert) * p.cell_expert;
+    if (task.expert >= 0) {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        rows[i] = existing_row(p, task.row_task, lane + 32 * i);
+        if constexpr (!S::Weight::kZeros) rows[i] = first + rows[i] / p.cell_rows * p.cell_row;
+      }
+    }
+    for (int stage = 0; stage < stages; ++stage) {
+      ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
+      if (task.expert >= 0) {
+        const std::uint32_t to = ptx::shared_address(shared.scales(cursor.stage)) + lane * 4;
+#pragma unroll
+        for (int g = 0; g < S::kGroups; ++g) {
+          const std::uint32_t group = group_of(p, stage * kStageBlocks<S> + g * (S::kSteps / 2));
+#pragma unroll
+          for (int i = 0; i < kMine; ++i) {
+            const std::uint32_t at = to + (g * S::kRows + i * 32) * 4;
+            if constexpr (S::Weight::kZeros) {
+              ptx::copy_async_4(at,
+                                p.scale + (first + rows[i] * p.cell_row + group * p.cell_group));
+              const std::uint32_t word =
+                  (zero_offset(p, task.expert, rows[i]) + group * p.zero_group) & ~3u;
+              const std::uint32_t left = p.zero_bytes - word;
+              ptx::copy_async_4(at + S::kScales * 4, p.zero + word, left < 4 ? left : 4);
+            } else {
+              ptx::copy_async_4(at, p.scale + (rows[i] + group * p.cell_group));
+            }
+          }
+        }
+      }
+      ptx::copy_async_arrive(shared.full(cursor.stage));
+      cursor.advance();
+    }
+    if (task.expert == kEndOfTasks) return;
+  }
+}
+
+// --- the multiplying warpgroups
+template <typename S>
+class DequantMultiplier {
+ public:
+  using Weight = typename S::Weight;
+  using Sums = float[S::kBlocks][S::kTokens / 2];
+  using H = Half<S::kElement>;
+
+  __device__ DequantMultiplier(const DequantParams& p, const SharedMemory<S>& shared)
+      : p_(p), shared_(shared) {}
+
+  __device__ void run() {
+    ptx::wait_for_earlier_kernels();
+    for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
+      ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
+      const Task task = load_task(ring);
+      if (task.expert == kEndOfTasks) return;
+      if (task.expert < 0) {
+        release(cursor_.stage);
+        cursor_.advance();
+        epilogue(ring, task).zeros(task);
+        continue;
+      }
+      epilogue(ring, task).begin(task);
+      find_zeros(task);
+      Sums sums;
+      multiply_rows<S::kTokens>(task.rows, sums);
+      const Task again = load_task(ring);  // registers are what the main loop is short of
+      epilogue(ring, again).finish(again, sums);
+    }
+  }
+
+ private:
+  static constexpr int kBlockBytes = 64 * S::kRowBytes;
+
+  template <int N>
+  __device__ void multiply_rows(int rows, Sums& sums) {
+    if constexpr (S::kWarpwise) {
+      if constexpr (N > 8) {
+        if (rows <= N - 8) return multiply_rows<N - 8>(rows, sums);
+      }
+      multiply_warpwise<N>(sums);
+    } else {
+      if constexpr (N > 16) {
+        if (rows <= N - 16) return multiply_rows<N - 16>(rows, sums);
+      }
+      multiply<N>(sums);
+    }
+  }
+
+  __device__ static int warpgroup() { return ptx::thread_index() / 128 - 1; }
+  __device__ Epilogue<S> epilogue(int ring, const Task& task) const {
+    const int mine = warpgroup();
+    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};
+  }
+  __device__ Task load_task(int ring) const {
+    Task task;
+    ptx::load_shared_32(ptx::shared_address(shared_.tasks() + ring), &task);
+    return task;
+  }
+  __device__ void release(int stage) {
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared_.empty(stage));
+  }
+  // Of block 0, the first of this thread's two rows: its index in the task.
+  __device__ static std::uint32_t row() {
+    const auto thread = static_cast<std::uint32_t>(ptx::thread_index());
+    return (thread / 128 - 1) * S::kBlocks * 64 + thread / 32 % 4 * 16 + thread % 32 / 4;
+  }
+
+  // Bit offsets of the zero points of this thread's rows inside their words, a byte each.
+  __device__ void find_zeros(const Task& task) {
+    if constexpr (Weight::kZeros) {
+      zero_bits_ = 0;
+#pragma unroll
+      for (int i = 0; i < 2 * S::kBlocks; ++i) {
+        const std::uint32_t n = existing_row(p_, task.row_task, row() + i / 2 * 64 + i % 2 * 8);
+        const std::uint32_t bits =
+            zero_offset(p_, task.expert, n) % 4 * 8 + (p_.zero_nibbles & n) * 4;
+        zero_bits_ |= bits << (8 * i);
+      }
+    }
+  }
+  // -zero * 2^-kShift of both rows of a block, twice each.
+  __device__ void load_zeros(std::uint32_t (&zero)[2], const float* scale, int block,
+                             std::uint32_t k_group) const {
+    if constexpr (Weight::kZeros) {
+      const auto* const words =
+          reinterpret_cast<const std::uint32_t*>(scale + S::kScales) + block * 64;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const std::uint32_t bits =
+            (zero_bits_ >> (8 * (2 * block + h))) + k_group * p_.zero_group * 8;
+        const std::uint32_t z = (words[h * 8] >> (bits % 32)) & (p_.zero_nibbles ? 0xfu : 0xffu);
+        zero[h] = ptx::fma_pair<S::kElement>(z * 0x10001u, H::kMinus, 0);
+      }
+    }
+  }
+
+  template <int N>
+  __device__ void multiply(Sums& sums) {
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
+    }
+    const bool gathered = p_.token_load == TokenLoad::kGather;
+    const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
+    const int lane = ptx::thread_index() % 32;
+    const Unpacking unpacking = Weight::unpacking(lane % 4, p_.flip);
+    const std::uint32_t middle =
+        ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
+    std::uint32_t zero[2] = {middle, middle};
+    const std::uint32_t mine = row();
+    const std::uint32_t offset = (mine - lane / 4) * S::kRowBytes +
+                                 Weight::template lane_offset<S::kRowBytes>(lane / 4, lane % 4);
+    // 16 of K at a time. The fragment of the next is made while the tensor cores work on this,
+    // across blocks, groups and stages; ptxas keeps the two apart.
+    RawWeights raw;
+    std::uint32_t a[2][4];
+    const auto wait_for_stage = [&](const Cursor<S::kStages>& at) {
+      ptx::barrier_wait(shared_.full(at.stage), at.round);
+      if (gathered) ptx::fence_async_proxy();
+    };
+    const auto begin_part = [&](int stage, int block, std::uint32_t index, int group) {
+      Weight::template load<S::kRowBytes>(
+          raw, ptx::shared_address(shared_.weights(stage)) + offset + block * kBlockBytes,
+          group * (S::kSteps / 2));
+      load_zeros(zero, shared_.scales(stage) + mine + group * S::kRows, block,
+                 k_group(index, group * (S::kSteps / 2)));
+      Weight::template fragment<S::kElement>(a[0], raw, 0, unpacking, zero);
+    };
+    wait_for_stage(cursor_);
+    begin_part(cursor_.stage, 0, 0, 0);
+    for (int i = 0; i < stages; ++i) {
+      const int stage = cursor_.stage;
+#pragma unroll 1  // the short groups: unrolled, they need more registers than there are
+      for (int group = 0; group < S::kGroups; ++group) {
+        const int first = group * (S::kSteps / 2);  // in 32s of K
+        const std::uint64_t tokens =
+            ptx::operand_descriptor(ptx::shared_address(shared_.tokens(stage)));
+        float part[N / 2];
+#pragma unroll
+        for (int block = 0; block < S::kBlocks; ++block) {
+          const std::uint32_t weights =
+              ptx::shared_address(shared_.weights(stage)) + offset + block * kBlockBytes;
+#pragma unroll
+          for (int k = 0; k < S::kSteps; ++k) {
+            const int q = first + k / 2;
+            ptx::wgmma_fence();
+            ptx::wgmma<S::kElement, N>(
+                part, a[k % 2], tokens + q / 2 * (S::kTokenBytes / 16) + q % 2 * 4 + k % 2 * 2,
+                k > 0);
+            ptx::wgmma_commit();
+            if (k + 1 < S::kSteps) {
+              if (k % 2 == 1) Weight::template load<S::kRowBytes>(raw, weights, q + 1);
+              if (k > 0) ptx::wgmma_wait<1>();  // the other fragment is free
+              Weight::template fragment<S::kElement>(a[(k + 1) % 2], raw, (k + 1) % 2, unpacking,
+                                                     zero);
+            } else if (block + 1 < S::kBlocks) {
+              ptx::wgmma_wait<1>();
+              begin_part(stage, block + 1, i, group);
+            } else if (group + 1 < S::kGroups) {
+              ptx::wgmma_wait<1>();
+              begin_part(stage, 0, i, group + 1);
+            } else if (i + 1 < stages) {
+              ptx::wgmma_wait<1>();
+              Cursor<S::kStages> following = cursor_;
+              following.advance();
+              wait_for_stage(following);
+              begin_part(following.stage, 0, i + 1, 0);
+            }
+          }
+          ptx::wgmma_wait<0>();
+          promote<N>(sums[block], part,
+                     shared_.scales(stage) + mine + group * S::kRows + block * 64);
+        }
+      }
+      release(stage);
+      cursor_.advance();
+    }
+  }
+
+  // Two groups at a time, for the products of one wait for each other. Where stages have several.
+  template <int N>
+  __device__ void multiply_warpwise(Sums& sums) {
+    constexpr int kTogether = S::kGroups < 2 ? 1 : 2;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) sums[0][i] = 0.0f;
+    const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
+    const int lane = ptx::thread_index() % 32;
+    const Unpacking unpacking = Weight::unpacking(lane % 4, p_.flip);
+    const std::uint32_t middle =
+        ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
+    const std::uint32_t mine = row();
+    const std::uint32_t offset = (mine - lane / 4) * S::kRowBytes +
+                                 Weight::template lane_offset<S::kRowBytes>(lane / 4, lane % 4);
+    const std::uint32_t token = lane % 8 * 128 + ((lane / 8 ^ lane % 8) << 4);
+    for (int i = 0; i < stages; ++i) {
+      const int stage = cursor_.stage;
+      ptx::barrier_wait(shared_.full(stage), cursor_.round);
+      const std::uint32_t weights = ptx::shared_address(shared_.weights(stage)) + offset;
+      const std::uint32_t tokens = ptx::shared_address(shared_.tokens(stage)) + token;
+      const float* const scale = shared_.scales(stage) + mine;
+#pragma unroll
+      for (int group = 0; group < S::kGroups; group += kTogether) {
+        float part[kTogether][N / 2] = {};
+        std::uint32_t zero[kTogether][2];
+#pragma unroll
+        for (int t = 0; t < kTogether; ++t) {
+          zero[t][0] = zero[t][1] = middle;
+          load_zeros(zero[t], scale + (group + t) * S::kRows, 0,
+                     k_group(i, (group + t) * (S::kSteps / 2)));
+        }
+#pragma unroll
+        for (int q = 0; q < S::kSteps / 2; ++q) {
+          RawWeights raw[kTogether];
+          std::uint32_t b[kTogether][N / 8][4];
+#pragma unroll
+          for (int t = 0; t < kTogether; ++t) {
+            const int block = (group + t) * (S::kSteps / 2) + q;
+            Weight::template load<S::kRowBytes>(raw[t], weights, block);
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n) {
+              ptx::load_matrices(
+                  b[t][n], ((tokens ^ (block % 2 << 6)) + block / 2 * S::kTokenBytes) + n * 1024);
+            }
+          }
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+#pragma unroll
+            for (int t = 0; t < kTogether; ++t) {
+              std::uint32_t a[4];
+              Weight::template fragment<S::kElement>(a, raw[t], s, unpacking, zero[t]);
+#pragma unroll
+              for (int n = 0; n < N / 8; ++n) {
+                ptx::mma_16x8<S::kElement>(&part[t][4 * n], a, b[t][n][2 * s], b[t][n][2 * s + 1]);
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int t = 0; t < kTogether; ++t) {
+          promote<N>(sums[0], part[t], scale + (group + t) * S::kRows);
+        }
+      }
+      __syncwarp();
+      release(stage);
+      cursor_.advance();
+    }
+  }
+
+  // scale: of this thread's first row; its second one is 8 further.
+  template <int N, int kSums>
+  __device__ static void promote(float (&sum)[kSums], const float (&part)[N / 2],
+                                 const float* scale) {
+    const float low = scale[0] * Weight::template kUnit<S::kElement>;
+    const float high = scale[8] * Weight::template kUnit<S::kElement>;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+      sum[4 * n] = fmaf(part[4 * n], low, sum[4 * n]);
+      sum[4 * n + 1] = fmaf(part[4 * n + 1], low, sum[4 * n + 1]);
+      sum[4 * n + 2] = fmaf(part[4 * n + 2], high, sum[4 * n + 2]);
+      sum[4 * n + 3] = fmaf(part[4 * n + 3], high, sum[4 * n + 3]);
+    }
+  }
+  __device__ std::uint32_t k_group(int stage, int block) const {
+    return Weight::kZeros ? group_of(p_, stage * kStageBlocks<S> + block) : 0;
+  }
+  const DequantParams& p_;
+  const SharedMemory<S>& shared_;
+  Cursor<S::kStages> cursor_;
+  std::uint32_t zero_bits_ = 0;
+};
+
+// --- the kernel
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kPerSm)
+    dequant_kernel(const __grid_constant__ DequantParams p) {
+  const SharedMemory<S> shared;
+  if (threadIdx.x == 0) {
+    ptx::tensor_map_prefetch(&p.weights);
+    const bool gather = p.token_load == TokenLoad::kGather;
+    if (!gather) ptx::tensor_map_prefetch(&p.tokens);
+    for (int i = 0; i < S::kStages; ++i) {
+      // Weights, two token warps, their copies, the copies of the scales.
+      ptx::barrier_init(shared.full(i), 3 + (gather ? kLoaders : 0) + 32);
+      ptx::barrier_init(shared.empty(i), 4 * S::kWarpgroups);
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    if constexpr (S::kWarpgroups == 2)
+      ptx::give_registers<56>();  // with 224: what 384 times 168 leaves
+    if (threadIdx.x < 32) {
+      load_packed_weights<S>(p, shared);
+    } else if (threadIdx.x < 32 + kLoaders) {
+      ptx::wait_for_earlier_kernels();
+      ptx::let_next_kernel_start();  // behind our own wait: see Params::settled
+      TokenLoader<S>(p, shared).run();
+    } else {
+      load_scales<S>(p, shared);
+    }
+  } else {
+    if constexpr (S::kWarpgroups == 2) ptx::take_registers<224>();
+    DequantMultiplier<S>(p, shared).run();
+  }
+}
+
+template <typename S>
+void launch_dequant(const DequantParams& params, int grid, cudaStream_t stream) {
+  launch("grouped product (SM90, weight-only)", dequant_kernel<S>,
+         {.grid = dim3(static_cast<unsigned>(grid)),
+          .block = dim3(S::kThreads),
+          .shared_bytes = S::kSharedBytes,
+          .dependency = Dependency::kOverlap},
+         stream, params);
+}
+
+}  // namespace moesaic::cuda::sm90

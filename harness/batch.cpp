@@ -16,9 +16,26 @@ namespace {
 constexpr std::string_view kLoadNames[kNumLoads] = {"uniform", "zipf",       "one",
                                                     "holes",   "duplicates", "remote"};
 
+constexpr std::int64_t kDistinctRows = 256;  // Fill::kFast
+
+// Rows from `made` on are copies of the first ones.
+void repeat_rows(HostTensor* x, std::int64_t made) {
+  const std::int64_t rows = x->shape()[0];
+  if (made == 0 || made >= rows) return;
+  std::byte* data = x->bytes().data();
+  const std::size_t row = x->bytes().size() / static_cast<std::size_t>(rows);
+  for (std::int64_t t = made; t < rows; ++t)
+    std::copy_n(data + static_cast<std::size_t>(t % made) * row, row,
+                data + static_cast<std::size_t>(t) * row);
+}
+
+std::int64_t distinct_rows(const BatchOptions& options) {
+  return options.fill == Fill::kFast ? std::min(options.tokens, kDistinctRows) : options.tokens;
+}
+
 HostTensor make_hidden(const LayerConfig& config, const BatchOptions& options) {
   HostTensor x(config.input_dtype, {options.tokens, config.hidden});
-  for (std::int64_t t = 0; t < options.tokens; ++t) {
+  for (std::int64_t t = 0; t < distinct_rows(options); ++t) {
     Rng rng(mix(mix(options.seed, 0x31), static_cast<std::uint64_t>(t)));
     double size = 0.5 + rng.uniform();
     if (config.input_dtype == DType::kF8E4M3) size *= 64;
@@ -26,6 +43,7 @@ HostTensor make_hidden(const LayerConfig& config, const BatchOptions& options) {
     for (std::int64_t h = 0; h < config.hidden; ++h)
       store_element(x.bytes().data(), x.dtype(), t * config.hidden + h, size * rng.normal());
   }
+  repeat_rows(&x, distinct_rows(options));
   if (options.values == Values::kNonFinite && options.tokens > 0 && x.dtype() != DType::kI8) {
     constexpr double kInf = std::numeric_limits<double>::infinity();
     store_element(x.bytes().data(), x.dtype(), config.hidden / 2, std::nan(""));
@@ -135,6 +153,7 @@ Batch make_batch(const LayerConfig& config, const BatchOptions& options) {
     for (std::int64_t j = 0; j < config.top_k; ++j)
       sum += w[j] = static_cast<float>(0.25 + rng.uniform());
     for (std::int64_t j = 0; j < config.top_k; ++j) w[j] /= sum;
+    if (t >= distinct_rows(options)) continue;
     // Logits: a shuffled ladder with steps of 6 / E, so that no two are close.
     for (std::size_t e = 0; e < ladder.size(); ++e) {
       ladder[e] = static_cast<float>((static_cast<double>(e) + 0.5 * rng.uniform()) * 6 /
@@ -145,6 +164,7 @@ Batch make_batch(const LayerConfig& config, const BatchOptions& options) {
     }
     std::copy(ladder.begin(), ladder.end(), b.router_logits.as<float>() + t * config.experts);
   }
+  repeat_rows(&b.router_logits, distinct_rows(options));
   return b;
 }
 

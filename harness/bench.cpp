@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "backend.h"
+#include "check.h"
 #include "harness/formats.h"
 #include "harness/stopwatch.h"
 
@@ -39,39 +40,71 @@ Layer loaded_layer(const LayerConfig& config, const BenchSpec& spec, std::uint64
                               .static_scales = spec.variant.static_scales,
                               .extras = spec.variant.extras,
                               .fill = Fill::kFast};
-  for (std::int64_t e = 0; e < config.experts; ++e)
-    layer.load_expert(e, make_experts(config, options, e, 1).weights);
+  // Two experts' numbers in turn: each expert has its own place in memory, which is what a timing
+  // needs, and drawing all of them on the host would take longer than everything else together.
+  const std::int64_t distinct = std::min<std::int64_t>(2, config.experts);
+  std::deque<WeightData> drawn;
+  std::deque<DeviceWeights> there;
+  for (std::int64_t e = 0; e < distinct; ++e) {
+    drawn.push_back(make_experts(config, options, e, 1));
+    if (spec.device.type == DeviceType::kCuda)
+      there.push_back(to_device(drawn.back().weights, spec.device));
+  }
+  for (std::int64_t e = 0; e < config.experts; ++e) {
+    const auto from = static_cast<std::size_t>(e % distinct);
+    layer.load_expert(e, there.empty() ? drawn[from].weights : there[from].weights);
+  }
   layer.set_tactics(spec.tactics);
   return layer;
 }
 
 // One routing of the rotation, on the device.
 struct Routing {
-  DeviceTensor hidden, ids, weights, output;
+  DeviceTensor ids, weights, logits;
   double active = 0;
   std::int64_t busiest = 0;  // slots of the expert with the most
 };
 
+BatchOptions batch_of(const BenchSpec& spec, std::int64_t tokens, int r) {
+  return {.tokens = tokens,
+          .fill = Fill::kFast,
+          .load = spec.load,
+          .seed = mix(spec.seed, 1000 + static_cast<std::uint64_t>(r))};
+}
+
 Routing make_routing(const LayerConfig& config, const BenchSpec& spec, std::int64_t tokens, int r) {
-  Batch batch = make_batch(config, {.tokens = tokens,
-                                    .load = spec.load,
-                                    .seed = mix(spec.seed, 1000 + static_cast<std::uint64_t>(r))});
+  LayerConfig narrow = config;
+  narrow.hidden =
+      1;  // no activations: all routings share them, as weights in between push them out of a cache
+  Batch batch = make_batch(narrow, batch_of(spec, tokens, r));
+  Routing out;
+  if (spec.source == RoutingSource::kLogits) {
+    out.logits = DeviceTensor::from(batch.router_logits, spec.device);
+    // What the default method makes of them: the top k.
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const float* z = batch.router_logits.as<float>() + t * config.experts;
+      std::vector<std::int32_t> order(static_cast<std::size_t>(config.experts));
+      std::iota(order.begin(), order.end(), 0);
+      std::partial_sort(order.begin(), order.begin() + config.top_k, order.end(),
+                        [&](std::int32_t a, std::int32_t b) { return z[a] > z[b]; });
+      std::copy_n(order.begin(), config.top_k,
+                  batch.topk_ids.as<std::int32_t>() + t * config.top_k);
+    }
+  }
   // Another set of experts each time: under a skewed load the popular ones would otherwise stay in
   // the cache from one run to the next.
   std::vector<std::int64_t> slots(static_cast<std::size_t>(config.experts));
   for (std::int64_t i = 0; i < tokens * config.top_k; ++i) {
     std::int32_t& id = batch.topk_ids.as<std::int32_t>()[i];
     if (id < 0 || id >= config.experts) continue;
-    id = static_cast<std::int32_t>((id + r * config.top_k) % config.experts);
+    if (spec.source == RoutingSource::kIds)
+      id = static_cast<std::int32_t>((id + r * config.top_k) % config.experts);
     ++slots[static_cast<std::size_t>(id)];
   }
-  Routing out;
   out.active = static_cast<double>(active_experts(config, batch.topk_ids));
   out.busiest = *std::max_element(slots.begin(), slots.end());
-  out.hidden = DeviceTensor::from(batch.hidden_states, spec.device);
   out.ids = DeviceTensor::from(batch.topk_ids, spec.device);
   out.weights = DeviceTensor::from(batch.topk_weights, spec.device);
-  out.output = DeviceTensor(spec.device, config.output_dtype, {tokens, config.hidden});
   return out;
 }
 
@@ -89,6 +122,8 @@ class Bench {
   BenchResult run() {
     const Support support = supports(config_, spec_.format, spec_.device);
     if (!support.supported) throw Error(ErrorCode::kUnsupported, support.reason);
+    if (spec_.source == RoutingSource::kLogits && spec_.format != Format::kStandard)
+      invalid("source: the standard format alone routes inside the layer");
     say("probing the machine");
     watch_ = make_stopwatch(spec_.device);
     BenchMachine& m = result_.machine;
@@ -97,6 +132,7 @@ class Bench {
     m.device = info.name;
     m.kernels = info.kernels;
     m.threads = spec_.device.type == DeviceType::kCpu ? num_threads() : 0;
+    m.context_ms = watch_->context_ms();
     m.before = watch_->products();
     m.before.read_gbytes_s = watch_->read_gbytes_s();
     m.reference =
@@ -130,8 +166,12 @@ class Bench {
 
   BenchRow row(std::int64_t tokens) {
     say(fmt::format("{} tokens", tokens));
-    const auto count = static_cast<std::size_t>(
-        std::max<std::int64_t>(watch_->calls_wanted(), static_cast<std::int64_t>(layers_.size())));
+    const double expected_ms =
+        6.0 * static_cast<double>(tokens * config_.top_k * config_.hidden) *
+        static_cast<double>(config_.intermediate) /
+        product_rate(result_.machine.before, config_.quant.scheme, spec_.device.type) * 1e-6;
+    const auto count = static_cast<std::size_t>(std::max<std::int64_t>(
+        watch_->calls_wanted(expected_ms), static_cast<std::int64_t>(layers_.size())));
     std::vector<Routing> routings;
     std::int64_t busiest = 1;
     double active = 0;
@@ -142,21 +182,29 @@ class Bench {
     }
     // A layer's runs share one set of buffers, as they would in a program.
     std::deque<FormatRunner> runners;
-    for (const Layer& layer : layers_) runners.emplace_back(layer, spec_.format, tokens, busiest);
+    for (const Layer& layer : layers_)
+      runners.emplace_back(layer, spec_.format, tokens,
+                           spec_.capacity > 0 ? spec_.capacity : busiest);
+    const Batch batch = make_batch(config_, batch_of(spec_, tokens, 0));
+    const DeviceTensor hidden = DeviceTensor::from(batch.hidden_states, spec_.device);
+    const DeviceTensor scale = DeviceTensor::from(batch.hidden_scale, spec_.device);
+    const DeviceTensor output(spec_.device, config_.output_dtype, {tokens, config_.hidden});
     std::vector<std::function<void(Stream)>> calls;
     for (std::size_t r = 0; r < count; ++r)
       calls.push_back(
-          [&runner = runners[r % runners.size()], &routing = routings[r]](Stream stream) {
-            runner.run({.hidden_states = routing.hidden.view(),
+          [&, &runner = runners[r % runners.size()], &routing = routings[r]](Stream stream) {
+            runner.run({.hidden_states = hidden.view(),
+                        .hidden_scale = scale.view(),
                         .topk_ids = routing.ids.view(),
                         .topk_weights = routing.weights.view(),
-                        .output = routing.output.view()},
+                        .router_logits = routing.logits.view(),
+                        .output = output.view()},
                        stream);
           });
     if (result_.machine.first_forward_ms == 0) {
       const auto begin = std::chrono::steady_clock::now();
       calls[0]({});
-      routings[0].output.to_host();  // waits for the device
+      output.to_host();  // waits for the device
       result_.machine.first_forward_ms =
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
               .count();
@@ -164,7 +212,10 @@ class Bench {
     const double read_before = watch_->read_gbytes_s();
     const std::vector<double> samples = watch_->sample_ms(calls, {.seconds = spec_.seconds});
     const double read_after = watch_->read_gbytes_s();
-    return finished_row(tokens, active, samples, 0.5 * (read_before + read_after));
+    BenchRow done = finished_row(tokens, active, samples, 0.5 * (read_before + read_after));
+    done.clock_mhz = watch_->clock_mhz();
+    if (tokens <= 16) done.host_us = watch_->host_us(calls[0]);
+    return done;
   }
 
   BenchRow finished_row(std::int64_t tokens, double active, const std::vector<double>& samples,
@@ -176,6 +227,7 @@ class Bench {
     r.scheme = name(config_.quant.scheme);
     r.variant = spec_.variant.name;
     r.format = name(spec_.format);
+    r.source = spec_.source == RoutingSource::kLogits ? "logits" : "ids";
     r.shape = spec_.shape.name;
     r.load = name(spec_.load);
     r.experts = config_.experts;
@@ -189,12 +241,12 @@ class Bench {
     r.ms_max = *std::max_element(samples.begin(), samples.end());
     r.active_experts = active;
     r.read_gbytes_s = read_rate;
-    const Floor floor = layer_floor(
-        config_, spec_.bias,
-        {.tokens = tokens,
-         .active_experts = active,
-         .read_gbytes_s = read_rate,
-         .product_rate = product_rate(m.before, config_.quant.scheme, spec_.device.type)});
+    r.product_gops = product_rate(m.before, config_.quant.scheme, spec_.device.type);
+    const Floor floor = layer_floor(config_, spec_.bias,
+                                    {.tokens = tokens,
+                                     .active_experts = active,
+                                     .read_gbytes_s = read_rate,
+                                     .product_rate = r.product_gops});
     r.weight_bytes = floor.weight_bytes;
     r.floor_ms = floor.ms;
     r.floor_bound = floor.bound;
@@ -261,6 +313,7 @@ nlohmann::json to_json(const BenchResult& result) {
                          {"device", m.device},
                          {"kernels", m.kernels},
                          {"threads", m.threads},
+                         {"context_ms", m.context_ms},
                          {"first_forward_ms", m.first_forward_ms},
                          {"probes", {{"before", to_json(m.before)}, {"after", to_json(m.after)}}},
                          {"valid", m.invalid.empty()},
@@ -280,6 +333,7 @@ nlohmann::json to_json(const BenchResult& result) {
                     {"top_k", r.top_k},
                     {"tokens", r.tokens},
                     {"load", r.load},
+                    {"source", r.source},
                     {"ms_median", r.ms_median},
                     {"ms_min", r.ms_min},
                     {"ms_max", r.ms_max},
@@ -293,6 +347,9 @@ nlohmann::json to_json(const BenchResult& result) {
                     {"gflops", r.gflops},
                     {"gbytes_s", r.gbytes_s},
                     {"read_gbytes_s", r.read_gbytes_s},
+                    {"product_gops", r.product_gops},
+                    {"host_us", r.host_us},
+                    {"clock_mhz", r.clock_mhz},
                     {"valid", r.invalid.empty()},
                     {"invalid_reason", r.invalid}});
   return {{"machine", machine}, {"rows", rows}};

@@ -21,6 +21,8 @@ struct BenchSpec {
   std::vector<std::int64_t> tokens;
   Variant variant;  // scheme with its options
   Format format = Format::kStandard;
+  RoutingSource source = RoutingSource::kIds;  // kLogits: standard format only
+  std::int64_t capacity = 0;                   // batched: rows per expert; 0: as many as are needed
   ActivationSpec activation{};
   Biases bias = Biases::kNone;
   Load load = Load::kUniform;
@@ -31,7 +33,7 @@ struct BenchSpec {
 };
 
 struct BenchRow {
-  std::string backend, device, scheme, variant, format, shape, load;
+  std::string backend, device, scheme, variant, format, source, shape, load;
   std::int64_t experts = 0, hidden = 0, intermediate = 0, top_k = 0, tokens = 0;
   double ms_median = 0, ms_min = 0, ms_max = 0;
   int runs = 0;
@@ -43,6 +45,9 @@ struct BenchRow {
   double fraction_of_roof = 0;  // floor / time
   double gflops = 0, gbytes_s = 0;
   double read_gbytes_s = 0;  // the probe's mean, just before and after
+  double product_gops = 0;   // of the products that this scheme is made of
+  double host_us = 0;        // of one call that the host does not wait for
+  double clock_mhz = 0;      // of the device, behind the last sample
   std::string invalid;       // why this row does not count; empty: it does
 };
 
@@ -52,7 +57,9 @@ struct BenchMachine {
   Roof before, after;  // probes; read rates: first and last of the run
   std::optional<Roof> reference;
   std::string invalid;
-  double first_forward_ms = 0;  // of the first forward of the process: what start-up costs
+  // Start-up: until the device could be used at all; and what this library adds before the first
+  // forward of the process has finished, its weights apart.
+  double context_ms = 0, first_forward_ms = 0;
 };
 
 struct BenchResult {

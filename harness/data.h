@@ -182,6 +182,7 @@ enum class Values : std::uint8_t { kFinite, kNonFinite };
 
 struct BatchOptions {
   std::int64_t tokens = 1;
+  Fill fill = Fill::kQuantized;  // kFast: rows of activations and of logits repeat after 256
   Load load = Load::kUniform;
   Values values = Values::kFinite;
   DType id_dtype = DType::kI32;

@@ -56,8 +56,10 @@ void FormatRunner::run(const FormatInputs& in, Stream stream) const {
   switch (format_) {
     case Format::kStandard:
       layer_->forward({.hidden_states = in.hidden_states,
-                       .topk_ids = in.topk_ids,
-                       .topk_weights = in.topk_weights,
+                       .hidden_scale = in.hidden_scale,
+                       .topk_ids = in.router_logits.defined() ? Tensor{} : in.topk_ids,
+                       .topk_weights = in.router_logits.defined() ? Tensor{} : in.topk_weights,
+                       .router_logits = in.router_logits,
                        .output = in.output,
                        .workspace = workspace_.view(),
                        .stream = stream});
@@ -120,6 +122,7 @@ void FormatRunner::run_batched(const FormatInputs& in, Stream stream) const {
                     .row_scale = row_scale_.view(),
                     .batched = {.num_tokens = num_tokens_.view()},
                     .output = expert_outputs_.view(),
+                    .expected_tokens = tokens_,
                     .workspace = workspace_.view(),
                     .stream = stream});
   finalize(*layer_, {.expert_output = expert_outputs_.view(),

@@ -13,8 +13,10 @@ namespace moesaic::harness {
 
 struct FormatInputs {
   Tensor hidden_states;  // [T, H] on the layer's device
+  Tensor hidden_scale;   // standard format with 8-bit activations
   Tensor topk_ids;       // [T, k] i32
   Tensor topk_weights;   // [T, k] f32
+  Tensor router_logits;  // [T, E]; standard format: instead of the two before
   Tensor output;         // [T, H]
 };
 

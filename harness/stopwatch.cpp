@@ -39,7 +39,7 @@ class CpuStopwatch final : public Stopwatch {
     }
     return samples;
   }
-  int calls_wanted() const override { return 16; }
+  int calls_wanted(double) const override { return 16; }
 
  private:
   int threads_;

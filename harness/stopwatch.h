@@ -31,8 +31,14 @@ class Stopwatch {
   // a sample is a replay's time divided by the number of calls.
   virtual std::vector<double> sample_ms(std::span<const std::function<void(Stream)>> calls,
                                         const Budget& budget) = 0;
-  // How many different calls a sample needs.
-  virtual int calls_wanted() const = 0;
+  // How many different calls a sample needs, when one takes about `ms`.
+  virtual int calls_wanted(double ms) const = 0;
+  // What the host spends on one call that it does not wait for, in microseconds, and how fast the
+  // device's clock ran behind the last sample. 0: the question makes no sense here.
+  virtual double host_us(const std::function<void(Stream)>&) { return 0; }
+  virtual double clock_mhz() { return 0; }
+  // How long the device took to become usable, before anything of this library ran on it.
+  virtual double context_ms() const { return 0; }
 };
 
 std::unique_ptr<Stopwatch> make_cpu_stopwatch(int threads);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
 
 #include "tools/command.h"
 
@@ -13,7 +14,9 @@ namespace moesaic::tool {
 namespace {
 
 struct BenchFlags {
-  std::string shape = "qwen3-30b-a3b", tokens = "1,16,128", scheme = "bf16", format = "standard";
+  std::vector<std::string> shapes{"qwen3-30b-a3b"};
+  std::string tokens = "1,16,128", scheme = "bf16", format = "standard", route = "ids";
+  std::int64_t capacity = 0;
   std::string load = "uniform", activation = "swiglu";
   bool bias = false;
   std::uint64_t seed = 1;
@@ -44,22 +47,36 @@ void print_machine(const Output& out, const harness::BenchMachine& m) {
   if (!m.reference) out.line("  (no ceilings on record for this kind of machine)");
 }
 
+std::vector<std::pair<harness::Shape, std::string>> pairs_of(
+    const std::vector<harness::Shape>& shapes, const std::vector<std::string>& loads) {
+  std::vector<std::pair<harness::Shape, std::string>> pairs;
+  for (const harness::Shape& shape : shapes)
+    for (const std::string& load : loads) pairs.emplace_back(shape, load);
+  return pairs;
+}
+
 harness::BenchResult measure(const BenchFlags& flags, Device device) {
   harness::BenchResult all;
   Progress progress;
-  const harness::Shape shape = harness::parse_shape(flags.shape);
   const std::vector<std::int64_t> tokens = parse_counts("--tokens", flags.tokens);
   if (*std::min_element(tokens.begin(), tokens.end()) < 1)
     throw UsageError("--tokens: 0 tokens take no time; give counts from 1 on");
+  if (flags.route != "ids" && flags.route != "logits")
+    throw UsageError("--route: expected ids or logits, got '" + flags.route + "'");
+  std::vector<harness::Shape> shapes;
+  for (const std::string& text : flags.shapes) shapes.push_back(harness::parse_shape(text));
   for (const std::string& scheme : split(flags.scheme))
     for (const std::string& format : split(flags.format))
-      for (const std::string& load : split(flags.load)) {
+      for (const auto& [shape, load] : pairs_of(shapes, split(flags.load))) {
         const std::string label = fmt::format("{} {} {} {}: ", shape.name, scheme, format, load);
         harness::BenchResult part = harness::bench(
             {.shape = shape,
              .tokens = tokens,
              .variant = parse_variant(scheme),
              .format = parse_format(format),
+             .source = flags.route == "logits" ? harness::RoutingSource::kLogits
+                                               : harness::RoutingSource::kIds,
+             .capacity = flags.capacity,
              .activation = {.kind = parse_activation(flags.activation)},
              .bias = flags.bias ? harness::Biases::kAll : harness::Biases::kNone,
              .load = harness::parse_load(load),
@@ -84,25 +101,29 @@ int run_bench(const BenchFlags& flags, const Common& common) {
   const Output out(common);
   const harness::BenchResult all = measure(flags, device);
   print_machine(out, all.machine);
-  out.line(fmt::format("{}: {} experts, hidden {}, intermediate {}, top {}", all.rows[0].shape,
-                       all.rows[0].experts, all.rows[0].hidden, all.rows[0].intermediate,
-                       all.rows[0].top_k));
   out.line("");
-  Table table({"scheme", "format", "load", "tokens", "active", "weights", "median", "min", "max",
-               "floor", "by", "x floor", "of roof", "GFLOP/s", "GB/s", ""});
+  Table table({"shape", "scheme", "format", "load", "tokens", "active", "weights", "median", "min",
+               "max", "floor", "by", "x floor", "of roof", "GFLOP/s", "GB/s", "host us", "MHz",
+               ""});
   std::string invalid = all.machine.invalid;
   for (const harness::BenchRow& r : all.rows) {
-    table.row({r.variant, r.format, r.load, fmt::format("{}", r.tokens),
-               fmt::format("{:.1f}", r.active_experts), bytes_text(r.weight_bytes),
-               time_text(r.ms_median), time_text(r.ms_min), time_text(r.ms_max),
-               time_text(r.floor_ms), r.floor_bound, fmt::format("{:.2f}", r.ratio_to_floor),
-               fmt::format("{:.2f}", r.fraction_of_roof), fmt::format("{:.0f}", r.gflops),
-               fmt::format("{:.1f}", r.gbytes_s), r.invalid.empty() ? "" : "INVALID"});
+    table.row({r.shape, r.variant, r.format, r.source == "ids" ? r.load : r.source,
+               fmt::format("{}", r.tokens), fmt::format("{:.1f}", r.active_experts),
+               bytes_text(r.weight_bytes), time_text(r.ms_median), time_text(r.ms_min),
+               time_text(r.ms_max), time_text(r.floor_ms), r.floor_bound,
+               fmt::format("{:.2f}", r.ratio_to_floor), fmt::format("{:.2f}", r.fraction_of_roof),
+               fmt::format("{:.0f}", r.gflops), fmt::format("{:.1f}", r.gbytes_s),
+               r.host_us > 0 ? fmt::format("{:.1f}", r.host_us) : "",
+               r.clock_mhz > 0 ? fmt::format("{:.0f}", r.clock_mhz) : "",
+               r.invalid.empty() ? "" : "INVALID"});
     if (invalid.empty()) invalid = r.invalid;
   }
   table.print(out);
-  out.line(
-      fmt::format("first forward of the process: {}", time_text(all.machine.first_forward_ms)));
+  out.line(fmt::format(
+      "first forward of the process: {}{}", time_text(all.machine.first_forward_ms),
+      all.machine.context_ms > 0
+          ? ", beyond " + time_text(all.machine.context_ms) + " until the device was ready"
+          : ""));
   if (!invalid.empty()) out.line("INVALID: " + invalid + "; the machine was busy, measure again");
   out.write_json(harness::to_json(all));
   return 0;
@@ -114,12 +135,18 @@ Command add_bench(CLI::App& parent) {
   CLI::App* app = parent.add_subcommand("bench", "Time a layer against the machine's roof");
   auto common = std::make_shared<Common>();
   auto flags = std::make_shared<BenchFlags>();
-  app->add_option("--shape", flags->shape, "a name or E,H,I,k")->capture_default_str();
+  app->add_option("--shape", flags->shapes, "names or E,H,I,k; several apart by blanks")
+      ->capture_default_str();
   app->add_option("--tokens", flags->tokens, "token counts")->capture_default_str();
   app->add_option("--scheme", flags->scheme, "schemes, or variants such as int4_w4a16+g64")
       ->capture_default_str();
   app->add_option("--format", flags->format, "standard, sorted, batched")->capture_default_str();
   app->add_option("--load", flags->load, "uniform, zipf, one")->capture_default_str();
+  app->add_option("--route", flags->route, "ids: routing is given; logits: the layer routes")
+      ->capture_default_str();
+  app->add_option("--capacity", flags->capacity, "batched: rows per expert, 0: as many as needed")
+      ->capture_default_str()
+      ->check(CLI::Range(std::int64_t{0}, kMaxCount));
   app->add_option("--activation", flags->activation, "an activation's name")->capture_default_str();
   app->add_flag("--bias", flags->bias, "with biases");
   app->add_option("--seed", flags->seed, "of weights, tokens and routing")->capture_default_str();

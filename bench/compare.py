@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Our whole layer beside others': rows of `moesaic bench --json` against a file of their figures.
+
+    bench/compare.py rows.json ... --peers peers.json [--misses]
+
+The peers' file is a JSON list of {"scheme", "shape", "tokens", "peer", "ratio", "target"}: the best peer's whole layer
+and the target, both as ratios to the floor that such a row has. Prints a Markdown table per scheme: a cell is our
+time in ms, our ratio to the floor measured in the same process, and "best peer -> target". `+`: no slower than
+the peer and the target; `=`: no slower than the peer; `-`: slower than the peer; `!`: the run was INVALID.
+"""
+import argparse
+import json
+
+# Our names of what the peers' file calls differently.
+ALIASES = {"int4_w4a16": "int4_g128", "fp8_tensor+static": "fp8_tensor"}
+SLACK = 0.005  # ratios are printed with two digits
+
+
+def our_rows(paths):
+    for path in paths:
+        with open(path) as file:
+            for row in json.load(file)["rows"]:
+                if row["format"] == "standard" and row["load"] == "uniform" and row.get("source", "ids") == "ids":
+                    yield row
+
+
+def verdict(row, peer):
+    if not row["valid"]:
+        return "!"
+    if peer is None:
+        return " "
+    ours = row["ratio_to_floor"]
+    if ours > peer["ratio"] + SLACK:
+        return "-"
+    return "+" if ours <= peer["target"] + SLACK else "="
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+")
+    parser.add_argument("--peers", required=True)
+    parser.add_argument("--misses", action="store_true", help="only a line for each row behind its peer or target")
+    args = parser.parse_args()
+    with open(args.peers) as file:
+        peers = {(p["scheme"], p["shape"], p["tokens"]): p for p in json.load(file)}
+
+    tables = {}  # scheme -> shape -> tokens -> cell
+    for row in our_rows(args.rows):
+        scheme = row["variant"]
+        peer = peers.get((ALIASES.get(scheme, scheme), row["shape"], row["tokens"]))
+        mark = verdict(row, peer)
+        text = f"{row['ms_median']:.4g} {row['ratio_to_floor']:.2f}{mark}"
+        if peer is not None:
+            text += f" ({peer['peer']} {peer['ratio']:.2f} -> {peer['target']:.2f})"
+        tables.setdefault(scheme, {}).setdefault(row["shape"], {})[row["tokens"]] = (mark, text)
+
+    count = {}
+    for scheme, shapes in tables.items():
+        tokens = sorted({t for cells in shapes.values() for t in cells})
+        if not args.misses:
+            print(f"\n| {scheme} | " + " | ".join(f"T={t}" for t in tokens) + " |")
+            print("|---|" + "---|" * len(tokens))
+        for shape, cells in shapes.items():
+            for t in tokens:
+                mark, text = cells.get(t, (" ", ""))
+                count[mark] = count.get(mark, 0) + 1
+                if args.misses and mark in "-=!":
+                    print(f"{scheme:18} {shape:18} T={t:<5} {text}")
+            if not args.misses:
+                print(f"| {shape} | " + " | ".join(cells.get(t, (" ", ""))[1] for t in tokens) + " |")
+    print(f"\n{count.get('+', 0)} at the target, {count.get('=', 0)} between peer and target, "
+          f"{count.get('-', 0)} behind the peer, {count.get('!', 0)} invalid")
+
+
+if __name__ == "__main__":
+    main()

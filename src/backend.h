@@ -56,6 +56,11 @@ struct WeightOperand {
 };
 
 // --- stage arguments ----------------------------------------------------------------------------
+// Whether what align wrote (for align itself: the ids) was complete before the stage in front of this one began.
+// A backend whose kernels overlap may then read it, and fetch weights, while that stage still runs. Behind GEMM1
+// and every later stage of a layer it is: align came before GEMM1.
+enum class TileAge : std::uint8_t { kNew, kSettled };
+
 // The scale of activation row r (of tile expert e), K group g: data[r*row + g*group + e*expert].
 struct ActScaleView {
   const float* data = nullptr;  // null: activations carry no scale
@@ -75,6 +80,7 @@ struct RouteStage {
 // From ids to positions.
 struct AlignStage {
   Tensor topk_ids;              // [T, k] i32 or i64
+  TileAge ids_age = TileAge::kNew;
   std::int64_t experts = 0;     // global
   ExpertRange local;            // count resolved
   Tensor expert_map;            // optional i32 [experts]
@@ -104,6 +110,10 @@ struct QuantizeStage {
   Tensor input;                  // [R, K] float; e4m3 / i8 when only moved (scale moves along)
   ActScaleView input_scale;      // of 8-bit input
   const RowMap* rows = nullptr;  // null: rows 0..R-1 of input, all live. Else only live positions
+  // rows null: row t goes to the positions slot_row[t * top_k + j] >= 0 instead of row t of output. Asked only of
+  // a backend whose input_rows is kPosition.
+  const std::int32_t* slot_row = nullptr;
+  TileAge tile_age = TileAge::kNew;
   RowOf source = RowOf::kPosition;       // row of `input` for a position
   std::int64_t top_k = 1;
   const float* row_weights = nullptr;    // by slot; WeightOn::kInput
@@ -121,12 +131,6 @@ struct QuantizeStage {
   std::int64_t scale_row_stride = 0;     // kGroup: [rows, groups], row stride in floats
   void* scratch = nullptr;               // quantize_scratch_bytes
 };
-
-// Whether the tile list was complete before the stage in front of this one began. A backend whose kernels
-// overlap may then read it, and fetch weights, while that stage still runs. (GEMM2 of a layer: the stage in
-// front is GEMM1 or the activation, and align came before that. forward.cpp still leaves it kNew: kSettled has
-// been run on the products alone, not yet through a whole layer on a GPU.)
-enum class TileAge : std::uint8_t { kNew, kSettled };
 
 // The grouped product, with gather before and everything element-wise behind.
 struct GemmStage {
@@ -156,6 +160,7 @@ struct ActivateStage {
 // y[t] (+)= scale * sum_j w[t,j] * rows[slot_row[t,j]] + shared_weight[t] * shared[t], fp32, j ascending.
 struct CombineStage {
   Tensor rows;                   // [R, H] f32, f16, bf16
+  TileAge list_age = TileAge::kNew;  // of slot_row, topk_ids, weights
   const std::int32_t* slot_row = nullptr;  // [T * k], -1: nothing; null: row = slot
   const std::int32_t* topk_ids = nullptr;  // optional: negative ids are skipped
   const float* weights = nullptr;          // [T * k]; null: 1
@@ -192,6 +197,9 @@ class Backend {
   // 16-bit slot outputs, or f32: one choice per scheme, whatever T and format.
   virtual DType slot_dtype(const WeightSpec& fc2) const = 0;
   virtual std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const = 0;
+  // Where GEMM1 of the standard format wants float inputs: kToken as they are, gathered by the product; kPosition
+  // laid out by position, where reading consecutive rows gains more than writing them costs.
+  virtual RowOf input_rows(const WeightSpec&, std::int64_t /*slots*/) const { return RowOf::kToken; }
   virtual std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const = 0;
   virtual std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const = 0;
   virtual std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const = 0;
@@ -217,6 +225,9 @@ const Backend* cpu_backend();
 void set_cpu_kernels(std::string_view level);
 std::vector<std::string> available_cpu_kernels();
 const Backend* cuda_backend(int index);
+// What the CUDA backend would answer on a device of compute capability 9.0, asked of the code alone: for the
+// support matrix of a build on a machine without such a device.
+Support cuda_support(const LayerConfig& config);
 void set_cuda_kernels(std::string_view level);
 std::vector<std::string> available_cuda_kernels();
 

@@ -35,7 +35,8 @@ RoutedBuffers take_routed(Arena& arena, const LayerPlan& plan, std::int64_t toke
   b.rows.row_slot = arena.take<std::int32_t>(slots);
   b.slot_row = arena.take<std::int32_t>(slots);
   b.align_scratch = arena.take(plan.backend->align_scratch_bytes(slots, plan.config.experts));
-  b.input = take_input_buffers(arena, plan, tokens, slots);
+  b.input = take_input_buffers(
+      arena, plan, {.tokens = tokens, .positions = slots, .layout = input_layout(plan, slots)});
   b.experts = take_experts_buffers(arena, plan, slots);
   b.output = arena.take(plan.slot_dtype, slots, plan.config.hidden, plan.device);
   return b;
@@ -90,7 +91,25 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
   RowMap& rows = b.routed.rows;
   rows.positions = rows.slot_count = slots;
   set_tile_rows(rows, plan.fc1.experts, run.tile_rows(plan.fc1, slots));
+  const ActScaleView x_scale = caller_scale_view(plan.fc1, chunk.x_scale);
+  const auto* weights = chunk.weights.as<float>();
+  const bool on_input = plan.config.weight_on == WeightOn::kInput;
+  const Rows x{.values = chunk.x, .scale = x_scale, .row = RowOf::kToken};
+  const InputRun input_run{.plan = &plan,
+                           .fc1 = layer.fc1,
+                           .rows = &rows,
+                           .input = x,
+                           .row_weights = on_input ? weights : nullptr,
+                           .layout = input_layout(plan, slots),
+                           .slot_row = b.routed.slot_row};
+  // Rows that are quantized by token need no list: align, which does not need them either, may then run beside.
+  const bool by_token =
+      !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
+  Rows input = x;
+  if (by_token) input = prepare_input(input_run, b.routed.input, args.stream);
+  const bool launched = input.values.data != x.values.data;
   run.align({.topk_ids = chunk.ids,
+             .ids_age = launched ? TileAge::kSettled : TileAge::kNew,
              .experts = plan.config.experts,
              .local = plan.config.local,
              .rows = rows,
@@ -98,16 +117,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
              .tokens_per_expert = chunk.tokens_per_expert,
              .scratch = b.routed.align_scratch},
             args.stream);
-  const ActScaleView x_scale = caller_scale_view(plan.fc1, chunk.x_scale);
-  const auto* weights = chunk.weights.as<float>();
-  const bool on_input = plan.config.weight_on == WeightOn::kInput;
-  const Rows x{.values = chunk.x, .scale = x_scale, .row = RowOf::kToken};
-  const Rows input = prepare_input({.plan = &plan,
-                                    .fc1 = layer.fc1,
-                                    .rows = &rows,
-                                    .input = x,
-                                    .row_weights = on_input ? weights : nullptr},
-                                   b.routed.input, args.stream);
+  if (!by_token) input = prepare_input(input_run, b.routed.input, args.stream);
   run_experts({.plan = &plan,
                .fc1 = layer.fc1,
                .fc2 = layer.fc2,
@@ -118,6 +128,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
               b.routed.experts, args.stream);
 
   CombineStage combine{.rows = b.routed.output,
+                       .list_age = TileAge::kSettled,
                        .slot_row = b.routed.slot_row,
                        .weights = on_input ? nullptr : weights,
                        .top_k = plan.config.top_k,
@@ -173,16 +184,21 @@ Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stre
   const Tensor& x = run.input.values;
   const bool quantizes = plan.fc1.act_scale != ActScale::kDefault && is_float(x.dtype);
   // Per position: what differs between a token's slots, and batched rows, of which only some live.
-  const bool by_position = must_expand(plan, &side) || run.input.row == RowOf::kPosition;
-  if (!quantizes && !side.prequant.defined() &&
+  const bool differ = must_expand(plan, &side);
+  const bool lay_out = run.layout == RowOf::kPosition && run.input.row == RowOf::kToken;
+  const bool by_position = differ || lay_out || run.input.row == RowOf::kPosition;
+  if (!quantizes && !lay_out && !side.prequant.defined() &&
       !(run.row_weights != nullptr && plan.config.weight_on == WeightOn::kInput))
     return run.input;
+  // Read once and written to all its positions, instead of read again for each.
+  const bool scatter = lay_out && !differ && run.slot_row != nullptr;
   Tensor output = buffers.values;
   output.shape[0] = by_position ? run.rows->positions : x.shape[0];
   plan.backend->quantize({.input = x,
                           .input_scale = run.input.scale,
-                          .rows = by_position ? run.rows : nullptr,
-                          .source = by_position ? run.input.row : RowOf::kPosition,
+                          .rows = by_position && !scatter ? run.rows : nullptr,
+                          .slot_row = scatter ? run.slot_row : nullptr,
+                          .source = by_position && !scatter ? run.input.row : RowOf::kPosition,
                           .top_k = plan.config.top_k,
                           .row_weights = run.row_weights,
                           .prequant = side.prequant,
@@ -237,6 +253,7 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
     if (!fused)
       backend.quantize({.input = buffers.hidden,
                         .rows = &run.rows,
+                        .tile_age = TileAge::kSettled,
                         .prequant = side.prequant,
                         .round_to = plan.fc2.dtype16,
                         .granularity = plan.fc2.act_scale,
@@ -254,12 +271,14 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
   } else if (side.prequant.defined()) {
     backend.quantize({.input = buffers.hidden,
                       .rows = &run.rows,
+                      .tile_age = TileAge::kSettled,
                       .prequant = side.prequant,
                       .round_to = plan.fc2.dtype16,
                       .output = buffers.hidden},  // element-wise: in place
                      stream);
   }
   backend.gemm({.rows = run.rows,
+                .tile_age = TileAge::kSettled,
                 .a = hidden.values,
                 .a_scale = hidden.scale,
                 .top_k = plan.config.top_k,

@@ -15,6 +15,8 @@ struct InputRun {
   Rows input;                          // as the caller holds it: kToken or kPosition
   const float* row_weights = nullptr;  // by slot, on the input; null with WeightOn::kOutput
   bool per_expert_absmax = false;
+  RowOf layout = RowOf::kToken;             // kPosition: laid out by position ...
+  const std::int32_t* slot_row = nullptr;   // ... through this, where the slots of a token do not differ
 };
 Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stream);
 

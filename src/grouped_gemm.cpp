@@ -178,7 +178,8 @@ Buffers take_buffers(Arena& arena, const Resolved& r) {
   const LayerPlan& plan = r.plan;
   Buffers b;
   b.rows = take_row_map(arena, r.positions, r.batched ? plan.fc1.experts : r.positions, r.slot_count);
-  b.input = take_input_buffers(arena, plan, r.batched ? r.positions : r.a.shape[0], r.positions);
+  b.input = take_input_buffers(arena, plan,
+                               {.tokens = r.batched ? r.positions : r.a.shape[0], .positions = r.positions});
   b.scratch = arena.take(plan.backend->gemm_scratch_bytes(plan.fc1, r.positions));
   return b;
 }

@@ -173,12 +173,16 @@ bool must_expand(const LayerPlan& plan, const SideTensors* side) {
   return per_expert_scale || per_expert_factor;
 }
 
-InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, std::int64_t tokens,
-                                std::int64_t positions) {
+RowOf input_layout(const LayerPlan& plan, std::int64_t slots) {
+  if (!is_float(plan.config.input_dtype)) return RowOf::kToken;
+  return plan.backend->input_rows(plan.fc1, slots);
+}
+
+InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, const InputRows& wanted) {
   InputBuffers b;
-  const bool expand = must_expand(plan, nullptr);
+  const bool expand = must_expand(plan, nullptr) || wanted.layout == RowOf::kPosition;
   if (!plan.quantizes_input() && !expand) return b;
-  const std::int64_t rows = expand ? positions : tokens;
+  const std::int64_t rows = expand ? wanted.positions : wanted.tokens;
   b.values = arena.take(plan.fc1.act_dtype, rows, plan.fc1.k, plan.device);
   b.scale = arena.take<float>(scale_count(plan.fc1, rows, plan.fc1.experts));
   b.scratch = arena.take(plan.backend->quantize_scratch_bytes(rows, plan.fc1.experts));

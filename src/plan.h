@@ -69,8 +69,13 @@ struct InputBuffers {
   float* scale = nullptr;
   void* scratch = nullptr;
 };
-InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, std::int64_t tokens,
-                                std::int64_t positions);
+struct InputRows {
+  std::int64_t tokens = 0, positions = 0;
+  RowOf layout = RowOf::kToken;  // kPosition: expanded whether it must be or not
+};
+InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, const InputRows& rows);
+// What GEMM1 of the standard format wants.
+RowOf input_layout(const LayerPlan& plan, std::int64_t slots);
 // Whether rows must be laid out by position before GEMM1, because two slots of one token differ in
 // it. Without `side` (sizes are a function of the configuration) the larger case.
 bool must_expand(const LayerPlan& plan, const SideTensors* side);

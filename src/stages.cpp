@@ -75,7 +75,9 @@ ExpertsStageBuffers take_experts(Arena& arena, const LayerPlan& plan, Format for
   b.rows = take_row_map(arena, positions, format == Format::kBatched ? experts : positions, slots);
   LayerPlan any_input = plan;  // rows may come as floats even where the layer's input is 8 bit
   if (plan.fc1.act_scale != ActScale::kDefault) any_input.config.input_dtype = plan.fc1.dtype16;
-  b.input = take_input_buffers(arena, any_input, format == Format::kBatched ? positions : tokens, positions);
+  b.input = take_input_buffers(
+      arena, any_input,
+      {.tokens = format == Format::kBatched ? positions : tokens, .positions = positions});
   b.experts = take_experts_buffers(arena, plan, positions);
   return b;
 }

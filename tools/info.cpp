@@ -3,8 +3,10 @@
 // written down.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <map>
 
+#include "backend.h"
 #include "harness/cases.h"
 #include "scheme.h"
 #include "tools/command.h"
@@ -27,6 +29,7 @@ LayerConfig typical(Scheme scheme) {
   config.hidden = 1024;
   config.intermediate = 512;
   config.top_k = 2;
+  config.local.count = config.experts;
   config.max_tokens = 64;
   config.quant = variant.quant;
   config.input_dtype = variant.input;
@@ -34,8 +37,18 @@ LayerConfig typical(Scheme scheme) {
   return config;
 }
 
+bool has_cuda_device() {
+  const std::vector<DeviceInfo> all = devices();
+  return std::any_of(all.begin(), all.end(),
+                     [](const DeviceInfo& d) { return d.device.type == DeviceType::kCuda; });
+}
+
 Support ask(const LayerConfig& config, Format format, Device device) {
   try {
+#ifdef MOESAIC_HAS_CUDA
+    // The matrix is the code's, not the machine's.
+    if (device.type == DeviceType::kCuda && !has_cuda_device()) return cuda_support(config);
+#endif
     return supports(config, format, device);
   } catch (const Error& error) {  // no such device, or built without it
     return {.supported = false, .reason = error.what()};
@@ -87,6 +100,11 @@ void print(const Output& out, const std::vector<Cell>& cells) {
       "Each with every activation, with biases or none. The same bits on every run, and for a");
   out.line(
       "token alone or in any batch; * not with its default scale, the absmax of the whole call.");
+#ifdef MOESAIC_HAS_CUDA
+  if (!has_cuda_device())
+    out.line(
+        "There is no CUDA device here: those columns are what one of compute capability 9.0 runs.");
+#endif
   for (const auto& [reason, count] : reasons)
     out.line(fmt::format("- {} ({} cells)", reason, count));
 }

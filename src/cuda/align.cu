@@ -3,8 +3,8 @@
 // expert keep their order, because every rank is a prefix sum over earlier slots. Shared-memory
 // counters handed out by atomics lost: faster to write, but the order then varies from run to run.
 //
-// Up to kSlotsAtOnce slots one block does everything (decode: one tiny kernel). Above, each block
-// counts a contiguous chunk, one block scans the counts, and each block places its chunk: the
+// Up to kSlotsOfWarp slots one warp does everything, up to kSlotsAtOnce one block. Above, each
+// block counts a contiguous chunk, one block scans the counts, and each block places its chunk: the
 // scattered stores of one multiprocessor would take longer than the two further launches.
 #include <algorithm>
 
@@ -17,6 +17,7 @@
 namespace moesaic::cuda {
 namespace {
 
+constexpr std::int64_t kSlotsOfWarp = 32;
 constexpr std::int64_t kSlotsAtOnce = 2048;  // 16 warps of kWarpSlots
 constexpr std::int64_t kMaxChunks = 256;     // the scan of chunks stays short
 constexpr std::int64_t kMinChunk = 1024;
@@ -122,6 +123,60 @@ __device__ __forceinline__ std::int32_t padded_rows(const AlignParams& p, const 
   return table.start[last] + static_cast<std::int32_t>((live + block - 1) / block * block);
 }
 
+// --- one warp does everything -------------------------------------------------------------------
+// A slot per lane: what a block finds with counters and scans, 32 lanes find by asking each other.
+// No barrier, no shared memory; what is left is one trip to memory for the ids and one for the
+// results.
+__global__ void __launch_bounds__(32, 1) align_tiny(AlignParams p) {
+  if (!p.settled) begin_kernel();
+  const int lane = threadIdx.x, slots = static_cast<int>(p.slots);
+  const int group = lane < slots ? group_of(p, lane) : -1;
+  const unsigned same = __match_any_sync(kAllLanes, group), earlier = (1u << lane) - 1;
+  const int rank = __popc(same & earlier);
+  const bool heads = group >= 0 && rank == 0;  // the first slot of its group speaks for it
+  int live = __popc(same), lost = 0;
+  if (p.batched && live > p.capacity) {
+    lost = heads ? live - static_cast<int>(p.capacity) : 0;
+    live = static_cast<int>(p.capacity);
+  }
+  const auto tile_rows = static_cast<unsigned>(p.tile_rows);
+  const unsigned tiles = heads ? (live + tile_rows - 1) / tile_rows : 0;
+  const unsigned mine = heads ? static_cast<unsigned>(live) << 16 | tiles : 0;
+  unsigned before = 0;  // of smaller groups: rows and tiles
+  for (int j = 0; j < slots; ++j) {
+    const int other = __shfl_sync(kAllLanes, group, j);
+    const unsigned theirs = __shfl_sync(kAllLanes, mine, j);
+    if (other < group) before += theirs;
+  }
+  const std::int64_t base = before >> 16;
+  if (p.tokens_per_expert != nullptr) {
+    for (int e = lane; e < p.groups; e += 32) p.tokens_per_expert[e] = 0;
+    __syncwarp();
+    if (heads) p.tokens_per_expert[group] = live;
+  }
+  if (lane < slots) place(p, lane, group, base, rank);
+  if (heads && p.writer.tiles != nullptr) {
+    const std::int64_t start = p.writer.capacity > 0 ? group * p.writer.capacity : base;
+    for (unsigned t = 0; t < tiles; ++t) {
+      const unsigned at = (before & 0xffffu) + t;
+      const int row = static_cast<int>(t * tile_rows), left = live - row;
+      if (at < p.writer.max_tiles)
+        p.writer.tiles[at] = {
+            .expert = group,
+            .rows = left < static_cast<int>(tile_rows) ? left : static_cast<int>(tile_rows),
+            .first = start + row};
+    }
+  }
+  const unsigned all_tiles = __reduce_add_sync(kAllLanes, tiles);
+  const int all_lost = __reduce_add_sync(kAllLanes, lost);
+  if (lane == 0) {
+    if (p.num_tiles != nullptr)
+      *p.num_tiles = static_cast<std::int32_t>(all_tiles < p.max_tiles ? all_tiles : p.max_tiles);
+    if (p.dropped != nullptr) *p.dropped = all_lost;
+  }
+  if (p.settled) begin_kernel();  // see begin_kernel
+}
+
 // --- one block does everything ------------------------------------------------------------------
 __global__ void __launch_bounds__(1024, 1)
     align_small(AlignParams p, int warps, std::int64_t per_warp) {
@@ -129,7 +184,7 @@ __global__ void __launch_bounds__(1024, 1)
   const GroupTable table = GroupTable::at(shared, p.groups);
   auto* counters = reinterpret_cast<std::uint16_t*>(shared + kTableColumns * p.groups);
   clear(counters, warps * p.groups);
-  begin_kernel();
+  if (!p.settled) begin_kernel();
   const int warp = threadIdx.x / 32;
   const std::int64_t first = warp * per_warp;
   const std::int64_t end = first + per_warp < p.slots ? first + per_warp : p.slots;
@@ -153,6 +208,7 @@ __global__ void __launch_bounds__(1024, 1)
   }
   write_tiles(p.writer, table, tiles, threadIdx.x, blockDim.x);
   write_blocks(p, table, padded_rows(p, table), threadIdx.x, blockDim.x);
+  if (p.settled) begin_kernel();  // see begin_kernel
 }
 
 // --- many blocks: count, scan, place
@@ -281,6 +337,7 @@ AlignParams make_params(const AlignStage& s) {
   const bool padded = s.block_rows > 0;
   const std::int64_t slots = s.topk_ids.shape[0] * s.topk_ids.shape[1];
   AlignParams p{.ids = s.topk_ids.data,
+                .settled = s.ids_age == TileAge::kSettled,
                 .ids_are_64bit = s.topk_ids.dtype == DType::kI64,
                 .token_stride = s.topk_ids.strides[0],
                 .slot_stride = s.topk_ids.strides[1],
@@ -326,6 +383,11 @@ std::size_t align_scratch(std::int64_t slots, std::int64_t experts) {
 void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream) {
   AlignParams p = make_params(stage);
   const std::size_t table_bytes = static_cast<std::size_t>(kTableColumns * p.groups) * 4;
+  if (p.slots <= kSlotsOfWarp && p.block_rows == 0) {
+    launch("align", align_tiny, {.grid = 1, .block = dim3(32), .dependency = overlap(device)},
+           stream, p);
+    return;
+  }
   if (p.slots <= kSlotsAtOnce) {
     // Few slots: a warp each 32, the shortest way. More: full warps, so that fewer are summed.
     const std::int64_t per_warp = p.slots <= 512 ? 32 : p.slots <= 1024 ? 64 : kWarpSlots;

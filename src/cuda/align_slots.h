@@ -17,6 +17,7 @@ constexpr std::int64_t kWarpSlots = 32 * kSteps;
 
 struct AlignParams {
   const void* ids = nullptr;
+  bool settled = false;  // the ids are older than the kernel in front
   bool ids_are_64bit = false, ids_are_dense = true;
   std::int64_t token_stride = 0, slot_stride = 0, top_k = 1;
   std::int64_t slots = 0, experts = 0, local_first = 0, local_count = 0;

@@ -17,6 +17,7 @@ struct CombineParams {
   const std::int32_t* slot_row = nullptr;
   const std::int32_t* topk_ids = nullptr;
   const float* weights = nullptr;
+  bool settled = false;  // the three lists above are older than the kernel in front
   int top_k = 1;
   float scale = 1.0f;
   const void* shared = nullptr;
@@ -42,44 +43,55 @@ __device__ __forceinline__ void load_any(const void* data, DType dtype, std::int
   for (int i = 0; i < kVec; ++i) v[i] = load_float(data, dtype, at + i);
 }
 
-// A thread sums kVec neighbouring columns of one token. kAtOnce rows are requested before the first
-// is added: at T = 1 the whole top_k is one trip to memory.
-template <typename Row, typename Out, int kVec>
-__global__ void __launch_bounds__(256) combine_rows(CombineParams p) {
-  begin_kernel();
-  constexpr int kAtOnce = 8;
-  const std::int64_t token = blockIdx.x / p.blocks_per_token;
-  const std::int64_t column =
-      (static_cast<std::int64_t>(blockIdx.x % p.blocks_per_token) * blockDim.x + threadIdx.x) *
-      kVec;
-  if (column >= p.columns) return;
-  float sum[kVec] = {};
-  const std::int64_t first_slot = token * p.top_k;
-  for (int j = 0; j < p.top_k; j += kAtOnce) {
-    std::int64_t row[kAtOnce];
-    float weight[kAtOnce];
+// Where the rows of kAtOnce slots from j on lie, and their weights.
+template <int kAtOnce>
+struct SlotRows {
+  std::int64_t row[kAtOnce];
+  float weight[kAtOnce];
+  __device__ __forceinline__ SlotRows(const CombineParams& p, std::int64_t first_slot, int j) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       row[i] = -1;
       weight[i] = 1.0f;
       if (j + i >= p.top_k) continue;
       const std::int64_t slot = first_slot + j + i;
-      row[i] = p.slot_row != nullptr ? p.slot_row[slot] : slot;
-      if (p.topk_ids != nullptr && p.topk_ids[slot] < 0) row[i] = -1;
+      row[i] = p.slot_row != nullptr ? __ldcg(p.slot_row + slot) : slot;
+      if (p.topk_ids != nullptr && __ldcg(p.topk_ids + slot) < 0) row[i] = -1;
       if (row[i] >= p.row_count) row[i] = -1;
-      if (p.weights != nullptr) weight[i] = p.weights[slot];
+      if (p.weights != nullptr) weight[i] = __ldcg(p.weights + slot);
     }
+  }
+};
+
+// A thread sums kVec neighbouring columns of one token. kAtOnce rows are requested before the first
+// is added: at T = 1 the whole top_k is one trip to memory.
+template <typename Row, typename Out, int kVec>
+__global__ void __launch_bounds__(256) combine_rows(CombineParams p) {
+  if (!p.settled) begin_kernel();
+  constexpr int kAtOnce = 8;
+  const std::int64_t token = blockIdx.x / p.blocks_per_token;
+  const std::int64_t column =
+      (static_cast<std::int64_t>(blockIdx.x % p.blocks_per_token) * blockDim.x + threadIdx.x) *
+      kVec;
+  const std::int64_t first_slot = token * p.top_k;
+  SlotRows<kAtOnce> slots(p, first_slot, 0);
+  if (p.settled) begin_kernel();
+  if (column >= p.columns) return;
+  float sum[kVec] = {};
+  for (int j = 0; j < p.top_k; j += kAtOnce) {
+    if (j > 0) slots = SlotRows<kAtOnce>(p, first_slot, j);
     Pack<Row, kVec> raw[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      if (row[i] >= 0)
-        raw[i] = load_pack<kVec>(static_cast<const Row*>(p.rows) + row[i] * p.row_stride + column);
+      if (slots.row[i] >= 0)
+        raw[i] =
+            load_pack<kVec>(static_cast<const Row*>(p.rows) + slots.row[i] * p.row_stride + column);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (row[i] < 0) continue;
+      if (slots.row[i] < 0) continue;
 #pragma unroll
       for (int e = 0; e < kVec; ++e)
-        sum[e] = add_product(sum[e], weight[i], to_float(raw[i].element[e]));
+        sum[e] = add_product(sum[e], slots.weight[i], to_float(raw[i].element[e]));
     }
   }
 #pragma unroll
@@ -111,6 +123,7 @@ void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t
                   .slot_row = s.slot_row,
                   .topk_ids = s.topk_ids,
                   .weights = s.weights,
+                  .settled = s.list_age == TileAge::kSettled,
                   .top_k = static_cast<int>(s.top_k),
                   .scale = s.scale,
                   .shared_weight = s.shared_weight,
@@ -127,7 +140,10 @@ void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t
                     eight_wide(p.rows, columns, p.row_stride, size_of(s.rows.dtype)) &&
                     eight_wide(p.output, columns, p.output_stride, size_of(s.output.dtype));
   const std::int64_t threads = ceil_div(columns, wide ? 8 : 1);
-  p.blocks_per_token = static_cast<unsigned>(ceil_div(threads, 256));
+  // Few tokens: a token's columns are spread over more multiprocessors, for each has its own way to
+  // L2.
+  const std::int64_t widest = tokens * ceil_div(threads, 256) < device.sm_count ? 64 : 256;
+  p.blocks_per_token = static_cast<unsigned>(ceil_div(threads, widest));
   const std::int64_t block = round_up(ceil_div(threads, p.blocks_per_token), 32);
   // The grid's first dimension takes 2^31 - 1 blocks; tokens * blocks_per_token stays below for
   // every number of slots that 32-bit slot ids can name and rows up to 2^24 columns are split

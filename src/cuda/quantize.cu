@@ -61,7 +61,9 @@ __global__ void __launch_bounds__(kThreads, 1) move_rows(QuantizeParams p, int r
     QuantizeRow row;
     if (!find_row(p, i, &row)) continue;
     for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float(&v)[kVec]) {
-      store_moved<In, kVec>(p, row.position * p.output_stride + column, v);
+      for_positions(p, row, [&](std::int64_t position) {
+        store_moved<In, kVec>(p, position * p.output_stride + column, v);
+      });
     });
     move_scales(p, row, lane, row_threads);
   }
@@ -130,7 +132,9 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
       });
       top = row_threads == 32 ? __reduce_max_sync(kAllLanes, top) : block_max(top);
       scale = scale_of(p.output_dtype, top);
-      if (lane == 0 && p.scale != nullptr) p.scale[row.position * p.scale_row_stride] = scale;
+      if (lane == 0 && p.scale != nullptr)
+        for_positions(
+            p, row, [&](std::int64_t position) { p.scale[position * p.scale_row_stride] = scale; });
     } else if (p.granularity == ActScale::kTensorStatic) {
       scale = p.static_scale[p.static_scales > 1 ? row.expert * p.static_stride : 0];
     } else if (p.per_expert) {
@@ -140,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
       p.scale[row.expert] = scale;  // every row of the expert writes the same
     const float inverse = inverse_of(scale);
     for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float(&v)[kVec]) {
-      store_quantized<kVec>(p, row.position, column, v, scale, inverse);
+      store_quantized<kVec>(p, row, column, v, scale, inverse);
     });
   }
 }
@@ -182,59 +186,92 @@ __global__ void __launch_bounds__(kThreads, 1) tensor_absmax(QuantizeParams p) {
 }
 
 // --- one scale per group of a row
-// -------------------------------------------------------------------- Groups of 8, 16, ... 256
-// elements: eight elements a lane, so a group is 1 to 32 neighbouring lanes and a warp takes 256
-// elements at a time, in one pass over the memory. kRowsAtOnce rows go side by side, so that their
-// lookups and loads overlap: one at a time took three times as long. `segments` pieces of 256 go to
-// one warp: one when there are few rows, so that a single token still fills the machine.
-constexpr int kRowsAtOnce = 4;
+// Groups of 8, 16, ... 256 elements: eight elements a lane, so a group is 1 to 32 neighbouring
+// lanes. A piece is 256 elements of a row; kAtOnce pieces, neighbours in a row and then in the next
+// rows, are requested together by a warp: one when there are few, so that a single token still
+// fills the machine.
+
+// The largest magnitude of eight 16-bit floats, which compare as integers in pairs.
 template <typename In>
-__global__ void __launch_bounds__(kThreads, 2)
-    quantize_groups(QuantizeParams p, int lanes_per_group, int segments, std::int64_t pieces) {
-  begin_kernel();
-  constexpr int kVec = 8, kWarpElements = 32 * kVec;
+__device__ __forceinline__ unsigned packed_magnitude(const Pack<In, 8>& pack) {
+  static_assert(sizeof(In) == 2);
+  const uint4 raw = *reinterpret_cast<const uint4*>(&pack);
+  constexpr unsigned kNoSigns = 0x7fff7fffu;
+  const unsigned both = __vmaxu2(__vmaxu2(raw.x & kNoSigns, raw.y & kNoSigns),
+                                 __vmaxu2(raw.z & kNoSigns, raw.w & kNoSigns));
+  const auto half = static_cast<unsigned short>(max(both & 0xffffu, both >> 16));
+  return __float_as_uint(to_float(*reinterpret_cast<const In*>(&half)));
+}
+
+template <typename In, int kAtOnce>
+__global__ void __launch_bounds__(kThreads, kAtOnce == 1      ? 4
+                                            : sizeof(In) == 2 ? 3
+                                                              : 2)
+    quantize_groups(QuantizeParams p, int lanes_per_group, std::int64_t pieces) {
+  if (!p.settled) begin_kernel();
+  bool begun = !p.settled;
+  constexpr int kVec = 8, kPiece = 32 * kVec;
   const int lane = threadIdx.x % 32, group_shift = __ffs(lanes_per_group) - 1;
-  const std::int64_t rows = item_count(p), items = (rows + kRowsAtOnce - 1) / kRowsAtOnce * pieces;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-       i < items; i += static_cast<std::int64_t>(gridDim.x) * kWarps) {
-    const std::int64_t first = i / pieces * kRowsAtOnce;
-    const std::int64_t begin = i % pieces * segments * kWarpElements + lane * kVec;
-    QuantizeRow row[kRowsAtOnce];
-    bool live[kRowsAtOnce];
+  const std::int64_t items = item_count(p) * pieces;
+  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  for (std::int64_t first = warp * kAtOnce; first < items;
+       first += static_cast<std::int64_t>(gridDim.x) * kWarps * kAtOnce) {
+    std::int64_t item = first / pieces, piece = first - item * pieces;
+    QuantizeRow row[kAtOnce];
+    std::int64_t column[kAtOnce];
+    bool live[kAtOnce];
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r)
-      live[r] = first + r < rows && find_row(p, first + r, &row[r]);
-    for (int s = 0; s < segments; ++s) {
-      const std::int64_t column = begin + s * kWarpElements;
-      const unsigned group = static_cast<unsigned>(column / kVec) >> group_shift;
-      Pack<In, kVec> raw[kRowsAtOnce];
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) {
-        raw[r] = {};
-        if (live[r] && column < p.columns)
-          raw[r] = load_pack<kVec>(static_cast<const In*>(p.input) +
-                                   row[r].source * p.input_stride + column);
+    for (int r = 0; r < kAtOnce; ++r) {
+      column[r] = piece * kPiece + lane * kVec;
+      if (r == 0 || piece == 0) {
+        live[r] = first + r < items && find_row(p, item, &row[r]);
+      } else {
+        live[r] = live[r - 1];
+        row[r] = row[r - 1];
       }
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) {
-        if (!live[r]) continue;
-        const bool mine = column < p.columns;
-        float v[kVec];
-        unpack<kVec>(raw[r], v);
-        if (mine) apply_factors<kVec>(p, row[r], column, v);
-        unsigned top = 0;
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) top = max(top, magnitude(v[e]));
-        for (int offset = lanes_per_group / 2; offset > 0; offset /= 2)
-          top = max(top, __shfl_xor_sync(kAllLanes, top, offset));
-        if (!mine) continue;
-        const float scale = scale_of(p.output_dtype, top);
-        if (lane % lanes_per_group == 0 && p.scale != nullptr)
-          p.scale[row[r].position * p.scale_row_stride + group] = scale;
-        store_quantized<kVec>(p, row[r].position, column, v, scale, inverse_of(scale));
+      if (++piece == pieces) {
+        piece = 0;
+        ++item;
       }
     }
+    if (!begun) {
+      begin_kernel();
+      begun = true;
+    }
+    Pack<In, kVec> raw[kAtOnce];
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      raw[r] = {};
+      if (live[r] && column[r] < p.columns)
+        raw[r] = load_pack<kVec>(static_cast<const In*>(p.input) + row[r].source * p.input_stride +
+                                 column[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (!live[r]) continue;
+      const bool mine = column[r] < p.columns;
+      float v[kVec];
+      unpack<kVec>(raw[r], v);
+      unsigned top = 0;
+      if (sizeof(In) == 2 && p.row_weights == nullptr && p.prequant == nullptr) {
+        if constexpr (sizeof(In) == 2) top = packed_magnitude<In>(raw[r]);
+      } else {
+        if (mine) apply_factors<kVec>(p, row[r], column[r], v);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) top = max(top, magnitude(v[e]));
+      }
+      for (int offset = lanes_per_group / 2; offset > 0; offset /= 2)
+        top = max(top, __shfl_xor_sync(kAllLanes, top, offset));
+      if (!mine) continue;
+      const float scale = scale_of(p.output_dtype, top);
+      if (lane % lanes_per_group == 0 && p.scale != nullptr)
+        for_positions(p, row[r], [&](std::int64_t position) {
+          p.scale[position * p.scale_row_stride + ((column[r] / kVec) >> group_shift)] = scale;
+        });
+      store_quantized<kVec>(p, row[r], column[r], v, scale, inverse_of(scale));
+    }
   }
+  if (!begun) begin_kernel();  // see begin_kernel
 }
 
 // Any other group size or alignment: one warp per group, element by element.
@@ -257,12 +294,15 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_odd_groups(QuantizeParam
       top = max(top, magnitude(v[0]));
     }
     const float scale = scale_of(p.output_dtype, __reduce_max_sync(kAllLanes, top));
-    if (lane == 0 && p.scale != nullptr) p.scale[row.position * p.scale_row_stride + g] = scale;
+    if (lane == 0 && p.scale != nullptr)
+      for_positions(p, row, [&](std::int64_t position) {
+        p.scale[position * p.scale_row_stride + g] = scale;
+      });
     const float inverse = inverse_of(scale);
     for (std::int64_t c = begin + lane; c < end; c += 32) {
       v[0] = to_float(in[c]);
       apply_factors<1>(p, row, c, v);
-      store_quantized<1>(p, row.position, c, v, scale, inverse);
+      store_quantized<1>(p, row, c, v, scale, inverse);
     }
   }
 }
@@ -289,10 +329,21 @@ QuantizeParams make_params(const QuantizeStage& s) {
                    .scale_row_stride = s.scale_row_stride,
                    .partial = static_cast<float*>(s.scratch),
                    .per_expert = s.per_expert_absmax && s.rows != nullptr};
+  bool by_slot = false;
+  if (s.rows == nullptr && s.slot_row != nullptr) {
+    p.slot_row = s.slot_row;
+    p.positions = s.output.shape[0];
+  }
   if (s.rows != nullptr) {
+    p.settled = s.tile_age == TileAge::kSettled;
+    // Rows that lie where their positions say, and have no factor, need no slot. A caller's padding
+    // is then quantized with the rest, and nobody reads it; but it must not enter a scale that
+    // others share.
+    by_slot = s.source != RowOf::kPosition || s.row_weights != nullptr ||
+              s.granularity == ActScale::kTensorDynamic;
     p.tiles = s.rows->tiles;
     p.num_tiles = s.rows->num_tiles;
-    p.row_slot = s.rows->row_slot;
+    p.row_slot = by_slot ? s.rows->row_slot : nullptr;
     p.tile_rows = s.rows->tile_rows;
     p.max_tiles = s.rows->max_tiles;
     p.positions = s.rows->positions;
@@ -368,13 +419,13 @@ void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
       const bool even = wide && p.group % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
       if (!even)
         return go("quantize: groups", quantize_odd_groups<In>, ceil_div(rows * p.groups, kWarps));
-      const std::int64_t all = ceil_div(p.columns, 256);
-      const int segments =
-          live > device.sm_count * 16 ? static_cast<int>(std::min<std::int64_t>(all, 8)) : 1;
-      const std::int64_t pieces = ceil_div(all, segments);
-      return go("quantize: groups", quantize_groups<In>,
-                ceil_div(ceil_div(rows, kRowsAtOnce) * pieces, kWarps), static_cast<int>(lanes),
-                segments, pieces);
+      const std::int64_t pieces = ceil_div(p.columns, 256);
+      const auto groups = [&](auto kernel, int at_once) {
+        go("quantize: groups", kernel, ceil_div(rows * pieces, kWarps * at_once),
+           static_cast<int>(lanes), pieces);
+      };
+      if (live * pieces > device.sm_count * 64) return groups(quantize_groups<In, 4>, 4);
+      return groups(quantize_groups<In, 1>, 1);
     }
     pick<8, 1>(wide, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;

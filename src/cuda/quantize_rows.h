@@ -21,6 +21,9 @@ struct QuantizeParams {
   const std::int32_t* num_tiles = nullptr;
   const std::int32_t* row_slot = nullptr;
   std::int64_t tile_rows = 1, max_tiles = 0, positions = 0, slot_count = 0, top_k = 1;
+  bool settled = false;  // the tiles are older than the kernel in front
+  const std::int32_t* slot_row =
+      nullptr;  // tiles null: the positions of a row, instead of its own number
   RowOf source = RowOf::kPosition;
   // Factors.
   const float* row_weights = nullptr;
@@ -55,8 +58,20 @@ struct QuantizeRow {
 
 __device__ __forceinline__ std::int64_t item_count(const QuantizeParams& p) {
   if (p.tiles == nullptr) return p.input_rows;
-  const std::int64_t tiles = *p.num_tiles;
+  const std::int64_t tiles = __ldcg(p.num_tiles);
   return (tiles < p.max_tiles ? tiles : p.max_tiles) * p.tile_rows;
+}
+
+__device__ __forceinline__ Tile load_tile(const Tile* at) {
+  static_assert(sizeof(Tile) == sizeof(int4));
+  const int4 raw = __ldcg(reinterpret_cast<const int4*>(at));
+  Tile tile;
+  tile.expert = raw.x;
+  tile.rows = raw.y;
+  tile.first =
+      static_cast<std::int64_t>(static_cast<std::uint64_t>(static_cast<unsigned>(raw.w)) << 32 |
+                                static_cast<unsigned>(raw.z));
+  return tile;
 }
 
 // False: item `i` is no live row.
@@ -68,14 +83,14 @@ __device__ __forceinline__ bool find_row(const QuantizeParams& p, std::int64_t i
   }
   // Rows of all tiles together fit 32 bits: positions do, and experts x tile_rows is small.
   row->tile = static_cast<unsigned>(i) / static_cast<unsigned>(p.tile_rows);
-  const Tile tile = p.tiles[row->tile];
+  const Tile tile = load_tile(p.tiles + row->tile);
   const std::int64_t r = i - row->tile * p.tile_rows;
   if (r >= tile.rows || tile.expert < 0) return false;
   row->expert = tile.expert;
   row->position = row->source = tile.first + r;
   if (row->position >= p.positions) return false;
   if (p.row_slot != nullptr) {
-    const std::int64_t slot = p.row_slot[row->position];
+    const std::int64_t slot = __ldcg(p.row_slot + row->position);
     if (slot < 0 || slot >= p.slot_count) return false;
     if (p.source == RowOf::kSlot) row->source = slot;
     if (p.source == RowOf::kToken) row->source = slot / p.top_k;
@@ -140,9 +155,17 @@ __device__ __forceinline__ unsigned finite_magnitude(float v) {
   return m < 0x7f800000u ? m : 0u;
 }
 
+// absmax / 448 or / 127, rounded once as by a division (checked for every float from 1e-10 on): the
+// product with the reciprocal is off by one ulp at most, and the remainder, which an fma finds
+// exactly, says by how much.
 __device__ __forceinline__ float scale_of(DType to, unsigned absmax) {
-  const float a = __uint_as_float(absmax);
-  return (a < 1e-10f ? 1e-10f : a) / (to == DType::kF8E4M3 ? 448.0f : 127.0f);
+  const bool e4m3 = to == DType::kF8E4M3;
+  const float most = e4m3 ? 448.0f : 127.0f, reciprocal = e4m3 ? 1.0f / 448.0f : 1.0f / 127.0f;
+  float a = __uint_as_float(absmax);
+  a = a < 1e-10f ? 1e-10f : a;
+  const float near = a * reciprocal;
+  const float exact = fmaf(fmaf(-near, most, a), reciprocal, near);
+  return absmax < 0x7f800000u ? exact : near;  // infinities and NaN have no remainder
 }
 __device__ __forceinline__ float inverse_of(float scale) {
   if (scale == 0.0f) return 0.0f;
@@ -164,23 +187,38 @@ __device__ __forceinline__ std::int8_t to_i8_truncated(float x, float scale) {
   return quotient >= 127.0f ? 127 : static_cast<std::int8_t>(static_cast<int>(quotient));
 }
 
+// Calls f(position) for every row of the output that is this row's.
+template <typename F>
+__device__ __forceinline__ void for_positions(const QuantizeParams& p, const QuantizeRow& row,
+                                              F&& f) {
+  if (p.slot_row == nullptr) return f(row.position);
+#pragma unroll 4
+  for (std::int64_t j = 0; j < p.top_k; ++j) {
+    const std::int64_t position = __ldcg(p.slot_row + row.source * p.top_k + j);
+    if (position >= 0 && position < p.positions) f(position);
+  }
+}
+
 template <int kVec>
-__device__ __forceinline__ void store_quantized(const QuantizeParams& p, std::int64_t position,
+__device__ __forceinline__ void store_quantized(const QuantizeParams& p, const QuantizeRow& row,
                                                 std::int64_t column, const float (&v)[kVec],
                                                 float scale, float inverse) {
-  const std::int64_t at = position * p.output_stride + column;
+  Pack<std::int8_t, kVec> pack;
   if (p.output_dtype == DType::kF8E4M3) {
     float scaled[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) scaled[i] = v[i] * inverse;
-    return store_pack<kVec>(static_cast<__nv_fp8_e4m3*>(p.output) + at, scaled);
-  }
-  Pack<std::int8_t, kVec> pack;
+    store_pack<kVec>(reinterpret_cast<__nv_fp8_e4m3*>(&pack), scaled);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kVec; ++i)
-    pack.element[i] = p.int8_rounding == Int8Rounding::kTruncate ? to_i8_truncated(v[i], scale)
-                                                                 : to_i8(v[i] * inverse);
-  *reinterpret_cast<Pack<std::int8_t, kVec>*>(static_cast<std::int8_t*>(p.output) + at) = pack;
+    for (int i = 0; i < kVec; ++i)
+      pack.element[i] = p.int8_rounding == Int8Rounding::kTruncate ? to_i8_truncated(v[i], scale)
+                                                                   : to_i8(v[i] * inverse);
+  }
+  for_positions(p, row, [&](std::int64_t position) {
+    *reinterpret_cast<Pack<std::int8_t, kVec>*>(static_cast<std::int8_t*>(p.output) +
+                                                position * p.output_stride + column) = pack;
+  });
 }
 
 }  // namespace moesaic::cuda

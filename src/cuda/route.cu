@@ -67,11 +67,6 @@ __device__ __noinline__ float score(Score kind, float z, const SoftmaxSums& soft
   }
 }
 
-__device__ __forceinline__ float logit(const RouteParams& p, std::int64_t token, int expert) {
-  const float z = load_float(p.logits, p.logits_dtype, token * p.logits_stride + expert);
-  return p.bias != nullptr ? z + load_float(p.bias, p.bias_dtype, expert) : z;
-}
-
 // Which groups stay: kept[g] in shared memory. A group's score is the sum of its best one or two.
 __device__ __forceinline__ void choose_groups(const RouteParams& p, const float* choice,
                                               float* group_score, bool* kept) {
@@ -106,7 +101,7 @@ __device__ __forceinline__ void choose_groups(const RouteParams& p, const float*
 
 // Phi-3.5's weight of the best expert that is left: a softmax over the experts near it. `chosen` is
 // the pick of lane j for j < picks: those are masked out.
-__device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, std::int64_t token,
+__device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, const float* logits,
                                                     float top, int chosen, int picks) {
   float sum = 0.0f;
   for (int first = 0; first < p.experts; first += 32) {
@@ -114,7 +109,7 @@ __device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, std::i
     bool out = expert >= p.experts;
     for (int j = 0; j < picks; ++j) out |= __shfl_sync(kAllLanes, chosen, j) == expert;
     if (!out) {
-      const float z = logit(p, token, expert);
+      const float z = logits[expert];
       if (!((top - z) / fmaxf(fabsf(z), top) > p.threshold)) sum += expf(z - top);
     }
   }
@@ -124,7 +119,7 @@ __device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, std::i
 template <int kPerLane>
 __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
   begin_kernel();
-  extern __shared__ float shared[];  // grouped only: choice [E], group scores [G], kept [G]
+  extern __shared__ float shared[];  // z [E]; grouped only: choice [E], group scores [G], kept [G]
   const std::int64_t token = blockIdx.x;
   const int lane = threadIdx.x;
   float z[kPerLane];
@@ -140,6 +135,13 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
     for (int i = 0; i < kPerLane; ++i)
       if (i * 32 + lane < p.experts) z[i] += load_float(p.bias, p.bias_dtype, i * 32 + lane);
   }
+  float* const at_hand =
+      shared;  // read again for the chosen ones: from memory that would be a second trip
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i)
+    if (i * 32 + lane < p.experts) at_hand[i * 32 + lane] = z[i];
+  __syncwarp();
+  float* const choices = shared + p.experts;
   SoftmaxSums softmax;
   if (p.selection == Score::kSoftmax || (p.weight == Score::kSoftmax && !p.renormalize) ||
       p.divisor == Divisor::kFloor) {
@@ -164,13 +166,13 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
     if (p.selection_bias != nullptr)
       choice += load_float(p.selection_bias, p.selection_dtype, expert);
     key[i] = order_key(choice);
-    if (p.groups > 1) shared[expert] = choice;
+    if (p.groups > 1) choices[expert] = choice;
   }
   if (p.groups > 1) {
     __syncwarp();
-    float* group_score = shared + p.experts;
+    float* group_score = choices + p.experts;
     bool* kept = reinterpret_cast<bool*>(group_score + p.groups);
-    choose_groups(p, shared, group_score, kept);
+    choose_groups(p, choices, group_score, kept);
     const int size = p.experts / p.groups;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
     const int pick = static_cast<int>(__reduce_min_sync(kAllLanes, mine));
     const int expert = top > 0 ? pick : -1;
     if (p.sparsemixer && expert >= 0) {
-      const float w = sparsemixer_weight(p, token, logit(p, token, expert), chosen, j);
+      const float w = sparsemixer_weight(p, at_hand, at_hand[expert], chosen, j);
       if (lane == j) weight = w;
     }
     if (lane == j) chosen = expert;
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
   }
   // Weights.
   const bool mine = lane < p.top_k && chosen >= 0;
-  const float chosen_z = mine ? logit(p, token, chosen) : -INFINITY;
+  const float chosen_z = mine ? at_hand[chosen] : -INFINITY;
   if (!p.sparsemixer) {
     if (p.weight == Score::kSoftmax && p.renormalize && p.divisor != Divisor::kFloor)
       softmax = {.top = warp_max(chosen_z), .sum = 1.0f};  // the sum over S divides below
@@ -296,6 +298,7 @@ RouteParams make_params(const RouteStage& s, const Tensor& logits) {
   p.topk_groups = spec.topk_groups;
   if (spec.renormalize == Renormalize::kNever) p.renormalize = false;
   if (spec.renormalize == Renormalize::kAlways) p.renormalize = true;
+  if (p.sparsemixer) p.renormalize = false;  // each weight is a softmax of its own
   // The score itself decides only where something is added to it, or to other scores of its group.
   if (p.topk_groups >= p.groups) p.groups = 1;
   if (p.selection_bias != nullptr || (p.groups > 1 && p.group_best == 2)) p.selection = p.weight;
@@ -313,9 +316,10 @@ void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t
     logits = stage.logits_scratch;
   }
   const RouteParams p = make_params(stage, logits);
-  const std::size_t shared = p.groups > 1 ? static_cast<std::size_t>(p.experts + p.groups) * 4 +
-                                                static_cast<std::size_t>(p.groups)
-                                          : 0;
+  std::size_t shared = static_cast<std::size_t>(p.experts) * 4;
+  if (p.groups > 1)
+    shared +=
+        static_cast<std::size_t>(p.experts + p.groups) * 4 + static_cast<std::size_t>(p.groups);
   const auto go = [&](auto kernel) {
     launch("route", kernel,
            {.grid = dim3(static_cast<unsigned>(tokens)),

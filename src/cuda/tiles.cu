@@ -4,8 +4,8 @@
 //
 // Sorted: neighbouring blocks of one expert are joined up to tile_rows, so that the tile that suits
 // the product does not depend on the caller's block size, and padding at a tile's end is cut off.
-// One block walks the list, 1024 blocks of it at a time: the list is short next to the rows it
-// describes.
+// One block walks the list, one block of it per thread: the list is short next to the rows it
+// describes. Short lists take few threads, because scans and barriers grow with them.
 #include <algorithm>
 
 #include "cuda/device.h"
@@ -16,7 +16,7 @@
 namespace moesaic::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kManyThreads = 1024, kFewThreads = 256;
 
 struct SortedParams {
   const std::int32_t* slots = nullptr;
@@ -53,6 +53,7 @@ __device__ __forceinline__ int expert_of(const SortedParams& p, std::int64_t blo
 
 // A chunk is a window of the list: [first, first + kThreads) with a halo behind it, because a tile
 // that begins in the window may end in later blocks.
+template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int halo) {
   begin_kernel();
   extern __shared__ std::int32_t shared[];
@@ -134,12 +135,13 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
 
 // --- batched
 // --------------------------------------------------------------------------------------
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kManyThreads, 1)
     batched_tiles(const std::int32_t* num_tokens, TileWriter writer, std::int32_t* num_tiles) {
   begin_kernel();
   extern __shared__ std::int32_t shared[];
   const GroupTable table = GroupTable::at(shared, writer.groups);
-  const int per_thread = (writer.groups + kThreads - 1) / kThreads;
+  const int threads = static_cast<int>(blockDim.x);
+  const int per_thread = (writer.groups + threads - 1) / threads;
   const int begin = threadIdx.x * per_thread, end = min(begin + per_thread, writer.groups);
   ScanSums mine;
   for (int e = begin; e < end; ++e) {
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         static_cast<std::int32_t>((table.live[e] + writer.tile_rows - 1) / writer.tile_rows);
   }
   __syncthreads();
-  write_tiles(writer, table, total.tiles, threadIdx.x, kThreads);
+  write_tiles(writer, table, total.tiles, threadIdx.x, threads);
   if (threadIdx.x == 0)
     *num_tiles =
         static_cast<std::int32_t>(min(static_cast<std::int64_t>(total.tiles), writer.max_tiles));
@@ -175,7 +177,8 @@ void run_tiles(const TileStage& stage, const DeviceTraits& device, cudaStream_t 
                             .groups = static_cast<int>(stage.experts)};
     launch("tiles: batched", batched_tiles,
            {.grid = 1,
-            .block = dim3(kThreads),
+            .block = dim3(static_cast<unsigned>(
+                std::clamp<std::int64_t>(round_up(writer.groups, 32), 128, kManyThreads))),
             .shared_bytes = static_cast<std::size_t>(kTableColumns * writer.groups) * 4,
             .dependency = overlap(device)},
            stream, stage.batched.num_tokens.as<std::int32_t>(), writer, rows.num_tiles);
@@ -196,12 +199,16 @@ void run_tiles(const TileStage& stage, const DeviceTraits& device, cudaStream_t 
       .max_tiles = rows.max_tiles,
       .tiles = rows.tiles,
       .num_tiles = rows.num_tiles};
-  launch("tiles: sorted", sorted_tiles,
-         {.grid = 1,
-          .block = dim3(kThreads),
-          .shared_bytes = static_cast<std::size_t>(2 * (kThreads + halo)) * 4,
-          .dependency = overlap(device)},
-         stream, p, halo);
+  const auto go = [&](auto kernel, int threads) {
+    launch("tiles: sorted", kernel,
+           {.grid = 1,
+            .block = dim3(static_cast<unsigned>(threads)),
+            .shared_bytes = static_cast<std::size_t>(2 * (threads + halo)) * 4,
+            .dependency = overlap(device)},
+           stream, p, halo);
+  };
+  if (p.blocks <= kFewThreads) return go(sorted_tiles<kFewThreads>, kFewThreads);
+  go(sorted_tiles<kManyThreads>, kManyThreads);
 }
 
 }  // namespace moesaic::cuda

@@ -68,6 +68,8 @@ struct QuantizeCase {
   std::int64_t columns = 256, group = 128, tokens = 20, capacity = 0;
   Int8Rounding rounding = Int8Rounding::kNearest;
   bool mapped = false, weights = false, per_expert = false, odd_values = false;
+  bool scattered =
+      false;         // mapped, but the device is given each token's positions instead of the tiles
   int prequant = 0;  // rank
   std::int64_t statics = 1;
 };
@@ -76,8 +78,8 @@ std::ostream& operator<<(std::ostream& out, const QuantizeCase& c) {
              << static_cast<int>(c.granularity) << " K " << c.columns << " group " << c.group
              << " T " << c.tokens << " capacity " << c.capacity << (c.mapped ? " mapped" : "")
              << (c.weights ? " weights" : "") << (c.per_expert ? " per expert" : "")
-             << (c.odd_values ? " odd values" : "") << " prequant " << c.prequant << " statics "
-             << c.statics;
+             << (c.odd_values ? " odd values" : "") << (c.scattered ? " scattered" : "")
+             << " prequant " << c.prequant << " statics " << c.statics;
 }
 
 void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
@@ -111,6 +113,11 @@ void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
   for (std::int64_t i = 0; i < c.tokens * groups + kExperts; ++i)
     moved.push_back(static_cast<float>(rng.uniform()));
   Twin<float> weights(weight), prequant(factor), statics(fixed), moves(moved);
+  std::vector<std::int32_t> position(static_cast<std::size_t>(c.tokens * kTopK), -1);
+  for (std::size_t i = 0; i < rows.row_slot.size(); ++i)
+    if (rows.row_slot[i] < rows.slot_count)
+      position[static_cast<std::size_t>(rows.row_slot[i])] = static_cast<std::int32_t>(i);
+  Twin<std::int32_t> slot_row(position);
   const bool tensor =
       c.granularity == ActScale::kTensorStatic || c.granularity == ActScale::kTensorDynamic;
   for (const Device device : kBoth) {
@@ -131,6 +138,11 @@ void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
                         .scale = scale.on(device),
                         .scale_row_stride = tensor ? 0 : groups,
                         .scratch = scratch.get()};
+    if (c.scattered && device.type == DeviceType::kCuda) {
+      stage.rows = nullptr;
+      stage.source = RowOf::kPosition;
+      stage.slot_row = slot_row.on(device);
+    }
     if (!is_float(c.input))
       stage.input_scale = {.data = moves.on(device),
                            .row_stride = tensor ? 0 : groups,
@@ -188,6 +200,25 @@ TEST(QuantizeCuda, EveryGranularityLikeTheCpu) {
                             .mapped = mapped,
                             .odd_values = columns == 192},
                            ++seed);
+}
+
+TEST(QuantizeCuda, ScatteredLikeGathered) {
+  MOESAIC_NEEDS_CUDA();
+  std::uint64_t seed = 6000;
+  for (const DType input : {DType::kF32, DType::kF16, DType::kBF16})
+    for (const ActScale granularity :
+         {ActScale::kDefault, ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic})
+      for (const std::int64_t columns : {100, 192, 7168})
+        for (const std::int64_t tokens : {4, 1200})
+          check_quantize({.input = input,
+                          .output = granularity == ActScale::kDefault ? input : DType::kF8E4M3,
+                          .granularity = granularity,
+                          .columns = columns,
+                          .tokens = tokens,
+                          .mapped = true,
+                          .odd_values = columns == 192,
+                          .scattered = true},
+                         ++seed);
 }
 
 TEST(QuantizeCuda, GroupsOfAnySize) {

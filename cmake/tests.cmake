@@ -28,6 +28,12 @@ if(MOESAIC_CUDA)
     get_filename_component(stem ${source} NAME_WE)
     set_tests_properties(${stem} PROPERTIES LABELS cuda)
   endforeach()
+  if(TARGET sass_test)  # reads the library as it is shipped; skips where there is no cuobjdump
+    find_program(MOESAIC_CUOBJDUMP cuobjdump HINTS ${CUDAToolkit_BIN_DIR})
+    target_compile_definitions(sass_test PRIVATE MOESAIC_LIBRARY="$<TARGET_FILE:moesaic>"
+      MOESAIC_CUOBJDUMP="${MOESAIC_CUOBJDUMP}" "MOESAIC_ARCHITECTURES=\"${CMAKE_CUDA_ARCHITECTURES}\"")
+    add_dependencies(sass_test moesaic)
+  endif()
 endif()
 
 # The C interface, from C and against the library as it is shipped.

@@ -50,7 +50,7 @@ class _Plugin:
         previous = signal.signal(signal.SIGALRM, late)
         signal.alarm(self.limit)
         try:
-            if torch.cuda.is_available():
+            if on_cpu.HAS_GPU:
                 return (yield)
             with on_cpu.OnCpu():
                 return (yield)
@@ -117,7 +117,7 @@ def main(arguments=None):
     if not found:
         print(f"{options.path}: has none of {', '.join(project.tests)}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
+    if not on_cpu.HAS_GPU:
         on_cpu.pretend()
     sys.path.insert(0, str(options.path))
     folder = tempfile.TemporaryDirectory()
@@ -128,7 +128,7 @@ def main(arguments=None):
     pytest.main([*tests, "-q", "--noconftest", "-c", os.devnull, "--rootdir", str(options.path), "-p",
                  "no:cacheprovider", "--import-mode=importlib", "--tb=short", "-W", "ignore", *arguments[split + 1:]],
                 plugins=[plugin])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    device = torch.cuda.get_device_name() if on_cpu.HAS_GPU else "the CPU"
     print(f"\n{options.project} on {device}")
     for outcome in ("passed", "failed", "not applicable"):
         counts = plugin.outcomes[outcome]

@@ -41,6 +41,9 @@ class PackedWeights {
   // `one` has leading extent 1, host or this device's memory. May be called for different experts
   // from different threads.
   virtual void load(std::int64_t local_expert, const GemmWeights& one) = 0;
+  // The weight of one expert as it came, into [1, N, K] on this device. Throws kUnsupported by name where
+  // the arrangement has no way back.
+  virtual void unpack(std::int64_t local_expert, const Tensor& weight) const = 0;
   virtual std::size_t bytes() const = 0;
 };
 

@@ -32,6 +32,13 @@ void PackedProduct::load(std::int64_t expert, const GemmWeights& weights,
   side_.load(expert, side, argument);
 }
 
+void PackedProduct::unpack(std::int64_t expert, const Tensor& weight, std::string_view argument) const {
+  const WeightSpec& spec = operand_.spec;
+  const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
+  check(argument, weight).shape({1, spec.n, four_bit ? spec.k / 2 : spec.k}).dtype({weight_dtype(spec.format)});
+  packed_->unpack(expert, weight);
+}
+
 void PackedProduct::finish(std::string_view argument) {
   side_.check_complete(argument);
   operand_.side = side_.tensors();
@@ -136,6 +143,15 @@ void Layer::load_expert(std::int64_t local_expert, const LayerWeights& weights) 
   const std::lock_guard lock(self.mutex);
   self.loaded[static_cast<std::size_t>(local_expert)] = true;
   self.finish_if_complete();
+}
+
+void Layer::unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Tensor& fc2) const {
+  const Impl& self = *impl_;
+  check_range("local_expert", local_expert, 0, self.plan.fc1.experts - 1);
+  if (!self.is_ready)
+    throw Error(ErrorCode::kNotReady, "unpack_expert: the layer has no weights yet; call load or load_expert");
+  self.fc1.unpack(local_expert, fc1, "fc1");
+  self.fc2.unpack(local_expert, fc2, "fc2");
 }
 
 void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {

@@ -20,6 +20,7 @@ class PackedProduct {
   PackedProduct(const LayerPlan& plan, const WeightSpec& spec);
   void load(std::int64_t expert, const GemmWeights& weights, const ActivationWeights& activation,
             std::string_view argument);
+  void unpack(std::int64_t expert, const Tensor& weight, std::string_view argument) const;
   void finish(std::string_view argument);
   const WeightOperand& operand() const { return operand_; }
   std::size_t bytes() const { return packed_->bytes() + side_.bytes(); }

@@ -44,6 +44,9 @@ void layer_load(LayerRef ref, Options weights) {
 void layer_load_expert(LayerRef ref, std::int64_t expert, Options weights) {
   guarded([&] { mutable_layer(ref).load_expert(expert, read_all<LayerWeights>("weights", weights)); });
 }
+void layer_unpack_expert(LayerRef ref, std::int64_t expert, ffi::AnyView fc1, ffi::AnyView fc2) {
+  guarded([&] { layer_of(ref).unpack_expert(expert, tensor_of(fc1), tensor_of(fc2)); });
+}
 void layer_load_shared(LayerRef ref, Options weights, ffi::AnyView gate) {
   guarded([&] { mutable_layer(ref).load_shared(read_all<LayerWeights>("weights", weights), tensor_of(gate)); });
 }
@@ -373,6 +376,7 @@ void kernels(ffi::String type, ffi::String level) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_new, layer_new);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_load, layer_load);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_load_expert, layer_load_expert);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_unpack_expert, layer_unpack_expert);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_load_shared, layer_load_shared);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_set_router, layer_set_router);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_workspace_bytes, layer_workspace_bytes);

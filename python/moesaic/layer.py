@@ -77,6 +77,11 @@ class Layer:
         """Router weights [E, H] and biases [E]; forward may then be called without logits."""
         lib.layer_set_router(self._handle, _ffi.arg(weight), _ffi.arg(bias), _ffi.arg(selection_bias))
 
+    def unpack_expert(self, expert: int, fc1, fc2) -> None:
+        """Writes one expert's weights back, bit for bit: fc1 [1, N, K] and fc2 [1, H, I] are filled. Not for
+        weights of four bits, nor where a device keeps an order of its own (ValueError)."""
+        lib.layer_unpack_expert(self._handle, expert, _ffi.arg(fc1), _ffi.arg(fc2))
+
     @property
     def ready(self) -> bool:
         return lib.layer_ready(self._handle)

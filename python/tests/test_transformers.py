@@ -119,6 +119,6 @@ def test_under_torch_compile():
     index, weights = torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
     with torch.no_grad():
         experts(x, index, weights)  # packs outside the graph
-        number = integration._packed[experts][2]
+        number = integration._packed[experts].number
         compiled = torch.compile(lambda *a: integration.torch_op.forward(*a) * 2, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x, index, weights, number), experts(x, index, weights) * 2)

@@ -20,7 +20,6 @@
 namespace moesaic {
 namespace {
 
-constexpr std::int64_t kHalf = kTileCols / 2;
 constexpr std::int64_t kLine = 64;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 // An int32 sum of products of bytes is exact for this many at least.
@@ -141,12 +140,6 @@ void fill_u4_quad(const Column& column, std::int64_t c, std::byte* out) {
       byte = high ? byte | static_cast<std::byte>(q << 4) : static_cast<std::byte>(q);
     }
   }
-}
-
-// Where a column's two bytes of a kB8Pair step lie.
-constexpr std::int64_t b8_pair_offset(std::int64_t c) {
-  const std::int64_t within = c % 16;
-  return c / kHalf * 64 + within / 4 * 16 + c % kHalf / 16 * 8 + within % 4 * 2;
 }
 
 }  // namespace

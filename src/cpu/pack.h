@@ -80,12 +80,20 @@ void pack_header(const WeightSpec& spec, const PackLayout& layout, const GemmWei
 void pack_steps(const WeightSpec& spec, const PackLayout& layout, const GemmWeights& weights,
                 const PackPart& part, std::byte* out);
 
+inline constexpr std::int64_t kHalf = kTileCols / 2;
+// Where a column's two bytes of a kB8Pair step lie.
+constexpr std::int64_t b8_pair_offset(std::int64_t c) {
+  const std::int64_t within = c % 16;
+  return c / kHalf * 64 + within / 4 * 16 + c % kHalf / 16 * 8 + within % 4 * 2;
+}
+
 struct CpuKernels;
 
 class PackedCpu final : public PackedWeights {
  public:
   explicit PackedCpu(const WeightSpec& spec);
   void load(std::int64_t local_expert, const GemmWeights& one) override;
+  void unpack(std::int64_t local_expert, const Tensor& weight) const override;  // unpack.cpp
   std::size_t bytes() const override { return bytes_; }
 
   const PackLayout& layout() const { return layout_; }

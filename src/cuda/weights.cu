@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "check.h"
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/weights.h"
@@ -163,6 +164,21 @@ class DenseWeights final : public CudaWeights {
       view_.zero_point =
           take(zero_memory_, DType::kU8, spec.format == WeightFormat::kU4 ? spec.n / 2 : spec.n,
                spec.scale.grid_k);
+  }
+
+  void unpack(std::int64_t local_expert, const Tensor& weight) const override {
+    if (reordered_)
+      unsupported("unpack_expert: this scheme keeps its weights in the kernels' own order on CUDA; keep the "
+                  "caller's copy");
+    if (weight.strides[2] != 1)
+      unsupported("unpack_expert: fc1 and fc2 need a unit inner stride on CUDA");
+    const DeviceGuard guard(device_.index);
+    const Tensor dense = view_.weight.slice(local_expert, 1);
+    const std::size_t element = size_of(dense.dtype), width = static_cast<std::size_t>(dense.shape[2]) * element;
+    check_cuda(cudaMemcpy2DAsync(weight.data, static_cast<std::size_t>(weight.strides[1]) * element, dense.data, width,
+                                 width, static_cast<std::size_t>(dense.shape[1]), cudaMemcpyDefault, nullptr),
+               "cudaMemcpy2D (unpack)");
+    check_cuda(cudaStreamSynchronize(nullptr), "unpack");
   }
 
   void load(std::int64_t local_expert, const GemmWeights& one) override {

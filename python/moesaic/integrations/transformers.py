@@ -4,8 +4,10 @@
     import moesaic.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moesaic")
 
-Weights are packed once per module, and again when a parameter's storage or version changes. What the
-module's gate computes is not guessed from its name: the module's own `_apply_gate` is evaluated on a
+Weights are packed once per module, and again when a parameter's storage or version changes; in between
+the parameters hold no storage of their own (see _released.py), so that expert weights are held once.
+fp8 models (FineGrainedFP8Config) come through transformers' registry of their own. What the module's
+gate computes is not guessed from its name: the module's own `_apply_gate` is evaluated on a
 few values and must agree with one of the activations below, or the class is refused by name.
 """
 
@@ -14,14 +16,17 @@ from __future__ import annotations
 import weakref
 
 import torch
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .. import torch_op
 from ..layer import Layer
+from ._released import Packing, Released, state_of
 
 _MAX_TOKENS = 1 << 20
 _SCHEMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_packed: "weakref.WeakKeyDictionary[torch.nn.Module, tuple]" = weakref.WeakKeyDictionary()
+_NARROW = (torch.float16, torch.bfloat16)
+_packed: "weakref.WeakKeyDictionary[torch.nn.Module, _Packed]" = weakref.WeakKeyDictionary()
 
 
 def _attribute(module, *names, default=None):
@@ -81,47 +86,102 @@ def activation_of(module) -> dict:
         f"experts_implementation='grouped_mm' for this model")
 
 
-def _weights(module) -> tuple:
-    """(fc1, fc2) as [E, N, K] views of the module's parameters."""
-    up = module.gate_up_proj if module.has_gate else module.up_proj
-    down = module.down_proj
+def _parameters(module) -> tuple:
+    """(fc1, fc2) parameters as the module has them."""
+    return (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
+
+
+def _views(module):
+    """The function from those two to [E, N, K] views."""
     if module.is_transposed:
-        up, down = up.transpose(1, 2), down.transpose(1, 2)
-    fc1, fc2 = {"weight": up.detach()}, {"weight": down.detach()}
-    if module.has_bias:
-        fc1["bias"] = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias).detach()
-        fc2["bias"] = module.down_proj_bias.detach()
-    return fc1, fc2
+        return lambda up, down: (up.transpose(1, 2), down.transpose(1, 2))
+    return lambda up, down: (up, down)
 
 
-def _state(module) -> tuple:
-    """What must stay the same for packed weights to be current."""
-    return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in module.parameters())
+def _fp8(module, fc1, fc2) -> dict:
+    """Scales of transformers' fp8 experts, and the scheme they make. ValueError by class name otherwise."""
+    prefix = "gate_up_proj" if module.has_gate else "up_proj"
+    if fc1["weight"].dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{type(module).__name__}: expert weights of {fc1['weight'].dtype} (two e2m1 values a byte, "
+                         f"fp8 activations) are not run by moesaic; use experts_implementation='grouped_mm'")
+    names = (prefix, "down_proj")
+    scales = [getattr(module, f"{name}_scale_inv").detach().float() for name in names]
+    for fc, name, scale in zip((fc1, fc2), names, scales):
+        fc["scale"] = scale
+        if module.activation_scheme == "static":
+            fc["input_scale"] = getattr(module, f"{name}_activation_scale").detach().float()
+    if module.block_size is not None:
+        if module.activation_scheme == "static":
+            raise ValueError(f"{type(module).__name__}: block scales with static activation scales are not run by "
+                             f"moesaic; use experts_implementation='grouped_mm'")
+        return dict(scheme="fp8_block", quant=dict(block_n=module.block_size[0], block_k=module.block_size[1]))
+    for fc, scale in zip((fc1, fc2), scales):
+        flat = scale.reshape(scale.shape[0], -1)  # one per expert, or one for gate and one for up
+        if module.activation_scheme == "static":
+            fc["scale"] = flat[:, 0] if flat.shape[1] == 1 else flat
+        else:
+            fc["scale"] = flat.repeat_interleave(fc["weight"].shape[1] // flat.shape[1], 1)
+    if module.activation_scheme == "static":
+        return dict(scheme="fp8_tensor", quant=dict(act_scale="tensor_static"))
+    return dict(scheme="fp8_channel", quant={})
 
 
-def _layer_number(module, top_k: int) -> int:
-    state = (top_k, _state(module))
+class _Packed:
+    """What belongs to one module: its layer and how current it is."""
+
+    def __init__(self, module, top_k, dtype):
+        if getattr(module, "has_post_expert_norm", False):
+            raise ValueError(f"{type(module).__name__}: normalizes each expert's output, which moesaic does not "
+                             f"do; use experts_implementation='grouped_mm' for this model")
+        weights, views = _parameters(module), _views(module)
+        one, two = views(*(w.detach() for w in weights))
+        fc1, fc2 = {"weight": one}, {"weight": two}
+        if module.has_bias:
+            fc1["bias"] = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias).detach()
+            fc2["bias"] = module.down_proj_bias.detach()
+        if hasattr(module, "activation_scheme"):
+            options, self.dtype = _fp8(module, fc1, fc2), dtype if dtype in _NARROW else torch.bfloat16
+        elif one.dtype in _SCHEMES:
+            options, self.dtype = dict(scheme=_SCHEMES[one.dtype]), one.dtype
+        else:
+            raise ValueError(f"{type(module).__name__}: expert weights are {one.dtype}; moesaic takes float32, "
+                             f"float16 or bfloat16 here")
+        experts, hidden, intermediate = two.shape
+        self.device = one.device
+        name = "cpu" if self.device.type == "cpu" else f"cuda:{self.device.index or 0}"
+        layer = Layer(experts=experts, hidden=hidden, intermediate=intermediate, top_k=min(top_k, experts),
+                      max_tokens=_MAX_TOKENS, activation=activation_of(module), input_dtype=_SCHEMES[self.dtype],
+                      device=name, **options)
+        layer.load(fc1, fc2)
+        self.key = (top_k, dtype)
+        self.number = torch_op.register(layer)
+        self.packing = Packing(layer, weights, views)
+        self._others = state_of(self._rest(module))
+
+    def _rest(self, module):
+        weights = _parameters(module)
+        return [p for p in module.parameters() if all(p is not w for w in weights)]
+
+    def current(self, module, top_k, dtype):
+        return (self.key == (top_k, dtype) and self.packing.holds(_parameters(module)) and self.packing.current()
+                and self._others == state_of(self._rest(module)))
+
+
+@torch.compiler.disable
+def _layer_of(module, top_k: int, dtype) -> _Packed:
     held = _packed.get(module)
-    if held is not None and held[0] == state:
-        return held[2]
-    if getattr(module, "has_post_expert_norm", False):
-        raise ValueError(f"{type(module).__name__}: normalizes each expert's output, which moesaic does not "
-                         f"do; use experts_implementation='grouped_mm' for this model")
-    fc1, fc2 = _weights(module)
-    dtype = fc1["weight"].dtype
-    if dtype not in _SCHEMES:
-        raise ValueError(f"{type(module).__name__}: expert weights are {dtype}; moesaic takes float32, "
-                         f"float16 or bfloat16 here")
-    experts, hidden, intermediate = fc2["weight"].shape
-    device = fc1["weight"].device
-    layer = Layer(experts=experts, hidden=hidden, intermediate=intermediate, top_k=min(top_k, experts),
-                  max_tokens=_MAX_TOKENS, scheme=_SCHEMES[dtype], activation=activation_of(module),
-                  device="cpu" if device.type == "cpu" else f"cuda:{device.index or 0}")
-    _packed.pop(module, None)  # the old copy goes before the new one is made
-    layer.load(fc1, fc2)
-    number = torch_op.register(layer)
-    _packed[module] = (state, layer, number)
-    return number
+    if held is None or not held.current(module, top_k, dtype):
+        if held is not None:
+            held.packing.restore()
+        held = None
+        _packed.pop(module, None)  # the old copy goes before the new one is made
+        if any(type(w) is Released for w in _parameters(module)):
+            for weight in _parameters(module):
+                weight.detach()  # another module's packed copy holds them: they come back
+        held = _packed[module] = _Packed(module, top_k, dtype)
+    if not held.packing.released:
+        held.packing.release()
+    return held
 
 
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):
@@ -130,13 +190,14 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     if self.training and torch.is_grad_enabled():
         raise RuntimeError(f"{type(self).__name__}: moesaic computes no gradients; call model.eval(), or train "
                            f"with experts_implementation='grouped_mm'")
-    number = _layer_number(self, top_k_index.shape[-1])
-    dtype = _packed[self][1].config["input_dtype"]
-    torch_dtype = {v: k for k, v in _SCHEMES.items()}[dtype]
+    # The dtype of the rows matters where weights do not say it.
+    dtype = hidden_states.dtype if hasattr(self, "activation_scheme") else None
+    held = _layer_of(self, top_k_index.shape[-1], dtype)
     with torch.no_grad():
-        output = torch_op.forward(hidden_states.to(torch_dtype).contiguous(), top_k_index.contiguous(),
-                                  top_k_weights.float().contiguous(), number)
+        output = torch_op.forward(hidden_states.to(held.dtype).contiguous(), top_k_index.contiguous(),
+                                  top_k_weights.float().contiguous(), held.number)
     return output.to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
+ALL_FP8_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)

@@ -75,5 +75,6 @@ else()
   add_test(NAME python_test COMMAND ${MOESAIC_TEST_PYTHON} -m pytest -q -p no:cacheprovider -rs
            ${PROJECT_SOURCE_DIR}/python/tests WORKING_DIRECTORY ${PROJECT_BINARY_DIR})
   set_tests_properties(python_test PROPERTIES ENVIRONMENT
-    "PYTHONPATH=${PROJECT_SOURCE_DIR}/python;MOESAIC_LIBRARY=$<TARGET_FILE:moesaic_python>")
+    "PYTHONPATH=${PROJECT_SOURCE_DIR}/python;MOESAIC_LIBRARY=$<TARGET_FILE:moesaic_python>\
+;MOESAIC_WHEEL_BUILD=${PROJECT_BINARY_DIR}-wheel;MOESAIC_WHEEL_CXX=${CMAKE_CXX_COMPILER}")
 endif()

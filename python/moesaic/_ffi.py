@@ -5,35 +5,62 @@ from __future__ import annotations
 
 import os
 import pathlib
+from typing import Any, Optional
 
 import tvm_ffi
 
 # MOESAIC_LIBRARY: a build folder's shared object instead of the installed one (the tests use it).
 _PATH = os.environ.get("MOESAIC_LIBRARY") or pathlib.Path(__file__).with_name("libmoesaic_ffi.so")
-lib = tvm_ffi.load_module(str(_PATH), keep_module_alive=True)
+lib: Any = tvm_ffi.load_module(str(_PATH), keep_module_alive=True)
+
+Array = Any  # whatever speaks DLPack: numpy.ndarray, torch.Tensor, jax.Array, cupy.ndarray
 
 # What NumPy's own dtypes (and ml_dtypes') are called here. DLPack from NumPy knows none of the
 # sub-32-bit floats, so those go over as raw bits beside their name.
 _BITS = {"bfloat16": ("uint16", "bf16"), "float8_e4m3fn": ("uint8", "fp8_e4m3")}
+_bits_of: dict = {}  # the same by dtype object: a dtype's name is made anew each time it is asked for
+_from_dlpack = tvm_ffi.from_dlpack
 
 
-def arg(array, dtype: str | None = None):
+def _numpy(array, dtype):
+    if dtype is None:
+        try:
+            bits = _bits_of[array.dtype]
+        except KeyError:
+            bits = _bits_of[array.dtype] = _BITS.get(array.dtype.name)
+        if bits is not None:
+            return [_from_dlpack(array.view(bits[0])), bits[1]]
+        return _from_dlpack(array)
+    return [_from_dlpack(array), dtype]
+
+
+def _other(array, dtype):
+    view = _from_dlpack(array)
+    return view if dtype is None else [view, dtype]
+
+
+def _torch(array, dtype):
+    # Passed as it is: no copy, no Python object per call.
+    return array if dtype is None else [_from_dlpack(array), dtype]
+
+
+# How an array of a type goes over. Asking a type for its module costs as much as the rest of a call.
+_ways: dict = {type(None): lambda array, dtype: None}
+
+
+def _way(kind):
+    module = kind.__module__
+    way = _ways[kind] = _torch if module.startswith("torch") else _numpy if module.startswith("numpy") else _other
+    return way
+
+
+def arg(array: Array, dtype: Optional[str] = None):
     """`array` (any DLPack exporter, or None) as the bindings take it.
 
     `dtype` names the element type when the array's own cannot: uint16 bits that are bf16, say.
     """
-    if array is None:
-        return None
-    module = type(array).__module__
-    if module.startswith("torch"):  # passed as it is: no copy, no Python object per call
-        return [tvm_ffi.from_dlpack(array), dtype] if dtype else array
-    if module.startswith("numpy"):
-        name = array.dtype.name
-        if dtype is None and name in _BITS:
-            bits, dtype = _BITS[name]
-            array = array.view(bits)
-    view = tvm_ffi.from_dlpack(array)
-    return [view, dtype] if dtype else view
+    kind = type(array)
+    return (_ways.get(kind) or _way(kind))(array, dtype)
 
 
 def options(values: dict) -> dict:
@@ -57,7 +84,7 @@ _NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "fp8_e4m3": "f
 _SHORT = {long: short for short, long in _NAMES.items()}
 
 
-def dtype_name(array) -> str:
+def dtype_name(array: Array) -> str:
     """The library's name ("bf16") of an array's dtype."""
     text = str(array.dtype).split(".")[-1]
     try:
@@ -66,7 +93,7 @@ def dtype_name(array) -> str:
         raise TypeError(f"dtype {array.dtype} is not supported; known: {', '.join(_SHORT)}") from None
 
 
-def device_name(array) -> str:
+def device_name(array: Array) -> str:
     """"cpu" or "cuda:N"."""
     if type(array).__module__.startswith("numpy"):
         return "cpu"
@@ -78,31 +105,55 @@ def device_name(array) -> str:
     raise ValueError(f"an array on {getattr(array, 'device', kind)} cannot be used; move it to the CPU or a CUDA device")
 
 
-def empty(like, shape, dtype: str):
-    """An uninitialized array of `shape` and `dtype` ("bf16") in the framework and on the device of `like`."""
-    module = type(like).__module__
-    if module.startswith("torch"):
-        import torch
+def _empty_torch(like):
+    import torch
 
-        return torch.empty(shape, dtype=getattr(torch, _NAMES[dtype]), device=like.device)
-    if module.startswith("cupy"):
-        import cupy
+    dtypes = {short: getattr(torch, long) for short, long in _NAMES.items()}
+    empty = torch.empty
+    return lambda like, shape, dtype: empty(shape, dtype=dtypes[dtype], device=like.device)
 
-        return cupy.empty(shape, dtype=_NAMES[dtype])
+
+def _empty_cupy(like):
+    import cupy
+
+    return lambda like, shape, dtype: cupy.empty(shape, dtype=_NAMES[dtype])
+
+
+def _empty_numpy(like):
     import numpy
 
-    if dtype in ("bf16", "fp8_e4m3"):
-        try:
-            import ml_dtypes
-        except ImportError:
-            raise TypeError(f"NumPy has no {dtype}; install ml_dtypes, or pass output= as "
-                            f"{'uint16' if dtype == 'bf16' else 'uint8'}") from None
-        return numpy.empty(shape, dtype=getattr(ml_dtypes, _NAMES[dtype]))
-    return numpy.empty(shape, dtype=_NAMES[dtype])
+    dtypes = {short: numpy.dtype(long) for short, long in _NAMES.items() if short not in ("bf16", "fp8_e4m3")}
+
+    def make(like, shape, dtype):
+        if dtype not in dtypes:
+            try:
+                import ml_dtypes
+            except ImportError:
+                raise TypeError(f"NumPy has no {dtype}; install ml_dtypes, or pass output= as "
+                                f"{'uint16' if dtype == 'bf16' else 'uint8'}") from None
+            dtypes[dtype] = numpy.dtype(getattr(ml_dtypes, _NAMES[dtype]))
+        return numpy.empty(shape, dtypes[dtype])
+
+    return make
 
 
-def give_back(like, array):
+_makers: dict = {}
+
+
+def empty(like: Array, shape: tuple, dtype: str) -> Array:
+    """An uninitialized array of `shape` and `dtype` ("bf16") in the framework and on the device of `like`."""
+    kind = type(like)
+    maker = _makers.get(kind)
+    if maker is None:
+        module = kind.__module__.split(".")[0]
+        maker = _makers[kind] = {"torch": _empty_torch, "cupy": _empty_cupy}.get(module, _empty_numpy)(like)
+    return maker(like, shape, dtype)
+
+
+def give_back(like: Array, array: Array) -> Array:
     """`array` in the framework of `like`: JAX arrays are immutable, so results are filled in NumPy first."""
+    if type(like) is type(array):
+        return array
     if type(like).__module__.startswith("jax") and type(array).__module__.startswith("numpy"):
         import jax.numpy
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Optional, Union
+
 from . import _ffi
-from ._ffi import lib
+from ._ffi import Array, lib
 from .layer import _workspace
 
 
-def align(topk_ids, experts: int, block_rows: int, *, local_first=0, local_count=0, expert_map=None,
-          slots=None, block_experts=None, num_padded=None, slot_row=None, tokens_per_expert=None):
+def align(topk_ids: Array, experts: int, block_rows: int, *, local_first: int = 0, local_count: int = 0,
+          expert_map: Optional[Array] = None, slots: Optional[Array] = None, block_experts: Optional[Array] = None,
+          num_padded: Optional[Array] = None, slot_row: Optional[Array] = None,
+          tokens_per_expert: Optional[Array] = None) -> tuple[Array, Array, Array]:
     """moe_align_block_size, stable: (slots, block_experts, num_padded).
 
     topk_ids [T, k] i32 or i64. slots [capacity] i32: slot ids grouped by expert, each run padded to
@@ -29,9 +33,11 @@ def align(topk_ids, experts: int, block_rows: int, *, local_first=0, local_count
     return slots, block_experts, num_padded
 
 
-def grouped_gemm(a, b: dict, c, *, quant="bf16", a_scale=None, slots=None, block_experts=None,
-                 num_padded=None, block_rows=0, num_tokens=None, top_k=1, a_order="slot",
-                 c_order="slot", row_weights=None):
+def grouped_gemm(a: Array, b: dict, c: Array, *, quant: Union[str, dict] = "bf16", a_scale: Optional[Array] = None,
+                 slots: Optional[Array] = None, block_experts: Optional[Array] = None,
+                 num_padded: Optional[Array] = None, block_rows: int = 0, num_tokens: Optional[Array] = None,
+                 top_k: int = 1, a_order: str = "slot", c_order: str = "slot",
+                 row_weights: Optional[Array] = None) -> Array:
     """C = A x B[expert]^T over rows gathered through a routing (invoke_fused_moe_kernel).
 
     Sorted: a [T, K], c [T * top_k, N] by slot, with slots, block_experts, num_padded, block_rows.
@@ -51,8 +57,10 @@ def grouped_gemm(a, b: dict, c, *, quant="bf16", a_scale=None, slots=None, block
     return c
 
 
-def route(logits=None, top_k=None, *, method="renormalize", hidden_states=None, weight=None, bias=None,
-          selection_bias=None, topk_ids=None, topk_weights=None, **spec):
+def route(logits: Optional[Array] = None, top_k: Optional[int] = None, *, method: str = "renormalize",
+          hidden_states: Optional[Array] = None, weight: Optional[Array] = None, bias: Optional[Array] = None,
+          selection_bias: Optional[Array] = None, topk_ids: Optional[Array] = None,
+          topk_weights: Optional[Array] = None, **spec: Union[str, int, float]) -> tuple[Array, Array]:
     """Expert ids i32 [T, k] and weights f32 [T, k] from logits [T, E], or from hidden_states and `weight`."""
     like = logits if logits is not None else hidden_states
     tokens = like.shape[0]
@@ -65,8 +73,9 @@ def route(logits=None, top_k=None, *, method="renormalize", hidden_states=None, 
     return topk_ids, topk_weights
 
 
-def quantize(x, to="fp8_e4m3", granularity="token", *, group_size=128, int8_rounding="nearest",
-             static_scale=None, num_tokens=None, output=None, scale=None):
+def quantize(x: Array, to: str = "fp8_e4m3", granularity: str = "token", *, group_size: int = 128,
+             int8_rounding: str = "nearest", static_scale: Optional[Array] = None, num_tokens: Optional[Array] = None,
+             output: Optional[Array] = None, scale: Optional[Array] = None) -> tuple[Array, Array]:
     """Rows [R, K] -> (quantized [R, K], scale f32). granularity: tensor_static, tensor_dynamic, token, group.
 
     With num_tokens i32 [E], x is [E, capacity, K]: only each expert's first rows are read and written, and
@@ -87,7 +96,9 @@ def quantize(x, to="fp8_e4m3", granularity="token", *, group_size=128, int8_roun
     return output, scale
 
 
-def activate(x, activation="swiglu", *, output=None, row_expert=None, alpha=None, beta=None, limit=None):
+def activate(x: Array, activation: Union[str, dict] = "swiglu", *, output: Optional[Array] = None,
+             row_expert: Optional[Array] = None, alpha: Optional[Array] = None, beta: Optional[Array] = None,
+             limit: Optional[Array] = None) -> Array:
     """The function between the two products on rows [R, N]; gated ones halve N. Computed in fp32."""
     spec = {"kind": activation} if isinstance(activation, str) else dict(activation)
     gated = spec["kind"].startswith(("swiglu", "geglu"))
@@ -98,7 +109,9 @@ def activate(x, activation="swiglu", *, output=None, row_expert=None, alpha=None
     return output
 
 
-def sum_slots(x, topk_weights=None, *, topk_ids=None, slot_row=None, scale=1.0, add=False, output=None):
+def sum_slots(x: Array, topk_weights: Optional[Array] = None, *, topk_ids: Optional[Array] = None,
+              slot_row: Optional[Array] = None, scale: float = 1.0, add: bool = False,
+              output: Optional[Array] = None) -> Array:
     """Slot outputs [T, k, H] -> [T, H]: fp32 sum in slot order, one rounding."""
     if output is None:
         tokens = (slot_row if slot_row is not None else x).shape[0]
@@ -108,7 +121,7 @@ def sum_slots(x, topk_weights=None, *, topk_ids=None, slot_row=None, scale=1.0, 
     return output
 
 
-def _size(array) -> int:
+def _size(array: Array) -> int:
     size = 1
     for extent in array.shape:
         size *= extent

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Optional, Union
+
 from . import _ffi
-from ._ffi import lib
+from ._ffi import Array, lib
 
 
-def _workspace(like, needed: int):
+_forward = lib.layer_forward  # looked up once: it is the call that decode makes
+
+
+def _workspace(like: Array, needed: int) -> Optional[Array]:
     """Scratch on CUDA from the framework's stream-ordered allocator; on the CPU the library has its own."""
     if needed == 0 or _ffi.device_name(like) == "cpu":
         return None
@@ -35,10 +40,12 @@ class Layer:
     the argument and what to use instead.
     """
 
-    def __init__(self, *, experts, hidden, intermediate, top_k, max_tokens, scheme="bf16", quant=None,
-                 activation="swiglu", routing="renormalize", input_dtype=None, output_dtype=None,
-                 local_first=0, local_count=0, weight_on="output", shared_experts=0,
-                 shared_intermediate=0, workspace_cap=0, device="cpu"):
+    def __init__(self, *, experts: int, hidden: int, intermediate: int, top_k: int, max_tokens: int,
+                 scheme: str = "bf16", quant: Optional[dict] = None, activation: Union[str, dict] = "swiglu",
+                 routing: Union[str, dict] = "renormalize", input_dtype: Optional[str] = None,
+                 output_dtype: Optional[str] = None, local_first: int = 0, local_count: int = 0,
+                 weight_on: str = "output", shared_experts: int = 0, shared_intermediate: int = 0,
+                 workspace_cap: int = 0, device: str = "cpu") -> None:
         if input_dtype is None:
             input_dtype = scheme if scheme in ("f32", "f16") else "bf16"
         if output_dtype is None:
@@ -53,9 +60,11 @@ class Layer:
             shared_experts=shared_experts, shared_intermediate=shared_intermediate,
             workspace_cap=workspace_cap)
         self.device = device
+        self._output_dtype = output_dtype
         self._handle = lib.layer_new(self.config, device)
 
-    def load(self, fc1: dict, fc2: dict, *, alpha=None, beta=None, limit=None) -> "Layer":
+    def load(self, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None, beta: Optional[Array] = None,
+             limit: Optional[Array] = None) -> "Layer":
         """Packs the weights of every local expert; the arrays may go away afterwards.
 
         fc1, fc2 : dict(weight=[E, N, K], scale=, zero_point=, bias=[E, N], input_scale=, prequant=, alpha=)
@@ -64,38 +73,44 @@ class Layer:
         lib.layer_load(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
         return self
 
-    def load_expert(self, expert: int, fc1: dict, fc2: dict, *, alpha=None, beta=None, limit=None) -> None:
+    def load_expert(self, expert: int, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None,
+                    beta: Optional[Array] = None, limit: Optional[Array] = None) -> None:
         """The same for one local expert; every array has a leading extent of 1."""
         lib.layer_load_expert(self._handle, expert,
                               _ffi.options(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
 
-    def load_shared(self, fc1: dict, fc2: dict, gate=None) -> None:
+    def load_shared(self, fc1: dict, fc2: dict, gate: Optional[Array] = None) -> None:
         """Shared experts (leading extent 1); `gate` [H]: multiplied by sigmoid(x . gate)."""
         lib.layer_load_shared(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2)), _ffi.arg(gate))
 
-    def set_router(self, weight=None, bias=None, selection_bias=None) -> None:
+    def set_router(self, weight: Optional[Array] = None, bias: Optional[Array] = None,
+                   selection_bias: Optional[Array] = None) -> None:
         """Router weights [E, H] and biases [E]; forward may then be called without logits."""
         lib.layer_set_router(self._handle, _ffi.arg(weight), _ffi.arg(bias), _ffi.arg(selection_bias))
 
-    def unpack_expert(self, expert: int, fc1, fc2) -> None:
+    def unpack_expert(self, expert: int, fc1: Array, fc2: Array) -> None:
         """Writes one expert's weights back, bit for bit: fc1 [1, N, K] and fc2 [1, H, I] are filled. Not for
         weights of four bits, nor where a device keeps an order of its own (ValueError)."""
         lib.layer_unpack_expert(self._handle, expert, _ffi.arg(fc1), _ffi.arg(fc2))
 
     @property
     def ready(self) -> bool:
+        """Whether every local expert has its weights."""
         return lib.layer_ready(self._handle)
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the packed weights, on the layer's device."""
         return lib.layer_weight_bytes(self._handle)
 
     def workspace_bytes(self, tokens: int) -> int:
         """Scratch that forward needs for `tokens` tokens: a pure function of the configuration."""
         return lib.layer_workspace_bytes(self._handle, tokens)
 
-    def forward(self, hidden_states, topk_ids=None, topk_weights=None, *, router_logits=None,
-                hidden_scale=None, output=None, add=False, tokens_per_expert=None, workspace=None):
+    def forward(self, hidden_states: Array, topk_ids: Optional[Array] = None, topk_weights: Optional[Array] = None, *,
+                router_logits: Optional[Array] = None, hidden_scale: Optional[Array] = None,
+                output: Optional[Array] = None, add: bool = False, tokens_per_expert: Optional[Array] = None,
+                workspace: Optional[Array] = None) -> Array:
         """hidden_states [T, H] -> output [T, H] in the caller's framework.
 
         Routing: topk_ids [T, k] (i32 or i64) and topk_weights [T, k] (f32); or router_logits [T, E]; or
@@ -104,13 +119,12 @@ class Layer:
         if output is None:
             if add:
                 raise ValueError("output: is required with add=True")
-            output = _ffi.empty(hidden_states, tuple(hidden_states.shape), self.config["output_dtype"])
+            output = _ffi.empty(hidden_states, hidden_states.shape, self._output_dtype)
         if workspace is None and self.device != "cpu":
             workspace = _workspace(hidden_states, self.workspace_bytes(hidden_states.shape[0]))
         arg = _ffi.arg
-        lib.layer_forward(self._handle, arg(hidden_states), arg(hidden_scale), arg(topk_ids),
-                          arg(topk_weights), arg(router_logits), arg(output), add,
-                          arg(tokens_per_expert), workspace)
+        _forward(self._handle, arg(hidden_states), arg(hidden_scale), arg(topk_ids),
+                 arg(topk_weights), arg(router_logits), arg(output), add, arg(tokens_per_expert), workspace)
         return _ffi.give_back(hidden_states, output)
 
     __call__ = forward

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from typing import Optional, Union
+
 from . import _ffi
-from ._ffi import lib
+from ._ffi import Array, lib
 from .layer import Layer, _workspace
 
 
@@ -28,8 +30,10 @@ def _call(function, layer, like, tokens, capacity, call, *extra, format="batched
     function(_target(layer), *extra, call)
 
 
-def prepare(layer, hidden_states, topk_ids, rows, num_tokens, *, topk_weights=None, hidden_scale=None,
-            row_scale=None, expert_map=None, slot_row=None, status=None):
+def prepare(layer: Union[Layer, dict], hidden_states: Array, topk_ids: Array, rows: Array, num_tokens: Array, *,
+            topk_weights: Optional[Array] = None, hidden_scale: Optional[Array] = None,
+            row_scale: Optional[Array] = None, expert_map: Optional[Array] = None, slot_row: Optional[Array] = None,
+            status: Optional[Array] = None) -> tuple[Array, Array]:
     """Tokens [T, H] -> rows [E_local, capacity, H], num_tokens [E_local] (both are filled)."""
     _call(lib.prepare, layer, hidden_states, topk_ids.shape[0], rows.shape[1],
           dict(hidden_states=hidden_states, hidden_scale=hidden_scale, topk_ids=topk_ids,
@@ -38,8 +42,10 @@ def prepare(layer, hidden_states, topk_ids, rows, num_tokens, *, topk_weights=No
     return rows, num_tokens
 
 
-def experts(layer, rows, output, *, weights=None, num_tokens=None, slots=None, block_experts=None,
-            num_padded=None, block_rows=0, row_scale=None, row_weights=None, expected_tokens=0):
+def experts(layer: Union[Layer, dict], rows: Array, output: Array, *, weights: Optional[dict] = None,
+            num_tokens: Optional[Array] = None, slots: Optional[Array] = None, block_experts: Optional[Array] = None,
+            num_padded: Optional[Array] = None, block_rows: int = 0, row_scale: Optional[Array] = None,
+            row_weights: Optional[Array] = None, expected_tokens: int = 0) -> Array:
     """Both products and the activation. Batched with num_tokens [E]; sorted with slots and its lists.
 
     `weights`: dict(fc1=..., fc2=...) when `layer` is a configuration dictionary.
@@ -57,8 +63,9 @@ def experts(layer, rows, output, *, weights=None, num_tokens=None, slots=None, b
     return output
 
 
-def finalize(layer, expert_output, topk_weights, output, *, topk_ids=None, slot_row=None,
-             expert_map=None, add=False):
+def finalize(layer: Union[Layer, dict], expert_output: Array, topk_weights: Array, output: Array, *,
+             topk_ids: Optional[Array] = None, slot_row: Optional[Array] = None, expert_map: Optional[Array] = None,
+             add: bool = False) -> Array:
     """Expert outputs [E_local, capacity, H] -> tokens [T, H]; `expert_output` is never modified."""
     _call(lib.finalize, layer, expert_output, output.shape[0], expert_output.shape[1],
           dict(expert_output=expert_output, topk_ids=topk_ids, topk_weights=topk_weights,

@@ -182,4 +182,124 @@ void read(Reader& r, LayerWeights& w) {
   r.tensor("limit", w.activation.limit);
 }
 
+// --- arguments of the calls, named as the structs name them -------------------------------------------
+
+namespace {
+
+void read_add(Reader& r, Accumulate& into) {
+  bool add = false;
+  r.flag("add", add);
+  into = add ? Accumulate::kAdd : Accumulate::kOverwrite;
+}
+void read_sorted(Reader& r, SortedRows& rows) {
+  r.tensor("slots", rows.slots);
+  r.tensor("block_experts", rows.block_experts);
+  r.tensor("num_padded", rows.num_padded);
+  r.integer("block_rows", rows.block_rows);
+}
+
+}  // namespace
+
+void read(Reader& r, PrepareArgs& a) {
+  r.tensor("hidden_states", a.hidden_states);
+  r.tensor("hidden_scale", a.hidden_scale);
+  r.tensor("topk_ids", a.topk_ids);
+  r.tensor("topk_weights", a.topk_weights);
+  r.tensor("expert_map", a.expert_map);
+  r.tensor("rows", a.rows);
+  r.tensor("row_scale", a.row_scale);
+  r.tensor("num_tokens", a.num_tokens);
+  r.tensor("slot_row", a.slot_row);
+  r.tensor("status", a.status);
+}
+
+void read(Reader& r, ExpertsArgs& a) {
+  r.text("format", [&](std::string_view t) { a.format = parse_format(t); });
+  r.tensor("rows", a.rows);
+  r.tensor("row_scale", a.row_scale);
+  r.tensor("num_tokens", a.batched.num_tokens);
+  read_sorted(r, a.sorted);
+  r.tensor("row_weights", a.row_weights);
+  r.tensor("output", a.output);
+  r.integer("expected_tokens", a.expected_tokens);
+}
+
+void read(Reader& r, FinalizeArgs& a) {
+  r.tensor("expert_output", a.expert_output);
+  r.tensor("topk_ids", a.topk_ids);
+  r.tensor("topk_weights", a.topk_weights);
+  r.tensor("expert_map", a.expert_map);
+  r.tensor("slot_row", a.slot_row);
+  r.tensor("output", a.output);
+  read_add(r, a.accumulate);
+}
+
+void read(Reader& r, GroupedGemmArgs& a) {
+  r.options("quant", [&](Reader& inner) { read(inner, a.quant); });
+  r.options("b", [&](Reader& inner) { read(inner, a.b); });
+  r.tensor("a", a.a);
+  r.tensor("a_scale", a.a_scale);
+  read_sorted(r, a.sorted);
+  r.tensor("num_tokens", a.batched.num_tokens);
+  r.integer("top_k", a.top_k);
+  r.text("a_order", [&](std::string_view t) { a.a_order = choose("a_order", kRowOrders, t); });
+  r.text("c_order", [&](std::string_view t) { a.c_order = choose("c_order", kRowOrders, t); });
+  r.tensor("row_weights", a.row_weights);
+  r.tensor("c", a.c);
+}
+
+void read(Reader& r, AlignArgs& a) {
+  r.tensor("topk_ids", a.topk_ids);
+  r.integer("experts", a.experts);
+  r.integer("local_first", a.local.first);
+  r.integer("local_count", a.local.count);
+  r.tensor("expert_map", a.expert_map);
+  read_sorted(r, a.rows);
+  r.tensor("slot_row", a.slot_row);
+  r.tensor("tokens_per_expert", a.tokens_per_expert);
+}
+
+void read(Reader& r, RouteArgs& a) {
+  r.options("spec", [&](Reader& inner) { read(inner, a.spec); });
+  r.tensor("logits", a.logits);
+  r.tensor("hidden_states", a.hidden_states);
+  r.tensor("weight", a.router.weight);
+  r.tensor("bias", a.router.bias);
+  r.tensor("selection_bias", a.router.selection_bias);
+  r.tensor("topk_ids", a.topk_ids);
+  r.tensor("topk_weights", a.topk_weights);
+}
+
+void read(Reader& r, QuantizeArgs& a) {
+  r.tensor("input", a.input);
+  r.tensor("num_tokens", a.num_tokens);
+  r.text("to", [&](std::string_view t) { a.to = parse_dtype(t); });
+  r.text("granularity", [&](std::string_view t) { a.granularity = choose("granularity", kActScales, t); });
+  r.integer("group_size", a.group_size);
+  r.text("int8_rounding", [&](std::string_view t) { a.int8_rounding = choose("int8_rounding", kRoundings, t); });
+  r.tensor("static_scale", a.static_scale);
+  r.tensor("output", a.output);
+  r.tensor("scale", a.scale);
+}
+
+void read(Reader& r, ActivateArgs& a) {
+  r.options("spec", [&](Reader& inner) { read(inner, a.spec); });
+  r.tensor("input", a.input);
+  r.tensor("row_expert", a.row_expert);
+  r.tensor("alpha", a.parameters.alpha);
+  r.tensor("beta", a.parameters.beta);
+  r.tensor("limit", a.parameters.limit);
+  r.tensor("output", a.output);
+}
+
+void read(Reader& r, SumArgs& a) {
+  r.tensor("input", a.input);
+  r.tensor("slot_row", a.slot_row);
+  r.tensor("topk_weights", a.topk_weights);
+  r.tensor("topk_ids", a.topk_ids);
+  r.number("scale", a.scale);
+  read_add(r, a.accumulate);
+  r.tensor("output", a.output);
+}
+
 }  // namespace moesaic::python

@@ -65,6 +65,15 @@ void read(Reader& reader, RoutingSpec& spec);
 void read(Reader& reader, LayerConfig& config);
 void read(Reader& reader, GemmWeights& weights);
 void read(Reader& reader, LayerWeights& weights);
+void read(Reader& reader, PrepareArgs& args);
+void read(Reader& reader, ExpertsArgs& args);
+void read(Reader& reader, FinalizeArgs& args);
+void read(Reader& reader, GroupedGemmArgs& args);
+void read(Reader& reader, AlignArgs& args);
+void read(Reader& reader, RouteArgs& args);
+void read(Reader& reader, QuantizeArgs& args);
+void read(Reader& reader, ActivateArgs& args);
+void read(Reader& reader, SumArgs& args);
 
 template <typename Struct>
 Struct read_all(const char* what, const Options& options) {

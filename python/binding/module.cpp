@@ -83,260 +83,134 @@ void layer_forward(LayerRef ref, ffi::AnyView hidden_states, ffi::AnyView hidden
   });
 }
 
-// --- level 2 ----------------------------------------------------------------------------------------
-// `layer` is a Layer, or a config dictionary for weights that stay the caller's.
+// --- levels 2 and 3 -----------------------------------------------------------------------------------
+// Every call has one form: a dictionary of arguments by name, and scratch or None. What it needs is a
+// function of the same dictionary, `..._workspace_bytes`, for devices whose scratch the Python side makes.
 
+// Scratch is for a call that is shaped as it must be; of any other the call itself complains.
+std::size_t needed(const LayerConfig& config, const PrepareArgs& a) {
+  if (a.topk_ids.rank != 2 || a.rows.rank != 3) return 0;
+  return stage_workspace_bytes(config, Format::kBatched, a.topk_ids.shape[0], a.rows.shape[1], a.hidden_states.device);
+}
+std::size_t needed(const LayerConfig& config, const ExpertsArgs& a) {
+  if (a.format == Format::kBatched && a.rows.rank == 3)
+    return stage_workspace_bytes(config, a.format, 0, a.rows.shape[1], a.rows.device);
+  if (a.format == Format::kSorted && a.rows.rank == 2 && a.sorted.slots.rank == 1)
+    return stage_workspace_bytes(config, a.format, a.rows.shape[0], a.sorted.slots.shape[0], a.rows.device);
+  return 0;
+}
+std::size_t needed(const LayerConfig& config, const FinalizeArgs& a) {
+  if (a.output.rank != 2 || a.expert_output.rank != 3) return 0;
+  return stage_workspace_bytes(config, Format::kBatched, a.output.shape[0], a.expert_output.shape[1], a.output.device);
+}
+std::size_t needed(const GroupedGemmArgs& a) { return grouped_gemm_workspace_bytes(a); }
+std::size_t needed(const AlignArgs& a) {
+  return align_workspace_bytes(a.topk_ids.numel(), a.experts, a.topk_ids.device);
+}
+std::size_t needed(const RouteArgs& a) {
+  if (a.logits.defined() || a.router.weight.rank != 2 || a.topk_ids.rank != 2) return 0;
+  return route_workspace_bytes(a.topk_ids.shape[0], a.router.weight.shape[0]);
+}
+std::size_t needed(const QuantizeArgs& a) { return quantize_workspace_bytes(a); }
+
+// The tensor whose device and stream a call has.
+const Tensor& main_of(const PrepareArgs& a) { return a.hidden_states; }
+const Tensor& main_of(const ExpertsArgs& a) { return a.rows; }
+const Tensor& main_of(const FinalizeArgs& a) { return a.output; }
+const Tensor& main_of(const GroupedGemmArgs& a) { return a.a; }
+const Tensor& main_of(const AlignArgs& a) { return a.topk_ids; }
+const Tensor& main_of(const RouteArgs& a) { return a.topk_ids; }
+const Tensor& main_of(const QuantizeArgs& a) { return a.input; }
+const Tensor& main_of(const ActivateArgs& a) { return a.input; }
+const Tensor& main_of(const SumArgs& a) { return a.output; }
+
+// `layer` is a Layer, or a config dictionary for weights that stay the caller's.
 LayerConfig config_of(const ffi::AnyView& layer) {
   if (const auto ref = layer.as<LayerRef>()) return layer_of(*ref).config();
   return read_all<LayerConfig>("config", layer.cast<Options>());
 }
 
-void stage_prepare(ffi::AnyView layer, Options o) {
-  guarded([&] {
-    PrepareArgs a;
-    Reader r("prepare", o);
-    r.tensor("hidden_states", a.hidden_states);
-    r.tensor("hidden_scale", a.hidden_scale);
-    r.tensor("topk_ids", a.topk_ids);
-    r.tensor("topk_weights", a.topk_weights);
-    r.tensor("expert_map", a.expert_map);
-    r.tensor("rows", a.rows);
-    r.tensor("row_scale", a.row_scale);
-    r.tensor("num_tokens", a.num_tokens);
-    r.tensor("slot_row", a.slot_row);
-    r.tensor("status", a.status);
-    Tensor workspace;
-    r.tensor("workspace", workspace);
-    r.finish();
-    const LayerConfig config = config_of(layer);
-    const bool sized = a.topk_ids.rank == 2 && a.rows.rank == 3;
-    a.workspace = workspace_of(workspace, a.hidden_states.device,
-                               sized ? stage_workspace_bytes(config, Format::kBatched, a.topk_ids.shape[0],
-                                                             a.rows.shape[1], a.hidden_states.device)
-                                     : 0);
-    a.stream = current_stream(a.hidden_states);
-    if (const auto ref = layer.as<LayerRef>())
-      prepare(layer_of(*ref), a);
-    else
-      prepare(config, a);
-  });
+template <typename Args>
+void attach(Args& a, const ffi::AnyView& scratch, std::size_t bytes) {
+  a.workspace = workspace_of(tensor_of(scratch), main_of(a).device, bytes);
+  a.stream = current_stream(main_of(a));
 }
 
-void stage_experts(ffi::AnyView layer, ffi::AnyView weights, Options o) {
+// run(layer, args) with packed weights, run(config, args) without a layer.
+template <typename Args, typename Run>
+void stage(const char* what, const ffi::AnyView& layer, const Options& options, const ffi::AnyView& scratch,
+           const Run& run) {
   guarded([&] {
-    ExpertsArgs a;
-    Reader r("experts", o);
-    r.text("format", [&](std::string_view t) { a.format = parse_format(t); });
-    r.tensor("rows", a.rows);
-    r.tensor("row_scale", a.row_scale);
-    r.tensor("num_tokens", a.batched.num_tokens);
-    r.tensor("slots", a.sorted.slots);
-    r.tensor("block_experts", a.sorted.block_experts);
-    r.tensor("num_padded", a.sorted.num_padded);
-    r.integer("block_rows", a.sorted.block_rows);
-    r.tensor("row_weights", a.row_weights);
-    r.tensor("output", a.output);
-    r.integer("expected_tokens", a.expected_tokens);
-    Tensor workspace;
-    r.tensor("workspace", workspace);
-    r.finish();
+    Args a = read_all<Args>(what, options);
     const LayerConfig config = config_of(layer);
-    const bool batched = a.format == Format::kBatched && a.rows.rank == 3;
-    const bool sorted = a.format == Format::kSorted && a.rows.rank == 2 && a.sorted.slots.rank == 1;
-    std::size_t needed = 0;
-    if (batched)
-      needed = stage_workspace_bytes(config, a.format, 0, a.rows.shape[1], a.rows.device);
-    else if (sorted)
-      needed = stage_workspace_bytes(config, a.format, a.rows.shape[0], a.sorted.slots.shape[0], a.rows.device);
-    a.workspace = workspace_of(workspace, a.rows.device, needed);
-    a.stream = current_stream(a.rows);
+    attach(a, scratch, needed(config, a));
     if (const auto ref = layer.as<LayerRef>())
-      experts(layer_of(*ref), a);
+      run(layer_of(*ref), a);
     else
-      experts(config, read_all<LayerWeights>("weights", weights.cast<Options>()), a);
+      run(config, a);
   });
 }
-
-void stage_finalize(ffi::AnyView layer, Options o) {
-  guarded([&] {
-    FinalizeArgs a;
-    Reader r("finalize", o);
-    r.tensor("expert_output", a.expert_output);
-    r.tensor("topk_ids", a.topk_ids);
-    r.tensor("topk_weights", a.topk_weights);
-    r.tensor("expert_map", a.expert_map);
-    r.tensor("slot_row", a.slot_row);
-    r.tensor("output", a.output);
-    bool add = false;
-    r.flag("add", add);
-    a.accumulate = add ? Accumulate::kAdd : Accumulate::kOverwrite;
-    Tensor workspace;
-    r.tensor("workspace", workspace);
-    r.finish();
-    const LayerConfig config = config_of(layer);
-    const bool sized = a.output.rank == 2 && a.expert_output.rank == 3;
-    a.workspace = workspace_of(workspace, a.output.device,
-                               sized ? stage_workspace_bytes(config, Format::kBatched, a.output.shape[0],
-                                                             a.expert_output.shape[1], a.output.device)
-                                     : 0);
-    a.stream = current_stream(a.output);
-    if (const auto ref = layer.as<LayerRef>())
-      finalize(layer_of(*ref), a);
-    else
-      finalize(config, a);
-  });
-}
-
-std::int64_t stages_workspace_bytes(Options config, ffi::String format, std::int64_t tokens,
-                                    std::int64_t capacity, ffi::String device) {
+template <typename Args>
+std::int64_t stage_bytes(const char* what, const ffi::AnyView& layer, const Options& options) {
   return guarded([&] {
-    return static_cast<std::int64_t>(stage_workspace_bytes(
-        read_all<LayerConfig>("config", config), parse_format(std::string(format)), tokens, capacity,
-        parse_device(std::string(device))));
+    return static_cast<std::int64_t>(needed(config_of(layer), read_all<Args>(what, options)));
   });
 }
 
-// --- level 3 ----------------------------------------------------------------------------------------
+void stage_prepare(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
+  stage<PrepareArgs>("prepare", layer, o, scratch, [](const auto& on, const PrepareArgs& a) { prepare(on, a); });
+}
+void stage_experts(ffi::AnyView layer, ffi::AnyView weights, Options o, ffi::AnyView scratch) {
+  stage<ExpertsArgs>("experts", layer, o, scratch, [&](const auto& on, const ExpertsArgs& a) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(on)>, Layer>)
+      experts(on, a);
+    else
+      experts(on, read_all<LayerWeights>("weights", weights.cast<Options>()), a);
+  });
+}
+void stage_finalize(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
+  stage<FinalizeArgs>("finalize", layer, o, scratch, [](const auto& on, const FinalizeArgs& a) { finalize(on, a); });
+}
+std::int64_t prepare_bytes(ffi::AnyView layer, Options o) { return stage_bytes<PrepareArgs>("prepare", layer, o); }
+std::int64_t experts_bytes(ffi::AnyView layer, Options o) { return stage_bytes<ExpertsArgs>("experts", layer, o); }
+std::int64_t finalize_bytes(ffi::AnyView layer, Options o) { return stage_bytes<FinalizeArgs>("finalize", layer, o); }
 
-GroupedGemmArgs read_gemm(const Options& o) {
-  GroupedGemmArgs a;
-  Reader r("grouped_gemm", o);
-  r.options("quant", [&](Reader& inner) { read(inner, a.quant); });
-  r.options("b", [&](Reader& inner) { read(inner, a.b); });
-  r.tensor("a", a.a);
-  r.tensor("a_scale", a.a_scale);
-  r.tensor("slots", a.sorted.slots);
-  r.tensor("block_experts", a.sorted.block_experts);
-  r.tensor("num_padded", a.sorted.num_padded);
-  r.integer("block_rows", a.sorted.block_rows);
-  r.tensor("num_tokens", a.batched.num_tokens);
-  r.integer("top_k", a.top_k);
-  r.text("a_order", [&](std::string_view t) { a.a_order = choose("a_order", kRowOrders, t); });
-  r.text("c_order", [&](std::string_view t) { a.c_order = choose("c_order", kRowOrders, t); });
-  r.tensor("row_weights", a.row_weights);
-  r.tensor("c", a.c);
-  Tensor workspace;
-  r.tensor("workspace", workspace);
-  r.finish();
-  a.workspace = workspace_of(workspace, a.a.device, grouped_gemm_workspace_bytes(a));
-  a.stream = current_stream(a.a);
-  return a;
-}
-std::int64_t gemm_workspace_bytes(Options o) {
-  return guarded([&] { return static_cast<std::int64_t>(grouped_gemm_workspace_bytes(read_gemm(o))); });
-}
-void gemm(Options o) {
-  guarded([&] { grouped_gemm(read_gemm(o)); });
-}
-
-void align_slots(ffi::AnyView topk_ids, std::int64_t experts, std::int64_t first, std::int64_t count,
-                 ffi::AnyView expert_map, std::int64_t block_rows, ffi::AnyView slots,
-                 ffi::AnyView block_experts, ffi::AnyView num_padded, ffi::AnyView slot_row,
-                 ffi::AnyView tokens_per_expert, ffi::AnyView workspace) {
+template <typename Args, void (*kRun)(const Args&)>
+void call(const char* what, const Options& options, const ffi::AnyView& scratch) {
   guarded([&] {
-    AlignArgs a{.topk_ids = tensor_of(topk_ids),
-                .experts = experts,
-                .local = {first, count},
-                .expert_map = tensor_of(expert_map),
-                .rows = {.slots = tensor_of(slots),
-                         .block_experts = tensor_of(block_experts),
-                         .num_padded = tensor_of(num_padded),
-                         .block_rows = block_rows},
-                .slot_row = tensor_of(slot_row),
-                .tokens_per_expert = tensor_of(tokens_per_expert)};
-    a.workspace = workspace_of(tensor_of(workspace), a.topk_ids.device,
-                               align_workspace_bytes(a.topk_ids.numel(), experts, a.topk_ids.device));
-    a.stream = current_stream(a.topk_ids);
-    align(a);
+    Args a = read_all<Args>(what, options);
+    attach(a, scratch, needed(a));
+    kRun(a);
   });
 }
+template <typename Args>
+std::int64_t call_bytes(const char* what, const Options& options) {
+  return guarded([&] { return static_cast<std::int64_t>(needed(read_all<Args>(what, options))); });
+}
+
+void gemm(Options o, ffi::AnyView scratch) { call<GroupedGemmArgs, grouped_gemm>("grouped_gemm", o, scratch); }
+void align_slots(Options o, ffi::AnyView scratch) { call<AlignArgs, align>("align", o, scratch); }
+void route_tokens(Options o, ffi::AnyView scratch) { call<RouteArgs, route>("route", o, scratch); }
+void quantize_rows(Options o, ffi::AnyView scratch) { call<QuantizeArgs, quantize>("quantize", o, scratch); }
+std::int64_t gemm_bytes(Options o) { return call_bytes<GroupedGemmArgs>("grouped_gemm", o); }
+std::int64_t align_bytes(Options o) { return call_bytes<AlignArgs>("align", o); }
+std::int64_t route_bytes(Options o) { return call_bytes<RouteArgs>("route", o); }
+std::int64_t quantize_bytes(Options o) { return call_bytes<QuantizeArgs>("quantize", o); }
 std::int64_t align_length(std::int64_t slots, std::int64_t experts, std::int64_t block_rows) {
   return guarded([&] { return align_capacity(slots, experts, block_rows); });
 }
-std::int64_t align_bytes(std::int64_t slots, std::int64_t experts, ffi::String device) {
-  return guarded([&] {
-    return static_cast<std::int64_t>(align_workspace_bytes(slots, experts, parse_device(std::string(device))));
-  });
-}
 
-void route_tokens(Options spec, ffi::AnyView logits, ffi::AnyView hidden_states, ffi::AnyView weight,
-                  ffi::AnyView bias, ffi::AnyView selection_bias, ffi::AnyView topk_ids,
-                  ffi::AnyView topk_weights, ffi::AnyView workspace) {
+// These two need no scratch.
+template <typename Args, void (*kRun)(const Args&)>
+void call_bare(const char* what, const Options& options) {
   guarded([&] {
-    RouteArgs a{.spec = read_all<RoutingSpec>("routing", spec),
-                .logits = tensor_of(logits),
-                .hidden_states = tensor_of(hidden_states),
-                .router = {.weight = tensor_of(weight), .bias = tensor_of(bias),
-                           .selection_bias = tensor_of(selection_bias)},
-                .topk_ids = tensor_of(topk_ids),
-                .topk_weights = tensor_of(topk_weights)};
-    const bool computes = !a.logits.defined() && a.router.weight.rank == 2 && a.topk_ids.rank == 2;
-    a.workspace = workspace_of(tensor_of(workspace), a.topk_ids.device,
-                               computes ? route_workspace_bytes(a.topk_ids.shape[0], a.router.weight.shape[0]) : 0);
-    a.stream = current_stream(a.topk_ids);
-    route(a);
+    Args a = read_all<Args>(what, options);
+    a.stream = current_stream(main_of(a));
+    kRun(a);
   });
 }
-
-QuantizeArgs read_quantize(ffi::AnyView input, ffi::AnyView num_tokens, ffi::String to, ffi::String granularity,
-                           std::int64_t group_size, ffi::String rounding, ffi::AnyView static_scale,
-                           ffi::AnyView output, ffi::AnyView scale) {
-  return {.input = tensor_of(input),
-          .num_tokens = tensor_of(num_tokens),
-          .to = parse_dtype(std::string(to)),
-          .granularity = choose("granularity", kActScales, std::string(granularity)),
-          .group_size = group_size,
-          .int8_rounding = choose("int8_rounding", kRoundings, std::string(rounding)),
-          .static_scale = tensor_of(static_scale),
-          .output = tensor_of(output),
-          .scale = tensor_of(scale)};
-}
-void quantize_rows(ffi::AnyView input, ffi::AnyView num_tokens, ffi::String to, ffi::String granularity,
-                   std::int64_t group_size, ffi::String rounding, ffi::AnyView static_scale, ffi::AnyView output,
-                   ffi::AnyView scale, ffi::AnyView workspace) {
-  guarded([&] {
-    QuantizeArgs a = read_quantize(input, num_tokens, to, granularity, group_size, rounding, static_scale, output, scale);
-    a.workspace = workspace_of(tensor_of(workspace), a.input.device, quantize_workspace_bytes(a));
-    a.stream = current_stream(a.input);
-    quantize(a);
-  });
-}
-std::int64_t quantize_bytes(ffi::AnyView input, ffi::AnyView num_tokens, ffi::String to, ffi::String granularity,
-                            std::int64_t group_size, ffi::String rounding, ffi::AnyView static_scale,
-                            ffi::AnyView output, ffi::AnyView scale) {
-  return guarded([&] {
-    return static_cast<std::int64_t>(quantize_workspace_bytes(
-        read_quantize(input, num_tokens, to, granularity, group_size, rounding, static_scale, output, scale)));
-  });
-}
-
-void activate_rows(Options spec, ffi::AnyView input, ffi::AnyView row_expert, ffi::AnyView alpha,
-                   ffi::AnyView beta, ffi::AnyView limit, ffi::AnyView output) {
-  guarded([&] {
-    ActivateArgs a{.spec = read_all<ActivationSpec>("activation", spec),
-                   .parameters = {tensor_of(alpha), tensor_of(beta), tensor_of(limit)},
-                   .input = tensor_of(input),
-                   .row_expert = tensor_of(row_expert),
-                   .output = tensor_of(output)};
-    a.stream = current_stream(a.input);
-    activate(a);
-  });
-}
-
-void sum(ffi::AnyView input, ffi::AnyView slot_row, ffi::AnyView topk_weights, ffi::AnyView topk_ids,
-         double scale, bool add, ffi::AnyView output) {
-  guarded([&] {
-    SumArgs a{.input = tensor_of(input),
-              .slot_row = tensor_of(slot_row),
-              .topk_weights = tensor_of(topk_weights),
-              .topk_ids = tensor_of(topk_ids),
-              .scale = static_cast<float>(scale),
-              .accumulate = add ? Accumulate::kAdd : Accumulate::kOverwrite,
-              .output = tensor_of(output)};
-    a.stream = current_stream(a.output);
-    sum_slots(a);
-  });
-}
+void activate_rows(Options o) { call_bare<ActivateArgs, activate>("activate", o); }
+void sum(Options o) { call_bare<SumArgs, sum_slots>("sum_slots", o); }
 
 // --- the process --------------------------------------------------------------------------------------
 
@@ -386,13 +260,16 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_forward, layer_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, stage_prepare);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts, stage_experts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(finalize, stage_finalize);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(stage_workspace_bytes, stages_workspace_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare_workspace_bytes, prepare_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts_workspace_bytes, experts_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(finalize_workspace_bytes, finalize_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm, gemm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm_workspace_bytes, gemm_workspace_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm_workspace_bytes, gemm_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(align, align_slots);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(align_capacity, align_length);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(align_workspace_bytes, align_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, route_tokens);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(route_workspace_bytes, route_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize, quantize_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_workspace_bytes, quantize_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(activate, activate_rows);

@@ -78,6 +78,11 @@ def options(values: dict) -> dict:
     return out
 
 
+def call_options(values: dict):
+    """The same, converted once for a call and the question what scratch it needs."""
+    return tvm_ffi.convert(options(values))
+
+
 # --- arrays in the caller's framework ---------------------------------------------------------------
 _NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn",
           "i8": "int8", "u8": "uint8", "i32": "int32", "i64": "int64"}

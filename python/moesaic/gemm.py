@@ -10,6 +10,15 @@ from ._ffi import Array, lib
 from .layer import _workspace
 
 
+def _call(name, like, call):
+    """The binding's one form: arguments by name, scratch (on the CPU the library has its own)."""
+    call = _ffi.call_options(call)
+    scratch = None
+    if _ffi.device_name(like) != "cpu":
+        scratch = _workspace(like, getattr(lib, name + "_workspace_bytes")(call))
+    getattr(lib, name)(call, scratch)
+
+
 def align(topk_ids: Array, experts: int, block_rows: int, *, local_first: int = 0, local_count: int = 0,
           expert_map: Optional[Array] = None, slots: Optional[Array] = None, block_experts: Optional[Array] = None,
           num_padded: Optional[Array] = None, slot_row: Optional[Array] = None,
@@ -24,12 +33,10 @@ def align(topk_ids: Array, experts: int, block_rows: int, *, local_first: int = 
     slots = make(capacity) if slots is None else slots
     block_experts = make(-(-capacity // block_rows)) if block_experts is None else block_experts
     num_padded = make(1) if num_padded is None else num_padded
-    device = _ffi.device_name(topk_ids)
-    arg = _ffi.arg
-    lib.align(arg(topk_ids), experts, local_first, local_count, arg(expert_map), block_rows, arg(slots),
-              arg(block_experts), arg(num_padded), arg(slot_row), arg(tokens_per_expert),
-              _workspace(topk_ids, 0 if device == "cpu" else
-                         lib.align_workspace_bytes(_size(topk_ids), experts, device)))
+    _call("align", topk_ids, dict(
+        topk_ids=topk_ids, experts=experts, local_first=local_first, local_count=local_count, expert_map=expert_map,
+        block_rows=block_rows, slots=slots, block_experts=block_experts, num_padded=num_padded, slot_row=slot_row,
+        tokens_per_expert=tokens_per_expert))
     return slots, block_experts, num_padded
 
 
@@ -50,10 +57,7 @@ def grouped_gemm(a: Array, b: dict, c: Array, *, quant: Union[str, dict] = "bf16
                 c_order=c_order, row_weights=row_weights, c=c)
     if block_rows:
         call["block_rows"] = block_rows
-    call = _ffi.options(call)
-    if _ffi.device_name(a) != "cpu":
-        call["workspace"] = _workspace(a, lib.grouped_gemm_workspace_bytes(call))
-    lib.grouped_gemm(call)
+    _call("grouped_gemm", a, call)
     return c
 
 
@@ -66,10 +70,8 @@ def route(logits: Optional[Array] = None, top_k: Optional[int] = None, *, method
     tokens = like.shape[0]
     topk_ids = _ffi.empty(like, (tokens, top_k), "i32") if topk_ids is None else topk_ids
     topk_weights = _ffi.empty(like, (tokens, top_k), "f32") if topk_weights is None else topk_weights
-    scratch = 0 if logits is not None else tokens * weight.shape[0] * 4
-    arg = _ffi.arg
-    lib.route(dict(spec, method=method), arg(logits), arg(hidden_states), arg(weight), arg(bias),
-              arg(selection_bias), arg(topk_ids), arg(topk_weights), _workspace(like, scratch))
+    _call("route", like, dict(spec=dict(spec, method=method), logits=logits, hidden_states=hidden_states, weight=weight,
+                              bias=bias, selection_bias=selection_bias, topk_ids=topk_ids, topk_weights=topk_weights))
     return topk_ids, topk_weights
 
 
@@ -89,10 +91,8 @@ def quantize(x: Array, to: str = "fp8_e4m3", granularity: str = "token", *, grou
         shape = (1,) if num_tokens is None else (lead[0], 1, 1)
     output = _ffi.empty(x, tuple(x.shape), to) if output is None else output
     scale = _ffi.empty(x, shape, "f32") if scale is None else scale
-    arg = _ffi.arg
-    call = (arg(x), arg(num_tokens), to, granularity, group_size, int8_rounding, arg(static_scale), arg(output),
-            arg(scale))
-    lib.quantize(*call, _workspace(x, 0 if _ffi.device_name(x) == "cpu" else lib.quantize_workspace_bytes(*call)))
+    _call("quantize", x, dict(input=x, num_tokens=num_tokens, to=to, granularity=granularity, group_size=group_size,
+                              int8_rounding=int8_rounding, static_scale=static_scale, output=output, scale=scale))
     return output, scale
 
 
@@ -104,8 +104,8 @@ def activate(x: Array, activation: Union[str, dict] = "swiglu", *, output: Optio
     gated = spec["kind"].startswith(("swiglu", "geglu"))
     columns = x.shape[1] // (2 if gated else 1)
     output = _ffi.empty(x, (x.shape[0], columns), _ffi.dtype_name(x)) if output is None else output
-    arg = _ffi.arg
-    lib.activate(spec, arg(x), arg(row_expert), arg(alpha), arg(beta), arg(limit), arg(output))
+    lib.activate(_ffi.options(dict(spec=spec, input=x, row_expert=row_expert, alpha=alpha, beta=beta, limit=limit,
+                                   output=output)))
     return output
 
 
@@ -116,8 +116,8 @@ def sum_slots(x: Array, topk_weights: Optional[Array] = None, *, topk_ids: Optio
     if output is None:
         tokens = (slot_row if slot_row is not None else x).shape[0]
         output = _ffi.empty(x, (tokens, x.shape[-1]), _ffi.dtype_name(x))
-    arg = _ffi.arg
-    lib.sum_slots(arg(x), arg(slot_row), arg(topk_weights), arg(topk_ids), float(scale), add, arg(output))
+    lib.sum_slots(_ffi.options(dict(input=x, slot_row=slot_row, topk_weights=topk_weights, topk_ids=topk_ids,
+                                    scale=float(scale), add=add, output=output)))
     return output
 
 

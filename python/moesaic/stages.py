@@ -17,17 +17,13 @@ def _target(layer):
     return layer._handle if isinstance(layer, Layer) else layer
 
 
-def _config(layer):
-    return layer.config if isinstance(layer, Layer) else layer
-
-
-def _call(function, layer, like, tokens, capacity, call, *extra, format="batched"):
-    call = _ffi.options(call)
-    device = _ffi.device_name(like)
-    if device != "cpu":
-        call["workspace"] = _workspace(
-            like, lib.stage_workspace_bytes(_config(layer), format, tokens, capacity, device))
-    function(_target(layer), *extra, call)
+def _call(name, layer, like, call, *extra):
+    """The binding's one form: target, what is its own, arguments by name, scratch."""
+    target, call = _target(layer), _ffi.call_options(call)
+    scratch = None
+    if _ffi.device_name(like) != "cpu":
+        scratch = _workspace(like, getattr(lib, name + "_workspace_bytes")(target, call))
+    getattr(lib, name)(target, *extra, call, scratch)
 
 
 def prepare(layer: Union[Layer, dict], hidden_states: Array, topk_ids: Array, rows: Array, num_tokens: Array, *,
@@ -35,7 +31,7 @@ def prepare(layer: Union[Layer, dict], hidden_states: Array, topk_ids: Array, ro
             row_scale: Optional[Array] = None, expert_map: Optional[Array] = None, slot_row: Optional[Array] = None,
             status: Optional[Array] = None) -> tuple[Array, Array]:
     """Tokens [T, H] -> rows [E_local, capacity, H], num_tokens [E_local] (both are filled)."""
-    _call(lib.prepare, layer, hidden_states, topk_ids.shape[0], rows.shape[1],
+    _call("prepare", layer, hidden_states,
           dict(hidden_states=hidden_states, hidden_scale=hidden_scale, topk_ids=topk_ids,
                topk_weights=topk_weights, expert_map=expert_map, rows=rows, row_scale=row_scale,
                num_tokens=num_tokens, slot_row=slot_row, status=status))
@@ -57,9 +53,7 @@ def experts(layer: Union[Layer, dict], rows: Array, output: Array, *, weights: O
                 expected_tokens=expected_tokens)
     if block_rows:
         call["block_rows"] = block_rows
-    tokens, capacity = (0, rows.shape[1]) if batched else (rows.shape[0], slots.shape[0])
-    _call(lib.experts, layer, rows, tokens, capacity, call, _ffi.options(weights) if weights else None,
-          format=call["format"])
+    _call("experts", layer, rows, call, _ffi.options(weights) if weights else None)
     return output
 
 
@@ -67,7 +61,7 @@ def finalize(layer: Union[Layer, dict], expert_output: Array, topk_weights: Arra
              topk_ids: Optional[Array] = None, slot_row: Optional[Array] = None, expert_map: Optional[Array] = None,
              add: bool = False) -> Array:
     """Expert outputs [E_local, capacity, H] -> tokens [T, H]; `expert_output` is never modified."""
-    _call(lib.finalize, layer, expert_output, output.shape[0], expert_output.shape[1],
+    _call("finalize", layer, expert_output,
           dict(expert_output=expert_output, topk_ids=topk_ids, topk_weights=topk_weights,
                expert_map=expert_map, slot_row=slot_row, output=output, add=add))
     return output

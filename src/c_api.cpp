@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface: each function converts its arguments, calls the C++ one, and turns an exception
-// into a status and a message. No decisions are made here.
+// into a status and a message. No decisions are made here. This file: names, tensors, the layer and
+// the process; c_api_stages.cpp: the stages and the pieces.
 #include "moesaic/c_api.h"
 
 #include <algorithm>
@@ -12,11 +13,9 @@
 #include <string>
 
 #include "c_convert.h"
+#include "c_guard.h"
 #include "check.h"
 
-struct moesaic_layer {
-  moesaic::Layer layer;
-};
 struct moesaic_workspace {
   moesaic::WorkspaceBuffer buffer;
 };
@@ -27,6 +26,8 @@ namespace {
 // A fixed buffer: saying that there is no memory must not need any.
 thread_local char last_error[2048] = "";
 
+}  // namespace
+
 moesaic_status fail(ErrorCode code, std::string_view message) {
   const std::size_t n = std::min(message.size(), sizeof last_error - 1);
   std::memcpy(last_error, message.data(), n);
@@ -34,91 +35,12 @@ moesaic_status fail(ErrorCode code, std::string_view message) {
   return static_cast<moesaic_status>(code);
 }
 
-template <typename Body>
-moesaic_status guarded(const Body& body) noexcept {
-  try {
-    body();
-    return MOESAIC_OK;
-  } catch (const Error& error) {
-    return fail(error.code(), error.what());
-  } catch (const std::bad_alloc&) {
-    return fail(ErrorCode::kOutOfMemory, "host memory: allocation failed");
-  } catch (const std::exception& error) {
-    return fail(ErrorCode::kInternal, error.what());
-  } catch (...) {
-    return fail(ErrorCode::kInternal, "an exception of unknown type");
-  }
-}
+namespace {
 
-template <typename T>
-T& needed(const char* argument, T* pointer) {
-  if (pointer == nullptr) invalid(std::string(argument) + ": expected a pointer, got NULL");
-  return *pointer;
-}
-
-template <typename Args>
-Workspace workspace_of(const Args& args) {
-  return {.data = args.workspace, .bytes = args.workspace_bytes};
-}
-
-PrepareArgs to_prepare(const moesaic_prepare_args* given) {
-  const auto a = read("args", given, moesaic_prepare_args MOESAIC_PREPARE_ARGS);
-  return {.hidden_states = to_tensor("hidden_states", a.hidden_states),
-          .hidden_scale = to_tensor("hidden_scale", a.hidden_scale),
-          .topk_ids = to_tensor("topk_ids", a.topk_ids),
-          .topk_weights = to_tensor("topk_weights", a.topk_weights),
-          .expert_map = to_tensor("expert_map", a.expert_map),
-          .rows = to_tensor("rows", a.rows),
-          .row_scale = to_tensor("row_scale", a.row_scale),
-          .num_tokens = to_tensor("num_tokens", a.num_tokens),
-          .slot_row = to_tensor("slot_row", a.slot_row),
-          .status = to_tensor("status", a.status),
-          .workspace = workspace_of(a),
-          .stream = {a.stream}};
-}
-
-ExpertsArgs to_experts(const moesaic_experts_args* given) {
-  const auto a = read("args", given, moesaic_experts_args MOESAIC_EXPERTS_ARGS);
-  return {.format = to_format(a.format),
-          .rows = to_tensor("rows", a.rows),
-          .row_scale = to_tensor("row_scale", a.row_scale),
-          .batched = to_batched(a.num_tokens),
-          .sorted = to_sorted("sorted", a.sorted),
-          .row_weights = to_tensor("row_weights", a.row_weights),
-          .output = to_tensor("output", a.output),
-          .expected_tokens = a.expected_tokens,
-          .workspace = workspace_of(a),
-          .stream = {a.stream}};
-}
-
-FinalizeArgs to_finalize(const moesaic_finalize_args* given) {
-  const auto a = read("args", given, moesaic_finalize_args MOESAIC_FINALIZE_ARGS);
-  return {.expert_output = to_tensor("expert_output", a.expert_output),
-          .topk_ids = to_tensor("topk_ids", a.topk_ids),
-          .topk_weights = to_tensor("topk_weights", a.topk_weights),
-          .expert_map = to_tensor("expert_map", a.expert_map),
-          .slot_row = to_tensor("slot_row", a.slot_row),
-          .output = to_tensor("output", a.output),
-          .accumulate = to_accumulate(a.accumulate),
-          .workspace = workspace_of(a),
-          .stream = {a.stream}};
-}
-
-GroupedGemmArgs to_grouped_gemm(const moesaic_grouped_gemm_args* given) {
-  const auto a = read("args", given, moesaic_grouped_gemm_args MOESAIC_GROUPED_GEMM_ARGS);
-  return {.quant = to_quant(a.quant),
-          .a = to_tensor("a", a.a),
-          .a_scale = to_tensor("a_scale", a.a_scale),
-          .b = to_gemm_weights("b", a.b),
-          .sorted = to_sorted("sorted", a.sorted),
-          .batched = to_batched(a.num_tokens),
-          .top_k = a.top_k,
-          .a_order = to_enum<RowOrder>("a_order", a.a_order, 2),
-          .c_order = to_enum<RowOrder>("c_order", a.c_order, 2),
-          .row_weights = to_tensor("row_weights", a.row_weights),
-          .c = to_tensor("c", a.c),
-          .workspace = workspace_of(a),
-          .stream = {a.stream}};
+// A caller may pass any number: one outside the list has the name "?".
+template <typename E>
+const char* name_of(int value, int count) {
+  return value >= 0 && value < count ? name(static_cast<E>(value)).data() : "?";
 }
 
 template <typename E, typename Parse>
@@ -158,23 +80,24 @@ using namespace moesaic::c;  // NOLINT
 
 extern "C" {
 
-// --- status, names, tensors
-// ---------------------------------------------------------------------------
+// --- status, names, tensors ----------------------------------------------------------------------
 
 const char* moesaic_last_error(void) { return last_error; }
 const char* moesaic_status_name(moesaic_status status) {
-  return status == MOESAIC_OK ? "ok" : name(static_cast<ErrorCode>(status)).data();
+  return status == MOESAIC_OK ? "ok" : name_of<ErrorCode>(status, MOESAIC_INTERNAL + 1);
 }
 
-const char* moesaic_scheme_name(moesaic_scheme s) { return name(static_cast<Scheme>(s)).data(); }
-const char* moesaic_dtype_name(moesaic_dtype d) { return name(static_cast<DType>(d)).data(); }
+const char* moesaic_scheme_name(moesaic_scheme s) { return name_of<Scheme>(s, kNumSchemes); }
+const char* moesaic_dtype_name(moesaic_dtype d) { return name_of<DType>(d, MOESAIC_I64 + 1); }
 const char* moesaic_activation_name(moesaic_activation a) {
-  return name(static_cast<Activation>(a)).data();
+  return name_of<Activation>(a, kNumActivations);
 }
 const char* moesaic_routing_name(moesaic_routing r) {
-  return name(static_cast<RoutingMethod>(r)).data();
+  return name_of<RoutingMethod>(r, kNumRoutingMethods);
 }
-const char* moesaic_format_name(moesaic_format f) { return name(static_cast<Format>(f)).data(); }
+const char* moesaic_format_name(moesaic_format f) {
+  return name_of<Format>(f, MOESAIC_BATCHED + 1);
+}
 
 moesaic_status moesaic_parse_scheme(const char* text, moesaic_scheme* out) {
   return parse(text, out, parse_scheme);
@@ -187,6 +110,9 @@ moesaic_status moesaic_parse_activation(const char* text, moesaic_activation* ou
 }
 moesaic_status moesaic_parse_routing(const char* text, moesaic_routing* out) {
   return parse(text, out, parse_routing);
+}
+moesaic_status moesaic_parse_format(const char* text, moesaic_format* out) {
+  return parse(text, out, parse_format);
 }
 
 moesaic_tensor moesaic_tensor_dense(const void* data, moesaic_dtype dtype, const int64_t* shape,
@@ -217,8 +143,7 @@ size_t moesaic_workspace_bytes(const moesaic_workspace* workspace) {
   return workspace == nullptr ? 0 : workspace->buffer.view().bytes;
 }
 
-// --- level 1
-// --------------------------------------------------------------------------------------------
+// --- level 1 -------------------------------------------------------------------------------------
 
 moesaic_status moesaic_layer_create(const moesaic_layer_config* config, moesaic_device device,
                                     moesaic_layer** out) {
@@ -291,148 +216,7 @@ moesaic_status moesaic_layer_set_tactics(moesaic_layer* layer, int32_t gemm1, in
       [&] { needed("layer", layer).layer.set_tactics({.gemm1 = gemm1, .gemm2 = gemm2}); });
 }
 
-// --- level 2
-// --------------------------------------------------------------------------------------------
-
-moesaic_status moesaic_layer_prepare(const moesaic_layer* layer, const moesaic_prepare_args* args) {
-  return guarded([&] { prepare(needed("layer", layer).layer, to_prepare(args)); });
-}
-moesaic_status moesaic_layer_experts(const moesaic_layer* layer, const moesaic_experts_args* args) {
-  return guarded([&] { experts(needed("layer", layer).layer, to_experts(args)); });
-}
-moesaic_status moesaic_layer_finalize(const moesaic_layer* layer,
-                                      const moesaic_finalize_args* args) {
-  return guarded([&] { finalize(needed("layer", layer).layer, to_finalize(args)); });
-}
-moesaic_status moesaic_prepare(const moesaic_layer_config* config,
-                               const moesaic_prepare_args* args) {
-  return guarded([&] { prepare(to_config(config), to_prepare(args)); });
-}
-moesaic_status moesaic_experts(const moesaic_layer_config* config,
-                               const moesaic_layer_weights* weights,
-                               const moesaic_experts_args* args) {
-  return guarded([&] { experts(to_config(config), to_layer_weights(weights), to_experts(args)); });
-}
-moesaic_status moesaic_finalize(const moesaic_layer_config* config,
-                                const moesaic_finalize_args* args) {
-  return guarded([&] { finalize(to_config(config), to_finalize(args)); });
-}
-moesaic_status moesaic_stage_workspace_bytes(const moesaic_layer_config* config,
-                                             moesaic_format format, int64_t tokens,
-                                             int64_t capacity, moesaic_device device,
-                                             size_t* bytes) {
-  return guarded([&] {
-    needed("bytes", bytes) = stage_workspace_bytes(to_config(config), to_format(format), tokens,
-                                                   capacity, to_device(device));
-  });
-}
-
-// --- level 3
-// --------------------------------------------------------------------------------------------
-
-moesaic_status moesaic_align_capacity(int64_t slot_count, int64_t experts, int64_t block_rows,
-                                      int64_t* capacity) {
-  return guarded(
-      [&] { needed("capacity", capacity) = align_capacity(slot_count, experts, block_rows); });
-}
-moesaic_status moesaic_align_workspace_bytes(int64_t slot_count, int64_t experts,
-                                             moesaic_device device, size_t* bytes) {
-  return guarded([&] {
-    needed("bytes", bytes) = align_workspace_bytes(slot_count, experts, to_device(device));
-  });
-}
-moesaic_status moesaic_align(const moesaic_align_args* args) {
-  return guarded([&] {
-    const auto a = read("args", args, moesaic_align_args MOESAIC_ALIGN_ARGS);
-    align({.topk_ids = to_tensor("topk_ids", a.topk_ids),
-           .experts = a.experts,
-           .local = {.first = a.local_first, .count = a.local_count},
-           .expert_map = to_tensor("expert_map", a.expert_map),
-           .rows = to_sorted("rows", a.rows),
-           .slot_row = to_tensor("slot_row", a.slot_row),
-           .tokens_per_expert = to_tensor("tokens_per_expert", a.tokens_per_expert),
-           .workspace = workspace_of(a),
-           .stream = {a.stream}});
-  });
-}
-
-moesaic_status moesaic_grouped_gemm_workspace_bytes(const moesaic_grouped_gemm_args* args,
-                                                    size_t* bytes) {
-  return guarded(
-      [&] { needed("bytes", bytes) = grouped_gemm_workspace_bytes(to_grouped_gemm(args)); });
-}
-moesaic_status moesaic_grouped_gemm(const moesaic_grouped_gemm_args* args) {
-  return guarded([&] { grouped_gemm(to_grouped_gemm(args)); });
-}
-
-moesaic_status moesaic_sum(const moesaic_sum_args* args) {
-  return guarded([&] {
-    const auto a = read("args", args, moesaic_sum_args MOESAIC_SUM_ARGS);
-    sum_slots({.input = to_tensor("input", a.input),
-               .slot_row = to_tensor("slot_row", a.slot_row),
-               .topk_weights = to_tensor("topk_weights", a.topk_weights),
-               .topk_ids = to_tensor("topk_ids", a.topk_ids),
-               .scale = a.scale,
-               .accumulate = to_accumulate(a.accumulate),
-               .output = to_tensor("output", a.output),
-               .stream = {a.stream}});
-  });
-}
-
-moesaic_status moesaic_route_workspace_bytes(int64_t tokens, int64_t experts, size_t* bytes) {
-  return guarded([&] { needed("bytes", bytes) = route_workspace_bytes(tokens, experts); });
-}
-moesaic_status moesaic_route(const moesaic_route_args* args) {
-  return guarded([&] {
-    const auto a = read("args", args, moesaic_route_args MOESAIC_ROUTE_ARGS);
-    route({.spec = to_routing(a.spec),
-           .logits = to_tensor("logits", a.logits),
-           .hidden_states = to_tensor("hidden_states", a.hidden_states),
-           .router = to_router(a.router),
-           .topk_ids = to_tensor("topk_ids", a.topk_ids),
-           .topk_weights = to_tensor("topk_weights", a.topk_weights),
-           .workspace = workspace_of(a),
-           .stream = {a.stream}});
-  });
-}
-
-moesaic_status moesaic_quantize_workspace_bytes(int64_t rows, moesaic_device device,
-                                                size_t* bytes) {
-  return guarded(
-      [&] { needed("bytes", bytes) = quantize_workspace_bytes(rows, to_device(device)); });
-}
-moesaic_status moesaic_quantize(const moesaic_quantize_args* args) {
-  return guarded([&] {
-    const auto a = read("args", args, moesaic_quantize_args MOESAIC_QUANTIZE_ARGS);
-    quantize({.input = to_tensor("input", a.input),
-              .to = to_dtype("to", a.to),
-              .granularity = to_enum<ActScale>("granularity", a.granularity, 5),
-              .group_size = a.group_size,
-              .int8_rounding = to_enum<Int8Rounding>("int8_rounding", a.int8_rounding, 2),
-              .static_scale = to_tensor("static_scale", a.static_scale),
-              .output = to_tensor("output", a.output),
-              .scale = to_tensor("scale", a.scale),
-              .workspace = workspace_of(a),
-              .stream = {a.stream}});
-  });
-}
-
-moesaic_status moesaic_activate(const moesaic_activate_args* args) {
-  return guarded([&] {
-    const auto a = read("args", args, moesaic_activate_args MOESAIC_ACTIVATE_ARGS);
-    activate({.spec = to_activation(a.spec),
-              .parameters = {.alpha = to_tensor("alpha", a.alpha),
-                             .beta = to_tensor("beta", a.beta),
-                             .limit = to_tensor("limit", a.limit)},
-              .input = to_tensor("input", a.input),
-              .row_expert = to_tensor("row_expert", a.row_expert),
-              .output = to_tensor("output", a.output),
-              .stream = {a.stream}});
-  });
-}
-
-// --- the process
-// ----------------------------------------------------------------------------------------
+// --- the process ---------------------------------------------------------------------------------
 
 const char* moesaic_version(void) { return MOESAIC_VERSION_STRING; }
 
@@ -468,7 +252,11 @@ moesaic_status moesaic_supports(const moesaic_layer_config* config, moesaic_form
 moesaic_status moesaic_set_num_threads(int32_t threads) {
   return guarded([&] { set_num_threads(threads); });
 }
-int32_t moesaic_num_threads(void) { return num_threads(); }
+int32_t moesaic_num_threads(void) {
+  std::int32_t threads = 0;  // stays when MOESAIC_THREADS is not a number
+  guarded([&] { threads = num_threads(); });
+  return threads;
+}
 
 moesaic_status moesaic_set_parallel_hook(moesaic_parallel_hook hook, void* user) {
   return guarded([&] {

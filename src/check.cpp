@@ -23,7 +23,8 @@ void invalid(const std::string& message) { throw Error(ErrorCode::kInvalidArgume
 void unsupported(const std::string& message) { throw Error(ErrorCode::kUnsupported, message); }
 
 Check::Check(std::string_view argument, const Tensor& tensor) : argument_(argument), tensor_(tensor) {
-  if (!tensor.defined()) invalid(fmt::format("{}: is required and was not given", argument));
+  if (!tensor.defined())
+    invalid(fmt::format("{}: is required and was not given; pass it", argument));
   if (tensor.rank > Tensor::kMaxRank)
     invalid(fmt::format("{}: rank {} is above the maximum {}", argument, tensor.rank,
                         Tensor::kMaxRank));
@@ -37,7 +38,8 @@ Check::Check(std::string_view argument, const Tensor& tensor) : argument_(argume
 
 const Check& Check::rank(int rank) const {
   if (tensor_.rank != rank)
-    invalid(fmt::format("{}: expected rank {}, got {}", argument_, rank, to_string(tensor_)));
+    invalid(fmt::format("{}: expected rank {}, got {}; reshape it", argument_, rank,
+                        to_string(tensor_)));
   return *this;
 }
 
@@ -49,8 +51,8 @@ const Check& Check::shape(std::initializer_list<std::int64_t> expected) const {
     ++i;
   }
   if (!matches)
-    invalid(fmt::format("{}: expected shape {}, got {}", argument_, shape_text(expected),
-                        to_string(tensor_)));
+    invalid(fmt::format("{}: expected shape {}, got {}; pass a view of that shape", argument_,
+                        shape_text(expected), to_string(tensor_)));
   return *this;
 }
 
@@ -60,7 +62,8 @@ const Check& Check::dtype(std::initializer_list<DType> allowed) const {
     if (tensor_.dtype == d) return *this;
     names += (names.empty() ? "" : " or ") + std::string(name(d));
   }
-  invalid(fmt::format("{}: expected dtype {}, got {}", argument_, names, to_string(tensor_)));
+  invalid(fmt::format("{}: expected dtype {}, got {}; convert it", argument_, names,
+                      to_string(tensor_)));
 }
 
 const Check& Check::inner_contiguous() const {
@@ -80,7 +83,7 @@ const Check& Check::contiguous() const {
 
 const Check& Check::on(Device device) const {
   if (!(tensor_.device == device))
-    invalid(fmt::format("{}: expected on {}, got {}; move it there first", argument_,
+    invalid(fmt::format("{}: expected on {}, got {}; copy it there first", argument_,
                         to_string(device), to_string(tensor_)));
   return *this;
 }

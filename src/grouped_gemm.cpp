@@ -26,6 +26,8 @@ std::int64_t align_capacity(std::int64_t slot_count, std::int64_t experts, std::
 }
 
 std::size_t align_workspace_bytes(std::int64_t slot_count, std::int64_t experts, Device device) {
+  check_range("slot_count", slot_count, 0, INT64_C(0x7fffffff));
+  check_range("experts", experts, 1, kMaxExperts);
   return backend(device).align_scratch_bytes(slot_count, experts);
 }
 
@@ -69,20 +71,6 @@ void align(const AlignArgs& args) {
 // --- the grouped GEMM ---------------------------------------------------------------------------------
 
 namespace {
-
-// [d0, d1, N] as [d0 * d1, N], when one row stride reaches every row.
-Tensor merge_leading(std::string_view argument, const Tensor& t) {
-  if (t.rank == 2) return t;
-  if (t.shape[0] > 1 && t.numel() > 0 && t.strides[0] != t.shape[1] * t.strides[1])
-    unsupported(fmt::format("{}: the stride of the first dimension must be {} x the stride of the second; pass a "
-                            "view without gaps there",
-                            argument, t.shape[1]));
-  Tensor rows = t;
-  rows.rank = 2;
-  rows.shape = {t.shape[0] * t.shape[1], t.shape[2]};
-  rows.strides = {t.strides[1], t.strides[2]};
-  return rows;
-}
 
 // What a call resolves to, from shapes and dtypes alone.
 struct Resolved {
@@ -143,7 +131,7 @@ Resolved resolve(const GroupedGemmArgs& args) {
   } else {
     check("a", args.a).rank(2);
     r.positions = check_sorted_rows(args.sorted, device);
-    const Tensor c = merge_leading("c", args.c);
+    const Tensor c = as_rows("c", args.c);
     if (args.c_order == RowOrder::kSlot) {
       r.slot_count = c.shape[0];
       if (args.a_order == RowOrder::kSlot && r.slot_count != checked_mul(args.a.shape[0], args.top_k, "a"))
@@ -164,8 +152,8 @@ Resolved resolve(const GroupedGemmArgs& args) {
                             to_string(args.row_weights)));
     }
   }
-  r.a = merge_leading("a", args.a);
-  r.c = merge_leading("c", args.c);
+  r.a = as_rows("a", args.a);
+  r.c = as_rows("c", args.c);
   return r;
 }
 
@@ -251,7 +239,7 @@ void sum_slots(const SumArgs& args) {
   check("output", args.output).rank(2).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous();
   const std::int64_t tokens = args.output.shape[0], hidden = args.output.shape[1];
   check("input", args.input).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous().on(device);
-  const Tensor rows = merge_leading("input", args.input);
+  const Tensor rows = as_rows("input", args.input);
   if (rows.shape[1] != hidden)
     invalid(fmt::format("input: expected {} columns, got {}", hidden, to_string(args.input)));
   std::int64_t top_k = 1;

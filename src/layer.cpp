@@ -158,14 +158,24 @@ void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
   Impl& self = *impl_;
   if (!self.shared)
     invalid("load_shared: the configuration has shared_experts = 0; set it to the number of shared experts");
+  Tensor row = gate;
+  if (gate.defined()) {
+    // The gate reads the layer's input, as a router does.
+    if (!is_float(self.plan.config.input_dtype))
+      unsupported(fmt::format(
+          "shared.gate: reads f32, f16 or bf16 hidden_states, and input_dtype is {}; pass 16-bit "
+          "hidden_states, or add the shared experts outside",
+          name(self.plan.config.input_dtype)));
+    if (gate.rank == 1)
+      row = Tensor{gate.data, gate.dtype,         gate.device,
+                   2,         {1, gate.shape[0]}, {gate.shape[0], gate.strides[0]}};
+    check("shared.gate", row)
+        .shape({1, self.plan.config.hidden})
+        .dtype({DType::kF32, DType::kF16, DType::kBF16});
+  }
   self.shared->fc1.load(0, weights.fc1, weights.activation, "shared.fc1");
   self.shared->fc2.load(0, weights.fc2, {}, "shared.fc2");
-  if (gate.defined()) {
-    Tensor row = gate;
-    if (gate.rank == 1) row = Tensor{gate.data, gate.dtype, gate.device, 2, {1, gate.shape[0]}, {gate.shape[0], gate.strides[0]}};
-    check("shared.gate", row).shape({1, self.plan.config.hidden});
-    self.shared->gate = self.keep(row, {1, self.plan.config.hidden});
-  }
+  if (gate.defined()) self.shared->gate = self.keep(row, {1, self.plan.config.hidden});
   const std::lock_guard lock(self.mutex);
   self.shared->loaded = true;
   self.finish_if_complete();

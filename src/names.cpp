@@ -87,7 +87,14 @@ std::string_view name(ErrorCode code) { return find_name(kErrorCodes, code); }
 std::string_view name(DType dtype) { return find_name(kDTypes, dtype); }
 DType parse_dtype(std::string_view text) { return parse(kDTypes, "dtype", text); }
 std::string_view name(RoutingMethod method) { return find_name(kRoutings, method); }
-RoutingMethod parse_routing(std::string_view text) { return parse(kRoutings, "routing", text); }
+RoutingMethod parse_routing(std::string_view text) {
+  if (text == "hash")
+    unsupported(
+        "routing: hash-routed layers choose by token id, which a layer does not see; look the "
+        "experts up "
+        "outside and pass topk_ids and topk_weights");
+  return parse(kRoutings, "routing", text);
+}
 std::string_view name(Activation activation) { return find_name(kActivations, activation); }
 Activation parse_activation(std::string_view text) {
   return parse(kActivations, "activation", text);

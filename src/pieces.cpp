@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "backend.h"
 #include "check.h"
@@ -73,20 +74,6 @@ struct Quantization {
   std::int64_t scale_row_stride = 0;
 };
 
-// [E, capacity, K] as [E * capacity, K] rows; any view without gaps between experts.
-Tensor rows_of(std::string_view argument, const Tensor& t) {
-  if (t.rank == 2) return t;
-  if (t.shape[0] > 1 && t.numel() > 0 && t.strides[0] != t.shape[1] * t.strides[1])
-    unsupported(fmt::format("{}: the stride between experts must be capacity x the stride between rows; pass a "
-                            "view without gaps between experts",
-                            argument));
-  Tensor rows = t;
-  rows.rank = 2;
-  rows.shape = {t.shape[0] * t.shape[1], t.shape[2]};
-  rows.strides = {t.strides[1], t.strides[2]};
-  return rows;
-}
-
 Quantization resolve(const QuantizeArgs& args) {
   Quantization q;
   const Device device = args.input.device;
@@ -133,8 +120,8 @@ Quantization resolve(const QuantizeArgs& args) {
     given.dtype({DType::kF32}).contiguous().on(device);
     given.shape({q.batched && args.static_scale.numel() != 1 ? q.experts : 1});
   }
-  q.input = rows_of("input", args.input);
-  q.output = rows_of("output", args.output);
+  q.input = as_rows("input", args.input);
+  q.output = as_rows("output", args.output);
   return q;
 }
 
@@ -204,8 +191,10 @@ void activate(const ActivateArgs& args) {
   if (p.alpha.defined() || p.beta.defined() || p.limit.defined()) {
     if (!args.row_expert.defined())
       invalid("row_expert: is required when alpha, beta or limit are given per expert");
-    for (const Tensor* t : {&p.alpha, &p.beta, &p.limit})
-      if (t->defined()) check("parameters", *t).rank(1).dtype({DType::kF32}).contiguous().on(device);
+    for (const auto& [argument, t] : {std::pair{"parameters.alpha", &p.alpha},
+                                      {"parameters.beta", &p.beta},
+                                      {"parameters.limit", &p.limit}})
+      if (t->defined()) check(argument, *t).rank(1).dtype({DType::kF32}).contiguous().on(device);
   }
   if (args.row_expert.defined())
     check("row_expert", args.row_expert).shape({rows}).dtype({DType::kI32}).contiguous().on(device);

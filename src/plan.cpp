@@ -204,6 +204,22 @@ ExpertsBuffers take_experts_buffers(Arena& arena, const LayerPlan& plan, std::in
   return buffers;
 }
 
+Tensor as_rows(std::string_view argument, const Tensor& t) {
+  if (t.rank == 2) return t;
+  if (t.rank != 3)
+    invalid(fmt::format("{}: expected rank 2 or 3, got {}; reshape it", argument, to_string(t)));
+  if (t.shape[0] > 1 && t.numel() > 0 && t.strides[0] != t.shape[1] * t.strides[1])
+    unsupported(fmt::format(
+        "{}: the stride of the first dimension must be {} x the stride of the second; pass a "
+        "view without gaps there",
+        argument, t.shape[1]));
+  Tensor rows = t;
+  rows.rank = 2;
+  rows.shape = {t.shape[0] * t.shape[1], t.shape[2]};
+  rows.strides = {t.strides[1], t.strides[2]};
+  return rows;
+}
+
 std::int64_t check_sorted_rows(const SortedRows& sorted, Device device) {
   check_range("sorted.block_rows", sorted.block_rows, 1, INT64_C(1) << 20);
   check("sorted.slots", sorted.slots).rank(1).dtype({DType::kI32}).contiguous().on(device);

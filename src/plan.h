@@ -100,6 +100,10 @@ ActScaleView caller_scale_view(const WeightSpec& spec, const Tensor& scale);
 void check_activation_scale(std::string_view argument, const WeightSpec& spec, const Tensor& values,
                             const Tensor& scale, Device device);
 
+// A rank-3 view [a, b, K] as rows [a * b, K]; rank 2 is rows already. Throws for other ranks, and
+// where one row stride does not reach every row.
+Tensor as_rows(std::string_view argument, const Tensor& tensor);
+
 // Checks a caller's sorted lists; returns the length of `slots`.
 std::int64_t check_sorted_rows(const SortedRows& sorted, Device device);
 

@@ -18,15 +18,7 @@ namespace {
 // A [E, capacity, K] view as [E * capacity, K] rows, which is how positions address it.
 Tensor flatten_batched(std::string_view argument, const Tensor& t) {
   check(argument, t).rank(3).inner_contiguous();
-  if (t.shape[0] > 1 && t.numel() > 0 && t.strides[0] != t.shape[1] * t.strides[1])
-    unsupported(fmt::format("{}: the stride between experts must be capacity x the stride between rows; pass "
-                            "a view without gaps between experts",
-                            argument));
-  Tensor rows = t;
-  rows.rank = 2;
-  rows.shape = {t.shape[0] * t.shape[1], t.shape[2]};
-  rows.strides = {t.strides[1], t.strides[2]};
-  return rows;
+  return as_rows(argument, t);
 }
 
 void check_ids(const LayerConfig& config, const Tensor& ids, std::int64_t tokens, Device device) {
@@ -197,8 +189,13 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
     tokens = args.rows.shape[0];
     capacity = check_sorted_rows(args.sorted, device);
     check("output", args.output).shape({tokens * config.top_k, config.hidden}).inner_contiguous();
-    if (args.row_weights.defined())
+    if (args.row_weights.defined()) {
       check("row_weights", args.row_weights).dtype({DType::kF32}).contiguous().on(device);
+      if (args.row_weights.numel() != tokens * config.top_k)
+        invalid(fmt::format(
+            "row_weights: expected {} values (one per slot), got {}; pass a weight for every slot",
+            tokens * config.top_k, to_string(args.row_weights)));
+    }
   }
   check_activation_scale("row_scale", plan.fc1, args.rows, args.row_scale, device);
   check_workspace(args.workspace,

@@ -47,8 +47,7 @@ static int32_t ids[T][K];
 static float weights[T][K];
 static double expected[T][H];
 
-/* --- the layer as a loop ------------------------------------------------------------------------
- */
+/* --- the layer as a loop ---------------------------------------------------------------------- */
 
 static void choose(int t) {
   double z[E], sum = 0;
@@ -94,8 +93,7 @@ static int is_expected(float y[T][H]) {
   return 1;
 }
 
-/* --- shared descriptions
- * -------------------------------------------------------------------------- */
+/* --- shared descriptions ---------------------------------------------------------------------- */
 
 static moesaic_tensor x_view, ids_view, weights_view, router_view;
 static moesaic_tensor fc1_view, fc2_view, bias1_view, bias2_view;
@@ -129,8 +127,7 @@ static void describe(void) {
   layer_weights.fc2 = &gemm2;
 }
 
-/* --- level 1
- * --------------------------------------------------------------------------------------- */
+/* --- level 1 ---------------------------------------------------------------------------------- */
 
 static void test_layer(void) {
   moesaic_layer* layer = NULL;
@@ -187,8 +184,7 @@ static void test_layer(void) {
   moesaic_workspace_destroy(NULL);
 }
 
-/* --- level 2
- * --------------------------------------------------------------------------------------- */
+/* --- level 2 ---------------------------------------------------------------------------------- */
 
 static void test_stages(void) {
   float rows[E][CAPACITY][H], out[E][CAPACITY][H], y[T][H];
@@ -233,8 +229,7 @@ static void test_stages(void) {
   moesaic_workspace_destroy(workspace);
 }
 
-/* --- level 3
- * --------------------------------------------------------------------------------------- */
+/* --- level 3 ---------------------------------------------------------------------------------- */
 
 static void test_grouped_gemm(void) {
   float inner[T * K][2 * I], act[T * K][I], slots_out[T][K][H], y[T][H], own_weights[T][K];
@@ -339,8 +334,43 @@ static void test_quantize(void) {
       EXPECT(fabsf(x[t][h] - scale[t] * (float)q[t][h]) <= 0.5001f * scale[t]);
 }
 
-/* --- what the header promises
- * ------------------------------------------------------------------------- */
+/* Two experts of three rows, of which two and one are live: the others stay as they are. */
+static void test_quantize_batched(void) {
+  signed char q[2][3][H], own[2][3][H];
+  float scale[2][3], own_scale[2][3];
+  int32_t live[2] = {2, 1};
+  size_t bytes = 0;
+  moesaic_workspace* workspace = NULL;
+  const moesaic_tensor x3 = view(x, MOESAIC_F32, 3, 2, 3, H);
+  const moesaic_tensor q_view = view(q, MOESAIC_I8, 3, 2, 3, H);
+  const moesaic_tensor scale_view = view(scale, MOESAIC_F32, 3, 2, 3, 1);
+  const moesaic_tensor own_view = view(own, MOESAIC_I8, 2, T, H, 0);
+  const moesaic_tensor own_scale_view = view(own_scale, MOESAIC_F32, 2, T, 1, 0);
+  const moesaic_tensor live_view = view(live, MOESAIC_I32, 1, 2, 0, 0);
+  moesaic_quantize_args args = MOESAIC_QUANTIZE_ARGS;
+  args.to = MOESAIC_I8;
+  args.input = &x_view;
+  args.output = &own_view;
+  args.scale = &own_scale_view;
+  EXPECT_OK(moesaic_quantize(&args));
+  memset(q, 77, sizeof q);
+  args.input = &x3;
+  args.output = &q_view;
+  args.scale = &scale_view;
+  args.num_tokens = &live_view;
+  EXPECT(moesaic_quantize(&args) == MOESAIC_INVALID_ARGUMENT); /* no workspace */
+  EXPECT_OK(moesaic_quantize_call_workspace_bytes(&args, &bytes));
+  EXPECT_OK(moesaic_workspace_create(kCpu, bytes, &workspace));
+  args.workspace = moesaic_workspace_data(workspace);
+  args.workspace_bytes = bytes;
+  EXPECT_OK(moesaic_quantize(&args));
+  for (int e = 0; e < 2; ++e)
+    for (int r = 0; r < 3; ++r)
+      for (int h = 0; h < H; ++h) EXPECT(q[e][r][h] == (r < live[e] ? own[e][r][h] : 77));
+  moesaic_workspace_destroy(workspace);
+}
+
+/* --- what the header promises ----------------------------------------------------------------- */
 
 static void test_struct_sizes(void) {
   moesaic_layer* layer = NULL;
@@ -379,6 +409,7 @@ static void test_errors(void) {
   moesaic_quant_spec no_scheme = MOESAIC_QUANT_SPEC;
   moesaic_sum_args sum = MOESAIC_SUM_ARGS;
   moesaic_scheme scheme = MOESAIC_SCHEME_F32;
+  moesaic_format format = MOESAIC_STANDARD;
   int32_t supported = -1;
   moesaic_tensor bad = x_view;
 
@@ -419,6 +450,14 @@ static void test_errors(void) {
   EXPECT(strcmp(moesaic_dtype_name(MOESAIC_I64), "i64") == 0);
   EXPECT(strcmp(moesaic_format_name(MOESAIC_BATCHED), "batched") == 0);
   EXPECT(strcmp(moesaic_status_name(MOESAIC_INTERNAL), "internal") == 0);
+  EXPECT_OK(moesaic_parse_format("sorted", &format));
+  EXPECT(format == MOESAIC_SORTED);
+  EXPECT(strcmp(moesaic_scheme_name((moesaic_scheme)99), "?") == 0);
+  EXPECT(strcmp(moesaic_dtype_name((moesaic_dtype)256), "?") == 0); /* not 256 modulo a byte */
+  EXPECT(strcmp(moesaic_activation_name((moesaic_activation)-1), "?") == 0);
+  EXPECT(strcmp(moesaic_routing_name((moesaic_routing)12), "?") == 0);
+  EXPECT(strcmp(moesaic_format_name((moesaic_format)3), "?") == 0);
+  EXPECT(strcmp(moesaic_status_name((moesaic_status)77), "?") == 0);
   EXPECT(moesaic_parse_scheme("fp3", &scheme) == MOESAIC_INVALID_ARGUMENT);
   EXPECT(strstr(moesaic_last_error(), "int4_w4a16") != NULL); /* lists what there is */
   EXPECT(moesaic_parse_scheme(NULL, &scheme) == MOESAIC_INVALID_ARGUMENT);
@@ -470,6 +509,7 @@ int main(void) {
   test_stages();
   test_grouped_gemm();
   test_quantize();
+  test_quantize_batched();
   test_struct_sizes();
   test_errors();
   test_process();

@@ -28,11 +28,18 @@ constexpr double kBf16Tolerance = 6e-3;  // ||y - y*|| / ||y*||, 16-bit arithmet
 // Written once for all tests of this process, removed at its end.
 class Checkpoints : public ::testing::Environment {
  public:
-  static inline std::string folder, reason;
+  static inline std::string folder, reason;  // why everything skips
+  static inline std::string
+      broken;  // why everything fails: Python is there, its script is not right
 
   void SetUp() override {
     const char* python = std::getenv("MOESAIC_PYTHON");
-    if (python == nullptr || !fs::exists(python)) {
+    const auto can_import = [&] {
+      const std::string line =
+          "'" + std::string(python) + "' -c 'import torch, transformers' >/dev/null 2>&1";
+      return std::system(line.c_str()) == 0;
+    };
+    if (python == nullptr || !fs::exists(python) || !can_import()) {
       reason = std::string("MOESAIC_PYTHON (") + (python ? python : "not set") +
                ") has no Python with torch and transformers; scripts/setup_venv.sh .venv makes one";
       return;
@@ -44,7 +51,7 @@ class Checkpoints : public ::testing::Environment {
                                 folder + "' > '" + folder + "/log' 2>&1";
     if (std::system(command.c_str()) != 0) {
       std::system(("cat '" + folder + "/log' >&2").c_str());
-      reason = "scripts/make_test_checkpoints.py failed (its output is above)";
+      broken = "scripts/make_test_checkpoints.py failed (its output is above)";
     }
   }
   void TearDown() override {
@@ -66,6 +73,7 @@ class Transformers : public ::testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
     if (!Checkpoints::reason.empty()) GTEST_SKIP() << Checkpoints::reason;
+    ASSERT_EQ(Checkpoints::broken, "");
     path_ = Checkpoints::folder + "/" + GetParam();
     if (!fs::exists(path_)) GTEST_SKIP() << "this version of transformers writes no " << GetParam();
   }

@@ -125,6 +125,45 @@ TEST_F(Cli, MistakesExitWithTwoAndOneSentence) {
   expect_usage("quantize " + kTiny + " " + file("q") + " --layer 0 --scheme int5", "int5");
 }
 
+// Skipping every case is not success: what cannot run is said.
+TEST_F(Cli, VerifyOfNothingFails) {
+  const Result shape = run("verify --shape 4,64,64,9 --tokens 1 --limit 3");
+  EXPECT_EQ(shape.code, 2);
+  EXPECT_NE(shape.err.find("top_k"), std::string::npos) << shape.err;
+  bool has_cuda = false;
+  for (const json& device : run_json("info")["devices"])
+    has_cuda = has_cuda || device["device"].get<std::string>().starts_with("cuda");
+  if (!has_cuda) expect_usage("verify --backend cuda --limit 1", "cuda");
+}
+
+TEST_F(Cli, WhatHasNoMeaningIsRefused) {
+  expect_usage(
+      "quantize " + kTiny + " " + file("q") + " --layer 0 --scheme int8_channel --group 32",
+      "--group");
+  expect_usage("run --checkpoint " + kTiny + " --layer 0 --seed -1", "--seed");
+  expect_usage("run --checkpoint " + kTiny + " --layer 0 --routing hash", "hash");
+  expect_usage("verify --tokens ''", "--tokens");
+  expect_usage("inspect ''", "inspect");
+}
+
+TEST_F(Cli, WhereTheJsonCannotGoIsSaidBeforeTheWork) {
+  expect_usage(
+      "bench --shape 4,64,64,2 --tokens 1 --seconds 600 --json " + file("no/such/folder.json"),
+      "--json");
+  const std::string full =
+      std::string(MOESAIC_COMMAND) + " info --json - >/dev/full 2>" + file("err");
+  EXPECT_EQ(WEXITSTATUS(std::system(full.c_str())), 1);
+  EXPECT_NE(read(file("err")).find("writ"), std::string::npos);
+}
+
+// Bytes of a stranger's file or path reach neither a terminal nor the JSON as they are.
+TEST_F(Cli, ForeignBytesAreMadeHarmless) {
+  const std::string folder = file("odd\xff\x1b[31m");
+  fs::copy(kTiny, folder);
+  EXPECT_EQ(run_json("inspect '" + folder + "'")["layers"].size(), 2u);
+  expect_usage("inspect '" + folder + "/none\x1b'", "?[31m/none?");
+}
+
 TEST_F(Cli, GarbageFilesFailCleanly) {
   std::ofstream(file("short.safetensors")) << "abc";
   std::ofstream(file("noise.safetensors")) << std::string(4096, '\xff');
@@ -233,6 +272,56 @@ TEST_F(Cli, RunTakesTensorsFromAFile) {
   const NamedTensor lonely[] = {{"router_logits", named[1].tensor}};
   save_safetensors(file("lonely.safetensors"), lonely);
   expect_usage(base + file("lonely.safetensors"), "hidden_states");
+}
+
+// The format does not ask a writer to align its tensors: a header of any length will do.
+TEST_F(Cli, InputsNeedNotBeAligned) {
+  const std::int64_t hidden = run_json("inspect " + kTiny)["layers"][0]["hidden"];
+  std::string answers[2];
+  for (const std::size_t shift : {0, 1}) {
+    std::string header = "{\"hidden_states\":{\"dtype\":\"F32\",\"shape\":[2," +
+                         std::to_string(hidden) + "],\"data_offsets\":[0," +
+                         std::to_string(8 * hidden) + "]}}";
+    while (header.size() % 8 != shift) header += ' ';
+    std::vector<float> x(static_cast<std::size_t>(2 * hidden));
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = 0.01f * static_cast<float>(i % 89) - 0.4f;
+    const std::uint64_t length = header.size();
+    std::ofstream out(file("x.safetensors"), std::ios::binary);
+    out.write(reinterpret_cast<const char*>(&length), 8) << header;
+    out.write(reinterpret_cast<const char*>(x.data()), static_cast<std::streamsize>(4 * x.size()));
+    out.close();
+    run_json("run --checkpoint " + kTiny + " --layer 0 --input " + file("x.safetensors") +
+             " --output " + file("y.safetensors"));
+    answers[shift] = read(file("y.safetensors"));
+  }
+  EXPECT_EQ(answers[0], answers[1]);
+}
+
+// An id that is some expert's only after a cut to 32 bits is nobody's.
+TEST_F(Cli, LongIdsAreNotCut) {
+  using namespace moesaic;
+  const json layer = run_json("inspect " + kTiny)["layers"][0];
+  const std::int64_t hidden = layer["hidden"], top_k = layer["top_k"];
+  const std::vector<float> x(static_cast<std::size_t>(hidden), 0.5f),
+      w(static_cast<std::size_t>(top_k), 1.0f);
+  std::vector<std::int64_t> ids(w.size(), (std::int64_t{1} << 32) + 3);
+  const NamedTensor named[] = {
+      {"hidden_states", Tensor::contiguous(x.data(), DType::kF32, {1, hidden})},
+      {"topk_ids", Tensor::contiguous(ids.data(), DType::kI64, {1, top_k})},
+      {"topk_weights", Tensor::contiguous(w.data(), DType::kF32, {1, top_k})}};
+  save_safetensors(file("long.safetensors"), named);
+  const std::string base = "run --checkpoint " + kTiny + " --layer 0 --input ";
+  for (const char* format : {"standard", "sorted", "batched"}) {
+    run_json(base + file("long.safetensors") + " --output " + file("none.safetensors") +
+             " --format " + format);
+    const TensorFile answer = TensorFile::open(file("none.safetensors"));
+    for (std::int64_t h = 0; h < hidden; ++h)
+      ASSERT_EQ(answer.tensor("output").as<float>()[h], 0) << format;
+    EXPECT_EQ(answer.tensor("topk_ids").as<std::int32_t>()[0], -1);
+  }
+  const NamedTensor floats[] = {named[0], {"topk_ids", named[2].tensor}, named[2]};
+  save_safetensors(file("floats.safetensors"), floats);
+  expect_usage(base + file("floats.safetensors"), "topk_ids is f32");
 }
 
 TEST_F(Cli, NoTokensAreFine) {

@@ -327,6 +327,20 @@ TEST(Families, RefusalsNameWhatToDo) {
     says(m.complaint(ErrorCode::kCorruptFile), "should be an object");
   }
   {
+    Model m;  // DeepSeek-V4's first layers: experts by token id
+    standard(m);
+    m.put_zeros("model.layers.0.mlp.gate.tid2eid", {16, 2});
+    const Checkpoint c = m.open();
+    try {
+      c.layer_config(0);
+      ADD_FAILURE() << "a hash-routed layer was not refused";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ErrorCode::kUnsupported);
+      says(e.what(), "is hash-routed");
+    }
+    EXPECT_NO_THROW(c.layer_config(0, {.routing = RoutingMethod::kTopK}));
+  }
+  {
     Model m;  // two stacks with the same numbers
     standard(m);
     m.per_expert("other.layers.0.mlp", "gate_proj", "up_proj", "down_proj");

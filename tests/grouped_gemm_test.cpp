@@ -2,6 +2,7 @@
 // Level 3: everything invoke_fused_moe_kernel can be asked, against the oracle.
 #include <gtest/gtest.h>
 
+#include "harness/fixture.h"
 #include "harness/grouped.h"
 #include "scheme.h"
 
@@ -129,6 +130,44 @@ TEST(GroupedGemm, TwelveShortGroupsAndOddShapes) {
   }
 }
 
+// "A in f32/f16/bf16: A_scale is only the optional static scalar": the same as the weights' own.
+TEST(GroupedGemm, AScaleOfFloatRowsIsTheStaticOne) {
+  for (const Scheme scheme : {Scheme::kFp8Tensor, Scheme::kInt4W4A8Int8}) {
+    LayerConfig config = small_config(scheme);
+    config.activation.kind = Activation::kIdentity;
+    const WeightData weights = make_weights(config, {});
+    const Batch batch = make_batch(config, {.tokens = 5, .seed = 12});
+    HostTensor live(DType::kI32, {8}), rows(DType::kBF16, {8, 5, 64});
+    for (int e = 0; e < 8; ++e) {
+      live.as<std::int32_t>()[e] = e % 6;
+      std::copy_n(batch.hidden_states.bytes().begin(), 5 * 64 * 2,
+                  rows.bytes().begin() + e * 5 * 64 * 2);
+    }
+    float scale = 0.03f;
+    HostTensor own(DType::kF32, {8, 5, 48}), given(DType::kF32, {8, 5, 48});
+    GroupedGemmArgs args;
+    args.quant = config.quant;
+    args.quant.act_scale = ActScale::kDefault;
+    args.a = rows.view();
+    args.b = weights.weights.fc1;
+    args.batched.num_tokens = live.view();
+    args.a_scale = Tensor::contiguous(&scale, DType::kF32, {1});
+    args.c = given.view();
+    const WorkspaceBuffer workspace({}, grouped_gemm_workspace_bytes(args));
+    args.workspace = workspace.view();
+    grouped_gemm(args);
+    args.quant.act_scale = ActScale::kTensorStatic;
+    args.b.input_scale = args.a_scale;
+    args.a_scale = {};
+    args.c = own.view();
+    grouped_gemm(args);
+    EXPECT_TRUE(same_bits(own, given)) << name(scheme);
+    scale = 0.05f;  // not a power of two apart: e4m3 would hold the same digits
+    grouped_gemm(args);
+    EXPECT_FALSE(same_bits(own, given)) << name(scheme) << ": the scale is not used";
+  }
+}
+
 TEST(GroupedGemm, RefusalsNameTheArgument) {
   GroupedGemmArgs args;
   std::vector<std::uint16_t> a(4 * 8), b(2 * 8 * 8), c(4 * 8);
@@ -153,6 +192,32 @@ TEST(GroupedGemm, RefusalsNameTheArgument) {
                  .num_padded = Tensor::contiguous(lists.data(), DType::kI32, {1}),
                  .block_rows = 16};
   EXPECT_NE(message().find("int4_w4a16"), std::string::npos) << message();
+  args.quant = {.scheme = Scheme::kBF16};
+  args.c = Tensor::contiguous(c.data(), DType::kBF16, {4, 1, 8, 1});
+  EXPECT_NE(message().find("c: expected rank 2 or 3"), std::string::npos) << message();
+}
+
+TEST(Pieces, RefusalsNameTheArgument) {
+  std::vector<float> x(64), y(64);
+  const auto view = [](std::vector<float>& data, std::initializer_list<std::int64_t> shape) {
+    return Tensor::contiguous(data.data(), DType::kF32, shape);
+  };
+  std::vector<std::int32_t> rows(4);
+  SumArgs sum;
+  sum.input = view(x, {2, 2, 4, 4});
+  sum.slot_row = Tensor::contiguous(rows.data(), DType::kI32, {2, 2});
+  sum.output = view(y, {2, 4});
+  EXPECT_NE(complaint([&] { sum_slots(sum); }).find("input: expected rank 2 or 3"),
+            std::string::npos);
+  ActivateArgs act;
+  act.input = view(x, {4, 8});
+  act.output = view(y, {4, 4});
+  act.parameters.beta = view(x, {2, 2});
+  act.row_expert = Tensor::contiguous(rows.data(), DType::kI32, {4});
+  EXPECT_NE(complaint([&] { activate(act); }).find("parameters.beta: expected rank 1"),
+            std::string::npos);
+  EXPECT_NE(complaint([&] { align_workspace_bytes(-1, 8); }).find("slot_count"), std::string::npos);
+  EXPECT_NE(complaint([&] { parse_routing("hash"); }).find("topk_ids"), std::string::npos);
 }
 
 }  // namespace

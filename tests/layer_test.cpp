@@ -2,10 +2,34 @@
 // Level 1: what a Layer promises beside its numbers (those: verify_pairs_test).
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <cstdlib>
+#include <new>
 #include <thread>
 
 #include "harness/fixture.h"
 #include "scheme.h"
+
+// Every C++ allocation of this process, the library's own included, passes here.
+namespace {
+std::atomic<bool> watching{false};
+std::atomic<int> allocations{0};
+
+void* counted(std::size_t bytes, std::size_t alignment) {
+  if (watching.load(std::memory_order_relaxed)) ++allocations;
+  const std::size_t whole = (bytes + alignment - 1) / alignment * alignment;
+  if (void* p = std::aligned_alloc(alignment, whole == 0 ? alignment : whole)) return p;
+  throw std::bad_alloc();
+}
+}  // namespace
+void* operator new(std::size_t bytes) { return counted(bytes, alignof(std::max_align_t)); }
+void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  return counted(bytes, static_cast<std::size_t>(alignment));
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 
 namespace moesaic::harness {
 namespace {
@@ -99,6 +123,35 @@ TEST(Layer, TransposedWeightsAreRead) {  // GPT-OSS and Llama-4 store [E, H, 2I]
     layer.load(turned);
     const Batch batch = f.batch(9);
     EXPECT_TRUE(same_bits(f.run(batch), execute(layer, batch, {}).output));
+  }
+}
+
+// (E,), (E, 1), (E, 1, 1) for a tensor; (E, N), (E, N, 1) for channels: one meaning each.
+TEST(Layer, ScalesMayComeInAnyShapeOfTheirContract) {
+  const auto reshaped = [](const Tensor& t, std::initializer_list<std::int64_t> shape) {
+    return Tensor::contiguous(t.data, t.dtype, shape);
+  };
+  for (const Scheme scheme :
+       {Scheme::kFp8Tensor, Scheme::kFp8Channel, Scheme::kInt8Channel, Scheme::kInt8W8A16}) {
+    const Fixture f(small_config(scheme));
+    const Batch batch = f.batch(9);
+    const HostTensor expected = f.run(batch);
+    for (const int form : {0, 1, 2}) {
+      LayerWeights w = f.weights.weights;
+      for (GemmWeights* g : {&w.fc1, &w.fc2}) {
+        const std::int64_t e = 8, n = g->scale.numel() / 8;
+        if (n == 1)
+          g->scale = form == 0   ? reshaped(g->scale, {e})
+                     : form == 1 ? reshaped(g->scale, {e, 1})
+                                 : reshaped(g->scale, {e, 1, 1});
+        else
+          g->scale = form == 0 ? reshaped(g->scale, {e, n}) : reshaped(g->scale, {e, n, 1});
+      }
+      Layer layer(f.config);
+      layer.load(w);
+      EXPECT_TRUE(same_bits(execute(layer, batch, {}).output, expected))
+          << name(scheme) << ", form " << form;
+    }
   }
 }
 
@@ -240,6 +293,48 @@ TEST(Layer, TokensPerExpertCountsLocalSlotsOnly) {
   }
 }
 
+// From ids, from logits and from the router, in one piece and in chunks, after one forward that may
+// start the pool's threads.
+TEST(Layer, ForwardAllocatesNothing) {
+  for (int s = 0; s < kNumSchemes; ++s) {
+    for (const std::size_t cap : {std::size_t{0}, std::size_t{60000}}) {
+      LayerConfig config = small_config(static_cast<Scheme>(s));
+      if (config.quant.act_scale != ActScale::kTensorDynamic) config.workspace_cap = cap;
+      config.shared_experts = 1;
+      Fixture f(small_config(static_cast<Scheme>(s)));
+      Layer layer(config);
+      layer.load(f.weights.weights);
+      layer.load_shared(make_experts(f.config, {.bias = Biases::kAll}, 0, 1).weights);
+      const Batch batch = f.batch(40);
+      layer.set_router(make_router(config, RouterBias::kBoth, 5).weights);
+      HostTensor y(config.output_dtype, {40, config.hidden}), counts(DType::kI32, {8});
+      const WorkspaceBuffer workspace({}, layer.workspace_bytes(40));
+      ForwardArgs by_router;
+      by_router.hidden_states = batch.hidden_states.view();
+      by_router.output = y.view();
+      by_router.tokens_per_expert = counts.view();
+      by_router.workspace = workspace.view();
+      ForwardArgs by_logits = by_router, by_ids = by_router;
+      by_logits.router_logits = batch.router_logits.view();
+      by_ids.topk_ids = batch.topk_ids.view();
+      by_ids.topk_weights = batch.topk_weights.view();
+      for (const ForwardArgs* args : {&by_router, &by_logits, &by_ids}) {
+        layer.forward(*args);
+        allocations = 0;
+        watching = true;
+        layer.forward(*args);
+        watching = false;
+        EXPECT_EQ(allocations, 0) << name(static_cast<Scheme>(s)) << ", cap " << cap;
+      }
+    }
+  }
+  allocations = 0;
+  watching = true;
+  const auto proof = std::make_unique<int>(1);  // that something would be seen
+  watching = false;
+  EXPECT_EQ(allocations, 1);
+}
+
 TEST(Layer, NoTokensIsNoWork) {
   for (int s = 0; s < kNumSchemes; ++s)
     for (const Format format : {Format::kStandard, Format::kSorted, Format::kBatched}) {
@@ -248,8 +343,7 @@ TEST(Layer, NoTokensIsNoWork) {
     }
 }
 
-// --- complaints
-// -----------------------------------------------------------------------------------
+// --- complaints ----------------------------------------------------------------------------------
 
 TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
   const Fixture f(small_config());
@@ -283,6 +377,52 @@ TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
     a->hidden_states.device = {DeviceType::kCuda, 0};
   });
   expect("router", "", [&](ForwardArgs* a) { a->topk_ids = a->topk_weights = {}; });
+}
+
+// What a message consists of: the argument, what was expected, what came, a way out.
+TEST(LayerErrors, OfferAWayOut) {
+  HostTensor narrow(DType::kBF16, {8, 63}), whole(DType::kBF16, {8, 64});
+  const Fixture f(small_config());
+  const Batch batch = f.batch(8);
+  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
+  ForwardArgs good;
+  good.hidden_states = batch.hidden_states.view();
+  good.topk_ids = batch.topk_ids.view();
+  good.topk_weights = batch.topk_weights.view();
+  good.output = whole.view();
+  good.workspace = workspace.view();
+  const auto says = [&](const char* text, auto change) {
+    ForwardArgs bad = good;
+    change(&bad);
+    EXPECT_EQ(complaint([&] { f.layer.forward(bad); }), text);
+  };
+  says("hidden_states: expected shape [*, 64], got bf16[8, 63] on cpu; pass a view of that shape",
+       [&](ForwardArgs* a) { a->hidden_states = narrow.view(); });
+  says("topk_ids: expected dtype i32 or i64, got f32[8, 2] on cpu; convert it",
+       [&](ForwardArgs* a) { a->topk_ids = batch.topk_weights.view(); });
+  says("output: is required and was not given; pass it", [&](ForwardArgs* a) { a->output = {}; });
+}
+
+// The gate reads the layer's input as a router does: both must be floats.
+TEST(LayerErrors, ASharedGateThatCannotBeReadIsRefused) {
+  const std::vector<std::int8_t> bytes(64, 1);
+  const std::vector<float> floats(64, 1.0f);
+  LayerConfig config = small_config(Scheme::kInt8Channel);
+  config.shared_experts = 1;
+  const WeightData one = make_experts(config, {}, 0, 1);
+  Layer layer(config);
+  EXPECT_NE(complaint([&] {
+              layer.load_shared(one.weights, Tensor::contiguous(bytes.data(), DType::kI8, {64}));
+            }).find("shared.gate: expected dtype"),
+            std::string::npos);
+  layer.load_shared(one.weights, Tensor::contiguous(floats.data(), DType::kF32, {64}));
+  config.input_dtype = DType::kI8;
+  Layer eight(config);
+  EXPECT_NE(complaint([&] {
+              eight.load_shared(one.weights, Tensor::contiguous(floats.data(), DType::kF32, {64}));
+            }).find("shared.gate: reads f32, f16 or bf16"),
+            std::string::npos);
+  eight.load_shared(one.weights);
 }
 
 TEST(LayerErrors, AnIncompleteLayerSaysWhichExpertIsMissing) {

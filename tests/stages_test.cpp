@@ -207,6 +207,10 @@ TEST_P(EachScheme, SortedRowsTakeRoutingWeights) {
   args.row_weights = Tensor::contiguous(batch.topk_weights.as<float>(), DType::kF32, {22});
   args.output = weighted.view();
   experts(f.layer, args);
+  ExpertsArgs few = args;  // fewer weights than slots would be read beyond their end
+  few.row_weights = few.row_weights.slice(0, 21);
+  EXPECT_NE(complaint([&] { experts(f.layer, few); }).find("row_weights: expected 22"),
+            std::string::npos);
   const HostTensor a = plain.to_host(), b = weighted.to_host();
   for (std::int64_t i = 0; i < a.numel(); ++i)
     ASSERT_EQ(b.as<float>()[i], a.as<float>()[i] * batch.topk_weights.as<float>()[i / c.hidden]);

@@ -6,6 +6,8 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
+#include <ctime>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -121,6 +123,19 @@ TEST_F(ThreadPool, HostHookRunsTheTasks) {
   expect_each_once(100);
   set_parallel_hook({});
   expect_each_once(100);
+}
+
+// What idle workers burn, in processor time: they may look out for work for a moment, not for as
+// long as nobody asks. Two threads: a worker per core looks out; eight: there are more than cores.
+TEST_F(ThreadPool, IdleWorkersSleep) {
+  for (const int threads : {2, 8}) {
+    set_num_threads(threads);
+    parallel_for(64, [](std::int64_t) {});
+    const std::clock_t before = std::clock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    const double seconds = static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC;
+    EXPECT_LT(seconds, 0.03) << threads << " threads; a single busy worker burns up to 0.5 s";
+  }
 }
 
 TEST_F(ThreadPool, ThreadCountIsChecked) {

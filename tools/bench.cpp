@@ -149,7 +149,9 @@ Command add_bench(CLI::App& parent) {
       ->check(CLI::Range(std::int64_t{0}, kMaxCount));
   app->add_option("--activation", flags->activation, "an activation's name")->capture_default_str();
   app->add_flag("--bias", flags->bias, "with biases");
-  app->add_option("--seed", flags->seed, "of weights, tokens and routing")->capture_default_str();
+  app->add_option("--seed", flags->seed, "of weights, tokens and routing")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   app->add_option("--seconds", flags->seconds, "time to measure per row")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 600.0));

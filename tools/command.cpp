@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 
 namespace moesaic::tool {
@@ -15,14 +16,26 @@ void Output::line(std::string_view text) const {
   if (this->text()) fmt::print("{}\n", text);
 }
 
+Output::Output(const Common& common) : json_(common.json) {
+  if (json_.empty() || json_ == "-") return;
+  // Before the work, not behind it: a result of minutes must not be lost to a mistyped folder.
+  std::error_code error;
+  const bool existed = std::filesystem::exists(json_, error);
+  if (!std::ofstream(json_, std::ios::app))
+    throw UsageError(fmt::format("--json: '{}' cannot be written", json_));
+  if (!existed) std::filesystem::remove(json_, error);  // failed work leaves no empty result
+}
+
 void Output::write_json(const nlohmann::json& value) const {
   if (json_.empty()) return;
+  // A path may hold any bytes; JSON holds UTF-8.
+  const std::string text = value.dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
   if (json_ == "-") {
-    fmt::print("{}\n", value.dump(2));
+    fmt::print("{}\n", text);
     return;
   }
   std::ofstream file(json_);
-  file << value.dump(2) << '\n';
+  file << text << '\n';
   file.close();
   if (!file) throw UsageError(fmt::format("--json: '{}' cannot be written", json_));
 }

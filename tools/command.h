@@ -34,7 +34,7 @@ struct Common {
 // Text goes to stdout, unless the JSON does.
 class Output {
  public:
-  explicit Output(const Common& common) : json_(common.json) {}
+  explicit Output(const Common& common);  // throws UsageError where the JSON cannot be written
   bool text() const { return json_ != "-"; }
   void line(std::string_view text) const;
   void write_json(const nlohmann::json& value) const;  // nothing without --json

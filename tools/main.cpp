@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <new>
 
 #include "tools/command.h"
@@ -27,8 +28,12 @@ int exit_code(ErrorCode code) {
   return 1;
 }
 
+// One line, and nothing that moves a terminal's cursor: parts of it may be a hostile file's bytes.
 int complain(std::string_view message, int code) {
-  fmt::print(stderr, "moesaic: {}\n", message);
+  std::string line(message);
+  for (char& c : line)
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+  fmt::print(stderr, "moesaic: {}\n", line);
   return code;
 }
 
@@ -55,6 +60,12 @@ int run(int argc, char** argv) {
       return complain(fmt::format("there is no command '{}'; the commands are {}", argv[1], names),
                       2);
   }
+  for (int i = 1; i < argc; ++i)  // CLI11 takes an empty value for one that was not given
+    if (*argv[i] == '\0')
+      return complain(
+          fmt::format("the argument behind '{}' is empty; give a value, or leave the flag out",
+                      argv[i - 1]),
+          2);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -65,9 +76,12 @@ int run(int argc, char** argv) {
     const std::string where = at == &app ? "moesaic" : "moesaic " + at->get_name();
     return complain(fmt::format("{}; see `{} --help`", first_line(error.what()), where), 2);
   }
+  int status = 2;
   for (const Command& command : commands)
-    if (command.app->parsed()) return command.run();
-  return 2;
+    if (command.app->parsed()) status = command.run();
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+    return complain("stdout: the result cannot be written; is the disk full?", 1);
+  return status;
 }
 
 }  // namespace

@@ -2,8 +2,10 @@
 // moesaic quantize: one layer into any scheme, in a layout that `run` and `inspect` read.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
 
+#include "scheme.h"
 #include "tools/checkpoint_flags.h"
 #include "tools/command.h"
 
@@ -21,7 +23,19 @@ int quantize(const QuantizeFlags& flags, const Common& common) {
   apply(common);
   const Output out(common);
   QuantSpec quant = parse_quant(flags.scheme);
-  if (flags.group >= 0) quant.group_size = flags.group;
+  if (flags.group >= 0) {
+    const SchemeTraits& t = traits(quant.scheme);
+    const bool can = quant.scheme != Scheme::kMxfp4W4A16 &&
+                     std::find(t.weight_scales.begin(), t.weight_scales.end(),
+                               WeightScale::kGroup) != t.weight_scales.end();
+    if (!can)
+      throw UsageError(fmt::format(
+          "--group: scheme {} has no groups to choose; leave it out, or take a scheme of "
+          "integer groups such as int4_w4a16",
+          t.name));
+    quant.weight_scale = WeightScale::kGroup;
+    quant.group_size = flags.group;
+  }
   if (flags.zero_points) quant.zero_points = true;
   const Checkpoint checkpoint = open(flags.checkpoint);
   const CheckpointLayer& layer = checkpoint.layer(flags.layer);

@@ -5,7 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "harness/bench.h"
 #include "harness/data.h"
@@ -31,8 +34,27 @@ struct RunFlags {
 // What the input file gives; everything but hidden_states may be missing.
 struct RunInput {
   std::optional<TensorFile> file;
+  std::deque<std::vector<std::byte>> copies;
   Tensor hidden_states, router_logits, topk_ids, topk_weights;
 };
+
+// A view of the mapped bytes; of a copy where they do not lie on a multiple of their element's
+// size, which the format does not ask of a writer.
+Tensor tensor_of(std::string_view name, RunInput& in) {
+  static constexpr std::pair<std::string_view, DType> kDTypes[] = {{"F32", DType::kF32},
+                                                                   {"F16", DType::kF16},
+                                                                   {"BF16", DType::kBF16},
+                                                                   {"I32", DType::kI32},
+                                                                   {"I64", DType::kI64}};
+  const StoredTensor& stored = *in.file->find(name);
+  for (const auto& [spelled, dtype] : kDTypes) {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(stored.data) % size_of(dtype) == 0;
+    if (stored.dtype != spelled || aligned || stored.shape.size() != 2) continue;
+    in.copies.emplace_back(stored.data, stored.data + stored.bytes);
+    return Tensor::contiguous(in.copies.back().data(), dtype, {stored.shape[0], stored.shape[1]});
+  }
+  return in.file->tensor(name);
+}
 
 void expect(const std::string& path, std::string_view what, const Tensor& t, std::int64_t rows,
             std::int64_t columns) {
@@ -44,12 +66,12 @@ void expect(const std::string& path, std::string_view what, const Tensor& t, std
 RunInput read_input(const std::string& path, const CheckpointLayer& layer, std::int64_t top_k) {
   RunInput in{.file = TensorFile::open(path)};
   const auto optional = [&](std::string_view tensor) {
-    return in.file->find(tensor) ? in.file->tensor(tensor) : Tensor{};
+    return in.file->find(tensor) ? tensor_of(tensor, in) : Tensor{};
   };
   if (!in.file->find("hidden_states"))
     throw UsageError(
         fmt::format("{}: holds no tensor `hidden_states` [T, {}]", path, layer.hidden));
-  in.hidden_states = in.file->tensor("hidden_states");
+  in.hidden_states = tensor_of("hidden_states", in);
   in.router_logits = optional("router_logits");
   in.topk_ids = optional("topk_ids");
   in.topk_weights = optional("topk_weights");
@@ -63,6 +85,12 @@ RunInput read_input(const std::string& path, const CheckpointLayer& layer, std::
   if (in.topk_ids.defined()) {
     expect(path, "topk_ids", in.topk_ids, tokens, top_k);
     expect(path, "topk_weights", in.topk_weights, tokens, top_k);
+    if (in.topk_ids.dtype != DType::kI32 && in.topk_ids.dtype != DType::kI64)
+      throw UsageError(fmt::format("{}: topk_ids is {}, but i32 or i64 is needed", path,
+                                   name(in.topk_ids.dtype)));
+    if (!is_float(in.topk_weights.dtype))
+      throw UsageError(fmt::format("{}: topk_weights is {}, but f32, f16 or bf16 is needed", path,
+                                   name(in.topk_weights.dtype)));
   } else if (in.router_logits.defined()) {
     expect(path, "router_logits", in.router_logits, tokens, layer.experts);
   }
@@ -76,6 +104,21 @@ HostTensor converted(const Tensor& from, DType dtype) {
       harness::store_element(out.bytes().data(), dtype, r * from.shape[1] + c,
                              harness::element(from, {r, c}));
   return out;
+}
+
+// Ids that no expert has contribute nothing, whatever number they are: all become -1, which is what
+// the sum over slots of the sorted format wants. (An i64 id cut to 32 bits could be some expert's.)
+HostTensor known_ids(const Tensor& given, std::int64_t experts) {
+  HostTensor ids(DType::kI32, {given.shape[0], given.shape[1]});
+  for (std::int64_t r = 0; r < given.shape[0]; ++r)
+    for (std::int64_t c = 0; c < given.shape[1]; ++c) {
+      const std::int64_t at = r * given.strides[0] + c * given.strides[1];
+      const std::int64_t id =
+          given.dtype == DType::kI64 ? given.as<std::int64_t>()[at] : given.as<std::int32_t>()[at];
+      ids.as<std::int32_t>()[r * given.shape[1] + c] =
+          id >= 0 && id < experts ? static_cast<std::int32_t>(id) : -1;
+    }
+  return ids;
 }
 
 HostTensor random_hidden(std::int64_t tokens, std::int64_t hidden, DType dtype,
@@ -94,7 +137,7 @@ struct Chosen {
 Chosen choose(const Checkpoint& checkpoint, std::int64_t index, const LayerConfig& config,
               const RunInput& in, const DeviceTensor& hidden, Device device) {
   if (in.topk_ids.defined())
-    return {converted(in.topk_ids, DType::kI32), converted(in.topk_weights, DType::kF32)};
+    return {known_ids(in.topk_ids, config.experts), converted(in.topk_weights, DType::kF32)};
   const std::int64_t tokens = hidden.view().shape[0];
   DeviceTensor ids(device, DType::kI32, {tokens, config.top_k});
   DeviceTensor weights(device, DType::kF32, {tokens, config.top_k});
@@ -125,16 +168,6 @@ Chosen choose(const Checkpoint& checkpoint, std::int64_t index, const LayerConfi
   return {ids.to_host(), weights.to_host()};
 }
 
-// Ids that no expert has contribute nothing; the sum over slots of the sorted format wants them -1.
-HostTensor known_ids(const HostTensor& given, std::int64_t experts) {
-  HostTensor ids = given;
-  for (std::int64_t i = 0; i < ids.numel(); ++i) {
-    std::int32_t& id = ids.as<std::int32_t>()[i];
-    if (id < 0 || id >= experts) id = -1;
-  }
-  return ids;
-}
-
 int run(const RunFlags& flags, const Common& common) {
   const Device device = apply(common);
   const Output out(common);
@@ -163,7 +196,7 @@ int run(const RunFlags& flags, const Common& common) {
           : random_hidden(tokens, config.hidden, config.input_dtype, flags.seed);
   const DeviceTensor device_hidden = DeviceTensor::from(hidden, device);
   const Chosen chosen = choose(checkpoint, flags.layer, config, in, device_hidden, device);
-  const DeviceTensor ids = DeviceTensor::from(known_ids(chosen.ids, config.experts), device);
+  const DeviceTensor ids = DeviceTensor::from(chosen.ids, device);
   const DeviceTensor weights = DeviceTensor::from(chosen.weights, device);
   const DeviceTensor answer(device, config.output_dtype, {tokens, config.hidden});
   const harness::FormatInputs inputs{.hidden_states = device_hidden.view(),
@@ -218,7 +251,9 @@ Command add_run(CLI::App& parent) {
       ->capture_default_str()
       ->check(CLI::Range(std::int64_t{0}, kMaxCount))
       ->excludes(input);
-  app->add_option("--seed", flags->seed, "of the random tokens")->capture_default_str();
+  app->add_option("--seed", flags->seed, "of the random tokens")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   app->add_option("--output", flags->output, "write output, topk_ids and topk_weights here");
   app->add_option("--format", flags->format, "standard, sorted or batched")->capture_default_str();
   app->add_option("--check", flags->check,

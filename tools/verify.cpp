@@ -6,6 +6,7 @@
 
 #include <chrono>
 
+#include "backend.h"
 #include "harness/cases.h"
 #include "tools/command.h"
 
@@ -61,6 +62,7 @@ int verify(const VerifyFlags& flags, const Common& common) {
   const Device device = apply(common);
   const Output out(common);
   const std::vector<harness::Case> cases = wanted(flags);
+  backend(device);  // throws when there is none: skipping every case would look like success
   nlohmann::json results = nlohmann::json::array();
   int passed = 0, failed = 0, skipped = 0;
   double worst = 0;
@@ -81,6 +83,9 @@ int verify(const VerifyFlags& flags, const Common& common) {
       if (r.status == Status::kFailed) out.line(fmt::format("FAILED {}: {}", r.name, r.reason));
     }
   }
+  if (passed + failed == 0)
+    throw UsageError(fmt::format("no case could run, the first because of {}",
+                                 results[0]["reason"].get<std::string>()));
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   out.line(fmt::format("{} cases on {}: {} passed, {} failed, {} skipped, {:.1f} s", cases.size(),

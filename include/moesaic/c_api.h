@@ -59,8 +59,7 @@ MOESAIC_C_API const char* moesaic_last_error(void);
 /* "ok", "invalid_argument", ... */
 MOESAIC_C_API const char* moesaic_status_name(moesaic_status status);
 
-/* --- names: the numbers are those of the C++ enumerations --------------------------------------
- */
+/* --- names: the numbers are those of the C++ enumerations ------------------------------------- */
 
 typedef enum moesaic_dtype {
   MOESAIC_F32,
@@ -172,9 +171,9 @@ MOESAIC_C_API moesaic_status moesaic_parse_scheme(const char* text, moesaic_sche
 MOESAIC_C_API moesaic_status moesaic_parse_dtype(const char* text, moesaic_dtype* out);
 MOESAIC_C_API moesaic_status moesaic_parse_activation(const char* text, moesaic_activation* out);
 MOESAIC_C_API moesaic_status moesaic_parse_routing(const char* text, moesaic_routing* out);
+MOESAIC_C_API moesaic_status moesaic_parse_format(const char* text, moesaic_format* out);
 
-/* --- tensors and workspaces ---------------------------------------------------------------------
- */
+/* --- tensors and workspaces ------------------------------------------------------------------- */
 
 typedef struct moesaic_device {
   int32_t type; /* moesaic_device_type */
@@ -208,8 +207,7 @@ MOESAIC_C_API void moesaic_workspace_destroy(moesaic_workspace* workspace); /* N
 MOESAIC_C_API void* moesaic_workspace_data(const moesaic_workspace* workspace);
 MOESAIC_C_API size_t moesaic_workspace_bytes(const moesaic_workspace* workspace);
 
-/* --- what a product is
- * ---------------------------------------------------------------------------- */
+/* --- what a product is ------------------------------------------------------------------------ */
 
 typedef struct moesaic_quant_spec {
   size_t struct_size;
@@ -295,8 +293,7 @@ typedef struct moesaic_router_weights {
 #define MOESAIC_ROUTER_WEIGHTS \
   { .struct_size = sizeof(moesaic_router_weights) }
 
-/* --- level 1: the layer
- * ----------------------------------------------------------------------------- */
+/* --- level 1: the layer ----------------------------------------------------------------------- */
 
 typedef struct moesaic_layer_config {
   size_t struct_size;
@@ -374,8 +371,7 @@ MOESAIC_C_API moesaic_status moesaic_layer_tactic_counts(const moesaic_layer* la
 MOESAIC_C_API moesaic_status moesaic_layer_set_tactics(moesaic_layer* layer, int32_t gemm1,
                                                        int32_t gemm2);
 
-/* --- level 2: prepare, experts, finalize
- * -------------------------------------------------------------- */
+/* --- level 2: prepare, experts, finalize ------------------------------------------------------ */
 
 typedef struct moesaic_prepare_args {
   size_t struct_size;
@@ -464,8 +460,7 @@ MOESAIC_C_API moesaic_status moesaic_stage_workspace_bytes(const moesaic_layer_c
                                                            int64_t capacity, moesaic_device device,
                                                            size_t* bytes);
 
-/* --- level 3: the grouped GEMM and the pieces around it
- * ------------------------------------------------ */
+/* --- level 3: the grouped GEMM and the pieces around it --------------------------------------- */
 
 typedef struct moesaic_align_args {
   size_t struct_size;
@@ -550,18 +545,21 @@ MOESAIC_C_API moesaic_status moesaic_route(const moesaic_route_args* args);
 
 typedef struct moesaic_quantize_args {
   size_t struct_size;
-  const moesaic_tensor* input; /* [R, K] f32, f16 or bf16 */
+  const moesaic_tensor* input; /* [R, K] f32, f16 or bf16; batched: [E, capacity, K] */
   int32_t to;                  /* MOESAIC_FP8_E4M3 or MOESAIC_I8 */
   int32_t granularity;         /* moesaic_act_scale, not DEFAULT */
   int32_t int8_rounding;       /* moesaic_int8_rounding */
   int32_t reserved;            /* 0 */
   int64_t group_size;
-  const moesaic_tensor* static_scale; /* f32 [1] */
-  const moesaic_tensor* output;       /* out [R, K] of `to` */
-  const moesaic_tensor* scale;        /* out f32 [1] | [R, 1] | [R, ceil(K / group_size)] */
-  void* workspace; /* moesaic_quantize_workspace_bytes: dynamic per tensor only */
+  const moesaic_tensor* static_scale; /* f32 [1]; batched also [E] */
+  const moesaic_tensor* output;       /* out [R, K] of `to`; batched: [E, capacity, K] */
+  const moesaic_tensor* scale;        /* out f32 [1] | [R, 1] | [R, ceil(K / group_size)]; batched:
+                                         [E, 1, 1] | [E, capacity, ...] */
+  void* workspace; /* dynamic per tensor, and batched: moesaic_quantize_call_workspace_bytes */
   size_t workspace_bytes;
   void* stream;
+  const moesaic_tensor* num_tokens; /* i32 [E] makes it batched: live rows of each expert; the
+                                       others are not touched */
 } moesaic_quantize_args;
 #define MOESAIC_QUANTIZE_ARGS                                             \
   {                                                                       \
@@ -570,6 +568,9 @@ typedef struct moesaic_quantize_args {
   }
 MOESAIC_C_API moesaic_status moesaic_quantize_workspace_bytes(int64_t rows, moesaic_device device,
                                                               size_t* bytes);
+/* The same from the call's shapes; what a batched call needs. */
+MOESAIC_C_API moesaic_status
+moesaic_quantize_call_workspace_bytes(const moesaic_quantize_args* args, size_t* bytes);
 MOESAIC_C_API moesaic_status moesaic_quantize(const moesaic_quantize_args* args);
 
 typedef struct moesaic_activate_args {
@@ -587,8 +588,7 @@ typedef struct moesaic_activate_args {
   { .struct_size = sizeof(moesaic_activate_args) }
 MOESAIC_C_API moesaic_status moesaic_activate(const moesaic_activate_args* args);
 
-/* --- the process
- * --------------------------------------------------------------------------------------- */
+/* --- the process ------------------------------------------------------------------------------ */
 
 MOESAIC_C_API const char* moesaic_version(void);
 
@@ -611,6 +611,7 @@ MOESAIC_C_API moesaic_status moesaic_supports(const moesaic_layer_config* config
                                               int32_t* supported);
 
 MOESAIC_C_API moesaic_status moesaic_set_num_threads(int32_t threads);
+/* 0 when MOESAIC_THREADS is not a number from 1 to 4096; moesaic_last_error says so. */
 MOESAIC_C_API int32_t moesaic_num_threads(void);
 /* Runs the CPU's work on a host's own threads: `hook` must call body(body_context, i) once for
  * every i in [0, n), concurrently or not, and return when all are done. NULL: Moesaic's own pool

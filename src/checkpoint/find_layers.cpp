@@ -122,6 +122,13 @@ void find_router(const TensorFile& files, const std::string& block, LayerSource&
   if (!r.bias.empty()) expect_shape(files, r.bias, experts, {});
   if (!r.selection_bias.empty()) expect_shape(files, r.selection_bias, experts, {});
   source.layer.has_router = !r.weight.empty();
+  // DeepSeek-V4's first layers: a table from token ids to experts.
+  if (const std::string table = first_there(files, block, {"gate.tid2eid"}); !table.empty())
+    source.model.routing_refusal = fmt::format(
+        "layer {}: is hash-routed ({} chooses experts by token id, which a layer does not see); "
+        "look "
+        "the experts up outside, pass topk_ids and topk_weights, and name the routing (--routing)",
+        show_name(source.layer.name), show_name(table));
 }
 
 void find_shared(const TensorFile& files, const std::string& block, const ModelConfig& config,

@@ -239,6 +239,30 @@ TEST_P(Transformers, SameAnswerWithSharedExperts) {
   expect_output(SharedExperts::kOn, "output");
 }
 
+#ifdef MOESAIC_COMMAND
+// The same through the command, which reads the input and writes the answer.
+TEST_P(Transformers, TheCommandGivesTheSameAnswer) {
+  const TensorFile reference = TensorFile::open(path_ + "/reference.safetensors");
+  const NamedTensor input{"hidden_states", reference.tensor("hidden_states")};
+  const std::string in = path_ + "/in.safetensors", out = path_ + "/out.safetensors";
+  save_safetensors(in, {&input, 1});
+  const bool shared = Checkpoint::open(path_).layer(kLayer).shared_experts > 0;
+  const std::string line = std::string(MOESAIC_COMMAND " run --checkpoint '") + path_ +
+                           "' --layer " + std::to_string(kLayer) + " --input '" + in +
+                           "' --output '" + out + "'" + (shared ? " --shared" : "") + " >/dev/null";
+  ASSERT_EQ(std::system(line.c_str()), 0) << line;
+  const TensorFile answer = TensorFile::open(out);
+  const Tensor y = answer.tensor("output"), want = reference.tensor(shared ? "output" : "routed");
+  ASSERT_EQ(y.numel(), want.numel());
+  double error = 0, norm = 0;
+  for (std::int64_t i = 0; i < y.numel(); ++i) {
+    error += (value(y, i) - value(want, i)) * (value(y, i) - value(want, i));
+    norm += value(want, i) * value(want, i);
+  }
+  EXPECT_LE(std::sqrt(error / norm), kBf16Tolerance);
+}
+#endif
+
 TEST_P(Transformers, QuantizedLayerLoadsAgain) {
   const Checkpoint checkpoint = Checkpoint::open(path_);
   const std::string out = path_ + "/native.safetensors";

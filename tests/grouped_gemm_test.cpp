@@ -168,6 +168,25 @@ TEST(GroupedGemm, AScaleOfFloatRowsIsTheStaticOne) {
   }
 }
 
+TEST(GroupedGemm, EveryGroupSizeWithAndWithoutZeroPoints) {
+  for (const Scheme scheme : {Scheme::kInt4W4A16, Scheme::kInt4W4A8Fp8, Scheme::kInt4W4A8Int8,
+                              Scheme::kInt8W8A16}) {
+    for (const std::int64_t group : {32, 64, 128, 0}) {  // 0: the whole of K
+      for (const int zero_points : {0, 1}) {
+        GroupedCase c;
+        c.variant = default_variant(scheme);
+        c.variant.quant.weight_scale = WeightScale::kGroup;
+        c.variant.quant.group_size = group;
+        c.variant.quant.zero_points = zero_points == 1;
+        c.k = 264;
+        c.seed = static_cast<std::uint64_t>(group + zero_points + 1);
+        EXPECT_EQ(check_grouped(c), "")
+            << name(scheme) << ", group " << group << ", zero points " << zero_points;
+      }
+    }
+  }
+}
+
 TEST(GroupedGemm, RefusalsNameTheArgument) {
   GroupedGemmArgs args;
   std::vector<std::uint16_t> a(4 * 8), b(2 * 8 * 8), c(4 * 8);

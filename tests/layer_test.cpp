@@ -155,6 +155,30 @@ TEST(Layer, ScalesMayComeInAnyShapeOfTheirContract) {
   }
 }
 
+// Activation scales per token, static and dynamic, with and without AWQ's factors and alphas.
+TEST(Layer, FourBitWeightsTakeEveryActivationScale) {
+  for (const Scheme scheme : {Scheme::kInt4W4A8Fp8, Scheme::kInt4W4A8Int8}) {
+    for (const ActScale scale :
+         {ActScale::kToken, ActScale::kTensorStatic, ActScale::kTensorDynamic}) {
+      for (const Extras extras : {Extras::kNone, Extras::kPrequantAlpha}) {
+        for (const Format format : {Format::kStandard, Format::kSorted, Format::kBatched}) {
+          Case c;
+          c.variant = default_variant(scheme);
+          c.variant.quant.act_scale = scale;
+          c.variant.extras = extras;
+          c.format = format;
+          c.shape = {"w4a8", 5, 160, 96, 2};
+          c.bias = Biases::kAll;
+          c.tokens = 7;
+          c.seed = 17;
+          EXPECT_EQ(failure(c), "") << "act_scale " << static_cast<int>(scale) << ", extras "
+                                    << static_cast<int>(extras);
+        }
+      }
+    }
+  }
+}
+
 TEST(Layer, AnExpertRangeSumsUpToTheWhole) {  // expert parallelism from outside
   LayerConfig config = small_config(Scheme::kF32);
   const Fixture whole(config);

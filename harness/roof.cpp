@@ -24,6 +24,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "backend.h"
+
 namespace moesaic::harness {
 namespace {
 
@@ -78,6 +80,25 @@ MOESAIC_ROOF_LOOP(fma256, "vfmadd231ps", "ymm")
 MOESAIC_ROOF_LOOP(bf16_512, "vdpbf16ps", "zmm")
 MOESAIC_ROOF_LOOP(int8_512, "vpdpbusd", "zmm")
 #undef MOESAIC_ROOF_LOOP
+
+// Six sums, operands 6 and 7. Only where the level amx runs: it has asked the system for tiles.
+#define MOESAIC_ROOF_TILES(function, instruction)                                                  \
+  void function() {                                                                                \
+    alignas(64) std::uint8_t config[64] = {1};                                                     \
+    for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;                      \
+    std::int64_t steps = kTileSteps;                                                               \
+    asm volatile(                                                                                  \
+        "ldtilecfg %1\n.irp n,0,1,2,3,4,5,6,7\n tilezero %%tmm\\n\n.endr\n"                       \
+        "1:\n.irp n,0,1,2,3,4,5\n " instruction " %%tmm6, %%tmm7, %%tmm\\n\n.endr\n"              \
+        "dec %0\n jnz 1b\n tilerelease\n"                                                         \
+        : "+r"(steps)                                                                              \
+        : "m"(config)                                                                              \
+        : "cc");                                                                                   \
+  }
+constexpr std::int64_t kTileSteps = 40'000;
+MOESAIC_ROOF_TILES(bf16_tiles, "tdpbf16ps")
+MOESAIC_ROOF_TILES(int8_tiles, "tdpbsud")
+#undef MOESAIC_ROOF_TILES
 
 // Four streams of full cache lines per thread keep more misses in flight than one.
 __attribute__((target("avx512f"))) void read512(const std::byte* data, std::size_t bytes) {
@@ -173,6 +194,11 @@ Roof probe_cpu_products(int threads) {
     roof.bf16_gflops = loop_rate(threads, steps * 64, bf16_512);
   if (__builtin_cpu_supports("avx512vnni"))
     roof.int8_gops = loop_rate(threads, steps * 128, int8_512);
+  if (cpu_backend()->info().kernels == "amx") {
+    roof.bf16_gflops = loop_rate(threads, 6.0 * kTileSteps * 16 * 16 * 64, bf16_tiles);
+    roof.int8_gops = loop_rate(threads, 6.0 * kTileSteps * 16 * 16 * 128, int8_tiles);
+    roof.note = "bf16 and int8: AMX tiles";
+  }
 #endif
   if (roof.fma_gflops == 0) roof.fma_gflops = loop_rate(threads, 2.0 * 8 * 2e6, fma_plain);
   return roof;

@@ -17,8 +17,8 @@ namespace moesaic::harness {
 struct Roof {
   double read_gbytes_s = 0;  // streaming reads from memory
   double fma_gflops = 0;     // fp32 FMA on the CPU; the 16-bit tensor product on CUDA
-  double bf16_gflops = 0;    // vdpbf16ps; the 16-bit tensor product on CUDA
-  double int8_gops = 0;      // vpdpbusd; the fp8 / int8 tensor product on CUDA
+  double bf16_gflops = 0;    // vdpbf16ps (level amx: tdpbf16ps); the 16-bit tensor product on CUDA
+  double int8_gops = 0;      // vpdpbusd (level amx: tdpbsud); the fp8 / int8 tensor product on CUDA
   std::string note;          // e.g. that a rate was not measured but taken from a table
 };
 

@@ -7,6 +7,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "check.h"
 #include "cpu/gemm.h"
 
@@ -24,13 +29,23 @@ std::vector<const CpuKernels*> detect() {
   };
   // F16C has no name in GCC 12's __builtin_cpu_supports; every AVX2 processor has it.
   bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  has = add(has, kCpuAvx2) && __builtin_cpu_supports("avx512f") &&
+  has = add(has, kCpuAvx2);
+  add(has && __builtin_cpu_supports("avxvnni"), kCpuAvxVnni);
+  has = has && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq");
   has = add(has, kCpuAvx512) && __builtin_cpu_supports("avx512vnni") &&
         __builtin_cpu_supports("avx512vbmi");
   has = add(has, kCpuAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
-  add(has, kCpuAvx512Bf16);
+  has = add(has, kCpuAvx512Bf16) && __builtin_cpu_supports("amx-tile") &&
+        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8");
+  add(has && request_amx(), kCpuAmx);
+#elif defined(__aarch64__)
+  levels.push_back(&kCpuNeon);
+  const unsigned long more = getauxval(AT_HWCAP2);
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0 && (more & HWCAP2_BF16) != 0 &&
+      (more & HWCAP2_I8MM) != 0)
+    levels.push_back(&kCpuNeonBf16);
 #endif
   return levels;
 }

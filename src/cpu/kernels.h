@@ -24,6 +24,7 @@ struct GemmCall {
   const WeightSpec* spec = nullptr;
   const PackLayout* layout = nullptr;
   const PackedCpu* packed = nullptr;  // null: the stage's plain views
+  std::int64_t c_tile = 0;            // whose columns are the first of the stage's c
 };
 
 struct CpuKernels {
@@ -33,7 +34,10 @@ struct CpuKernels {
 
 extern const CpuKernels kCpuScalar;
 #if defined(__x86_64__)
-extern const CpuKernels kCpuAvx2, kCpuAvx512, kCpuAvx512Vnni, kCpuAvx512Bf16;
+extern const CpuKernels kCpuAvx2, kCpuAvxVnni, kCpuAvx512, kCpuAvx512Vnni, kCpuAvx512Bf16, kCpuAmx;
+bool request_amx();  // whether the system lets this process use tiles
+#elif defined(__aarch64__)
+extern const CpuKernels kCpuNeon, kCpuNeonBf16;
 #endif
 
 // The best level of this machine, or the one that set_cpu_kernels or MOESAIC_CPU_ISA names.

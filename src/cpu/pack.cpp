@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/pack_transpose.h"
 #include "cpu/thread_pool.h"
 #include "divide.h"
 #include "numeric.h"
@@ -238,16 +239,18 @@ void pack_header(const WeightSpec& spec, const PackLayout& layout, const GemmWei
   }
 }
 
-void pack_steps(const WeightSpec& spec, const PackLayout& layout, const GemmWeights& weights,
-                const PackPart& part, std::byte* out) {
-  const Tensor& w = weights.weight;
+namespace {
+
+// Steps from `first` on, column by column: any strides, padding, a last step that is not full.
+void pack_columns(const WeightSpec& spec, const PackLayout& layout, const Tensor& w,
+                  const PackPart& part, std::int64_t first, std::byte* out) {
   const auto element = static_cast<std::int64_t>(size_of(w.dtype));
   const std::int64_t segment_begin = part.segment * layout.segment_k;
   const std::int64_t segment_end = segment_begin + layout.length(part.segment);
   const bool is_signed = spec.format == WeightFormat::kI8;
   // Blocks of steps whose 64 columns stay in the first-level cache while they are filled.
   constexpr std::int64_t kBlock = 32;
-  for (std::int64_t s = 0; s < part.steps; s += kBlock) {
+  for (std::int64_t s = first; s < part.steps; s += kBlock) {
     Column column{.data = nullptr, .stride = w.strides[2], .k0 = 0, .k1 = 0,
                   .steps = std::min(kBlock, part.steps - s)};
     column.k0 = segment_begin + (part.first_step + s) * layout.step_k;
@@ -281,6 +284,33 @@ void pack_steps(const WeightSpec& spec, const PackLayout& layout, const GemmWeig
       }
     }
   }
+}
+
+}  // namespace
+
+void pack_steps(const WeightSpec& spec, const PackLayout& layout, const GemmWeights& weights,
+                const PackPart& part, std::byte* out) {
+  const Tensor& w = weights.weight;
+  const std::int64_t k0 = part.segment * layout.segment_k + part.first_step * layout.step_k;
+  const bool nibbles = layout.kind == PackKind::kU4Pair || layout.kind == PackKind::kU4Quad;
+  const std::int64_t whole =
+      std::min(part.steps, (layout.length(part.segment) - part.first_step * layout.step_k) / layout.step_k);
+  std::int64_t fast = whole / TileTransposer::kSteps * TileTransposer::kSteps;
+  const auto element = static_cast<std::int64_t>(size_of(w.dtype));
+  const std::byte* rows[kTileCols];
+  for (std::int64_t c = 0; c < kTileCols; ++c) {
+    const std::int64_t row = row_of_column(spec, part.tile, c);
+    if (row < 0) {  // padding: the last tile
+      fast = 0;
+      break;
+    }
+    rows[c] = static_cast<const std::byte*>(w.data) +
+              (part.expert * w.strides[0] + row * w.strides[1]) * element + (nibbles ? k0 / 2 : k0 * element);
+  }
+  if (w.strides[2] != 1 || (nibbles && k0 % 2 != 0)) fast = 0;
+  const std::uint8_t flip = spec.format == WeightFormat::kI8 ? 0x80 : 0;
+  if (fast > 0) TileTransposer(layout, rows, out, flip).run(fast);
+  pack_columns(spec, layout, w, part, fast, out);
 }
 
 PackedCpu::PackedCpu(const WeightSpec& spec)

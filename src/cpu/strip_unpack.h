@@ -24,13 +24,23 @@ constexpr bool is_native(Code code) {
                                      : code == Code::kByteQuad;
 }
 
-// Two values of column c, step by step, through `value(step data, column, which of two)`.
+// Two values of column c, step by step, through `value(step data, column, which of two)`: as fp32, two
+// units of 64, or as bf16, one unit of 64 pairs.
 template <typename Value>
 void unpack_pairs(const Segments& s, std::int64_t step_bytes, float* out, Value value) {
   for (std::int64_t step = 0; step < s.steps; ++step, out += 2 * kTileCols) {
     const std::uint8_t* data = s.data + step * step_bytes;
     for (std::int64_t i = 0; i < 2; ++i)
       for (std::int64_t c = 0; c < kTileCols; ++c) out[i * kTileCols + c] = value(data, c, i);
+  }
+}
+template <typename Value>
+void unpack_pairs(const Segments& s, std::int64_t step_bytes, std::uint16_t* out, Value value) {
+  for (std::int64_t step = 0; step < s.steps; ++step, out += 2 * kTileCols) {
+    const std::uint8_t* data = s.data + step * step_bytes;
+    for (std::int64_t c = 0; c < kTileCols; ++c)
+      for (std::int64_t i = 0; i < 2; ++i)
+        out[2 * c + i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value(data, c, i)) >> 16);
   }
 }
 
@@ -42,10 +52,12 @@ inline unsigned nibble_of(const std::uint8_t* data, std::int64_t c, std::int64_t
   return data[(c % 16 * 2 + i) * 2 + nibble / 2] >> (nibble % 2 * 4) & 15u;
 }
 
-inline void unpack_f32(const Segments& s, float* out) {
+template <typename Out>  // float, or std::uint16_t for bf16
+void unpack_values(const Segments& s, Out* out) {
   switch (s.code) {
     case Code::kF16:
-      row_to_f32(DType::kF16, reinterpret_cast<const std::byte*>(s.data), s.steps * kTileCols, out);
+      if constexpr (sizeof(Out) == sizeof(float))
+        row_to_f32(DType::kF16, reinterpret_cast<const std::byte*>(s.data), s.steps * kTileCols, out);
       return;
     case Code::kB16:
       unpack_pairs(s, 256, out, [](const std::uint8_t* data, std::int64_t c, std::int64_t i) {

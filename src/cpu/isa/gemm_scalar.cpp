@@ -11,7 +11,7 @@ struct Level {
   template <Compute kCompute>
   static void unpack(const Segments& segment, void* out) {
     if constexpr (kCompute == Compute::kF32)
-      unpack_f32(segment, static_cast<float*>(out));
+      unpack_values(segment, static_cast<float*>(out));
     else
       unpack_bytes(segment, static_cast<std::uint8_t*>(out));
   }

@@ -15,7 +15,7 @@ namespace moesaic::reference {
 enum class Accumulator : std::uint8_t {
   kFp32,        // every addition rounded to nearest
   kTensorCore,  // fp32 that truncates: mma.sync and wgmma of 16-bit operands
-  kWgmmaE4M3,   // about 14 bits inside an instruction, promoted to fp32 every 128 of K
+  kWgmmaE4M3,   // 13 bits behind the largest addend's point, promoted to fp32 every 128 of K
 };
 
 struct Epilogue {

@@ -7,7 +7,8 @@
 //   gemm_sm90_bench [bf16|fp8_block|fp8_tensor][:moved|:gathered] [shape|all] [tile_rows or 0]
 //                   [tactic1 tactic2] [T ...]
 //
-// moved: GEMM1's rows lie in the order of positions; gathered: in the order of tokens.
+// moved: GEMM1's rows lie in the order of positions, as a layer brings them to wide tiles;
+// gathered, the default: in the order of tokens.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -178,9 +179,10 @@ class Bench {
     const double work = 6.0 * slots * s_.hidden * s_.intermediate;
     const double floor = std::max(read / 3.14e12, work / (fp8_ ? 1520e12 : 800e12)) * 1e3;
     std::printf(
-        "%-18s %-10s %s T=%-5lld tile %-3lld t%d,%d  %8.4f ms  ratio %.3f  (gemm1 %.4f + gemm2 %.4f)  "
-        "%6.0f TFLOPS %6.0f GB/s\n",
-        s_.name, o_.scheme.c_str(), o_.moved ? "moved" : "gathered", static_cast<long long>(tokens), static_cast<long long>(tile),
+        "%-18s %-10s %s T=%-5lld tile %-3lld t%d,%d  %8.4f ms  ratio %.3f  "
+        "(gemm1 %.4f + gemm2 %.4f)  %6.0f TFLOPS %6.0f GB/s\n",
+        s_.name, o_.scheme.c_str(), o_.moved ? "moved" : "gathered",
+        static_cast<long long>(tokens), static_cast<long long>(tile),
         o_.tactic1, o_.tactic2, ms[3], ms[3] / floor, ms[1], ms[2], work / ms[3] * 1e-9,
         read / ms[3] * 1e-6);
     std::fflush(stdout);

@@ -92,8 +92,8 @@ bool supports(const WeightSpec& spec) {
 }
 
 // --- policy
-// The smallest tile that holds nearly every expert's rows: two standard deviations above the mean of
-// uniform routing. A tile with fewer rows runs a smaller instruction, so too large costs little;
+// The smallest tile that holds nearly every expert's rows: two standard deviations above the mean
+// of uniform routing. A tile with fewer rows runs a smaller instruction, so too large costs little;
 // too small reads weights once more through L2.
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
   const std::int64_t mean = slots / (fc1.experts > 0 ? fc1.experts : 1);
@@ -291,6 +291,25 @@ void sm90::set_side(Params& p, const GemmStage& stage) {
 
 namespace {
 
+// Whether the sides may be exchanged (gemm_sm90_upright.h): rows of C leave as 16-bit vectors, and
+// each half (gate, up) of 128 weight rows lies in one cell of scales. (Without scales along K
+// nothing is gained.)
+bool upright(const Params& p) {
+  const bool known = !p.activates || p.activation.kind == Activation::kSwiglu ||
+                     p.activation.kind == Activation::kSwigluOai;
+  const bool uniform =
+      p.scale_row == 0 ||
+      (p.scale_group % 128 == 0 && (!p.gated || p.interleaved || p.columns % 64 == 0));
+  return p.block_scaled && p.store == StorePath::kMatrix && known && uniform;
+}
+
+// Whether the scales of four chunks are 16 aligned bytes.
+bool scale_quads(const Params& p) {
+  return p.block_scaled && p.a_scale_group == 1 && p.scale_k == 1 && p.k_chunks % 4 == 0 &&
+         p.a_scale_row % 4 == 0 && p.a_scale_expert % 4 == 0 && p.scale_row % 4 == 0 &&
+         p.scale_expert % 4 == 0 && aligned(p.a_scale, 16) && aligned(p.weight_scale, 16);
+}
+
 void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream) {
   const WeightSpec& spec = stage.b->spec;
   const GemmWeights& weights = weights_of(*stage.b);
@@ -338,6 +357,9 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   set_side(p, stage);
   set_scales(p, stage, weights.scale);
   set_output(p, stage.c);
+
+  p.upright = upright(p);
+  p.scale_quads = scale_quads(p);
 
   const auto chunk_k = static_cast<int>(128 / bytes);
   weight_map(p, w, element, spec.n, spec.k, chunk_k, traits.rows / traits.pair);

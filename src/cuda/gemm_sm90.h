@@ -21,8 +21,8 @@ using ptx::Element;
 
 // --- shapes of the kernels
 // A stage holds kChunks chunks of 128 bytes of K for kBlocks * 64 weight rows of each consumer
-// warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each loads half and sends it to
-// both) and halve its tokens: L2 then delivers two thirds of the bytes.
+// warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each
+// loads half and sends it to both) and halve its tokens: L2 then delivers two thirds of the bytes.
 template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_,
           int kStages_, int kPair_ = 1>
 struct Shape {
@@ -35,6 +35,7 @@ struct Shape {
   static constexpr int kPair = kPair_;
 
   static constexpr bool kPromotes = kElement == Element::kE4M3;
+  static constexpr bool kHasUpright = kPromotes && kBlocks == 2;  // see gemm_sm90_upright.h
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
   static constexpr int kChunkK = 128 / kElementBytes;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
@@ -71,7 +72,8 @@ struct Shape {
       kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8;
   static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
   static_assert(kTokenBytes % 1024 == 0);
-  static constexpr int kBox = kTokens % 32 == 0 ? 32 : kTokens % 48 == 0 ? 48 : 16;  // of a TMA load
+  // Tokens of a TMA load.
+  static constexpr int kBox = kTokens % 32 == 0 ? 32 : kTokens % 48 == 0 ? 48 : 16;
   static_assert(kTokens % kBox == 0);
 };
 
@@ -79,8 +81,8 @@ struct Shape {
 // Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half
 // after another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
 // Widest takes a little more than 256 tokens where registers allow it (e4m3 needs them for its
-// promotion): round numbers of tokens mean 256 or a multiple for each expert on the average, and with
-// room for just so many every second expert would need one tile more.
+// promotion): round numbers of tokens mean 256 or a multiple for each expert on the average, and
+// with room for just so many every second expert would need one tile more.
 // clang-format off
 //                                           tokens  wg  blocks  chunks  stages  pair
 template <Element E> using Narrow = Shape<E,     16,  1,      1,      2,      5>;
@@ -136,6 +138,8 @@ struct Params {
   const float* weight_scale;  // cell (row / scale_group, k group) of expert e
   std::int64_t scale_expert, scale_row, scale_k, scale_group;
   bool block_scaled;  // weight and activation scales change along K
+  bool scale_quads;   // scales of four chunks can be loaded at once: see TokenLoader::store_scales
+  bool upright;       // tokens may take the 64-row side: see Multiplier::upright
   const float* a_scale;
   std::int64_t a_scale_row, a_scale_group, a_scale_expert;
   const float* row_weights;

@@ -143,7 +143,7 @@ class Epilogue {
     }
   }
 
- private:
+ protected:
   // --- shared memory of this warpgroup ---
   __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
   __device__ float2* row_terms() const {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/gemm_sm90_loader.h"
+#include "cuda/gemm_sm90_upright.h"
 #include "cuda/launch.h"
 
 namespace moesaic::cuda::sm90 {
@@ -35,6 +36,16 @@ class Multiplier {
       }
       epilogue(ring, task).begin(task);
       Sums sums;
+      if constexpr (S::kHasUpright) {
+        if (runs_upright(p_, task.rows)) {
+          multiply_upright(task.rows, sums);
+          const Task again = load_task(ring);
+          const int mine = warpgroup();
+          UprightEpilogue<S>(p_, shared_.epilogue(mine), shared_.table(ring), mine, again.flip)
+              .finish(again, sums);
+          continue;
+        }
+      }
       multiply_rows<S::kTokens>(task.rows, sums);
       // The task is still there: its place is needed only when a stage of the next task is free
       // again. Read twice, since registers are what the main loop is short of.
@@ -167,6 +178,30 @@ class Multiplier {
     }
   }
 
+  __device__ void multiply_upright(int rows, Sums& sums) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) sums[b][i] = 0.0f;
+    }
+    const bool gathered = p_.token_load == TokenLoad::kGather;
+    const int mine = warpgroup();
+    for (int i = 0; i < p_.k_chunks; ++i) {
+      const int stage = cursor_.stage;
+      ptx::barrier_wait(shared_.full(stage), cursor_.round);
+      if (gathered) ptx::fence_async_proxy();
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        if (b * 64 >= rows) break;
+        sm90::multiply_upright<S>(sums[b], tokens(stage, 0) + b * (8192 / 16),
+                                  weights(stage, 0, 0, mine * 16384), shared_.scales(stage), b,
+                                  mine);
+      }
+      release(stage);
+      cursor_.advance();
+    }
+  }
+
   const Params& p_;
   const SharedMemory<S>& shared_;
   Cursor<S::kStages> cursor_;
@@ -180,7 +215,8 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
   if (threadIdx.x == 0) {
     ptx::tensor_map_prefetch(&p.weights);
     const bool gather = p.token_load == TokenLoad::kGather;
-    const bool scales = S::kPromotes && p.block_scaled;
+    const bool quads = S::kHasUpright && p.scale_quads && !gather;
+    const bool scales = S::kPromotes && p.block_scaled && !quads;
     const int arrivals =
         3 + (gather || scales ? kLoaders : 0);  // one of each loading warp, and copies
     if (!gather) ptx::tensor_map_prefetch(&p.tokens);
@@ -195,8 +231,8 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
   else
     __syncthreads();
   // Registers: 64 Ki in all. With one consumer everybody already has what he needs.
-  constexpr int kForMultiplying = S::kPromotes && S::kBlocks == 2 ? 224 : 216;
-  constexpr int kForLoading = S::kPromotes && S::kBlocks == 2 ? 56 : 72;
+  constexpr int kForMultiplying = S::kHasUpright ? 224 : 216;
+  constexpr int kForLoading = S::kHasUpright ? 56 : 72;
   if (threadIdx.x < 128) {
     if constexpr (S::kWarpgroups == 2) ptx::give_registers<kForLoading>();
     if (threadIdx.x < 32) {

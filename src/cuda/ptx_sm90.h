@@ -150,6 +150,13 @@ __device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t dst, st
                : "memory");
 }
 
+__device__ __forceinline__ void store_matrix_x4(std::uint32_t dst, std::uint32_t a, std::uint32_t b,
+                                                std::uint32_t c, std::uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // threadIdx.x, read again wherever it is asked for: so nothing that follows from it is kept in
 // registers across the main loop.
 __device__ __forceinline__ int thread_index() {

@@ -542,6 +542,35 @@ TEST(Sm90, LargeTilesAndManyExperts) {
                3);
 }
 
+// Tiles whose halves nearly fill blocks of 64 tokens: there the pair kernel for e4m3 exchanges the
+// sides, by itself as other bits would tell.
+TEST(Sm90, UprightTiles) {
+  if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
+  unsigned seed = 100;
+  for (const Scales scales : {Scales::kBlock, Scales::kChannel}) {
+    for (const int activation : {-1, static_cast<int>(Activation::kSwiglu),
+                                 static_cast<int>(Activation::kSwigluOai)}) {
+      for (const std::int64_t tokens : {55, 122, 240}) {  // of the only expert
+        expect_right({.dtype = DType::kF8E4M3,
+                      .scales = scales,
+                      .experts = 1,
+                      .n = 832,
+                      .k = 400,
+                      .tokens = tokens,
+                      .top_k = 1,
+                      .tile_rows = 256,
+                      .activation = activation,
+                      .order = seed % 2 ? GateOrder::kGateFirst : GateOrder::kUpFirst,
+                      .gates = seed % 3 ? GateLayout::kHalves : GateLayout::kInterleaved,
+                      .out = seed % 4 == 1 ? DType::kF16 : DType::kBF16,
+                      .bias = seed % 2 ? static_cast<int>(DType::kF32) : -1},
+                     seed);
+        ++seed;
+      }
+    }
+  }
+}
+
 TEST(Sm90, NoRows) {
   if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
   expect_right({.tokens = 0}, 4);

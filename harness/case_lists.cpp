@@ -46,10 +46,9 @@ void vary(Case* c, std::uint64_t index) {
   if ((r >> 40) % 4 == 0) c->id_dtype = DType::kI64;
 }
 
-// --- pairs
-// ---------------------------------------------------------------------------------------- A case
-// as one value per factor. Pairs are covered greedily: each new case starts from a pair still
-// missing and takes, of some random completions, the one that covers most.
+// --- pairs ---------------------------------------------------------------------------------------
+// A case as one value per factor. Pairs are covered greedily: each new case starts from a pair
+// still missing and takes, of some random completions, the one that covers most.
 constexpr int kFactors = 7;
 using Levels = std::array<int, kFactors>;
 
@@ -127,8 +126,7 @@ std::vector<Levels> cover_pairs(const Factors& f) {
   return chosen;
 }
 
-// --- special cases
-// --------------------------------------------------------------------------------
+// --- special cases -------------------------------------------------------------------------------
 
 Case plain(Scheme scheme, Format format) {
   Case c;

@@ -11,8 +11,7 @@
 
 namespace moesaic::harness {
 
-// --- random numbers
-// -------------------------------------------------------------------------------
+// --- random numbers ------------------------------------------------------------------------------
 
 std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
   std::uint64_t z = a + 0x9e3779b97f4a7c15u * (b + 1);
@@ -35,8 +34,7 @@ std::int64_t Rng::below(std::int64_t limit) {
   return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(limit));
 }
 
-// --- host tensors
-// ---------------------------------------------------------------------------------
+// --- host tensors --------------------------------------------------------------------------------
 
 HostTensor::HostTensor(DType dtype, std::vector<std::int64_t> shape)
     : dtype_(dtype), shape_(std::move(shape)) {
@@ -107,8 +105,7 @@ double element(const Tensor& host, std::initializer_list<std::int64_t> index) {
   return load_element(host.data, host.dtype, at);
 }
 
-// --- device tensors
-// -------------------------------------------------------------------------------
+// --- device tensors ------------------------------------------------------------------------------
 
 namespace {
 

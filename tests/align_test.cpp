@@ -224,8 +224,7 @@ TEST(Align, CountsAloneNeedNoLists) {
     EXPECT_EQ(counts[e], static_cast<std::int32_t>(runs[e].size()));
 }
 
-// --- level 3: padded lists
-// ------------------------------------------------------------------------------
+// --- level 3: padded lists -----------------------------------------------------------------------
 
 struct Padded {
   std::vector<std::int32_t> slots, block_experts, num_padded{-1}, slot_row, tokens_per_expert;
@@ -298,8 +297,7 @@ TEST(Align, CapacityOfTheOriginalSuffices) {
   EXPECT_EQ(align_capacity(0, 8, 64), 0);
 }
 
-// --- callers' lists to tiles
-// -------------------------------------------------------------------------------
+// --- callers' lists to tiles ---------------------------------------------------------------------
 
 struct TileRun {
   std::vector<Tile> tiles;

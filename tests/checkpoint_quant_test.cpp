@@ -247,8 +247,7 @@ TEST(QuantizedLayouts, SameBytesUnderAnotherScheme) {
   }
 }
 
-// --- conversion
-// -----------------------------------------------------------------------------------
+// --- conversion ----------------------------------------------------------------------------------
 struct Target {
   std::string name;
   QuantSpec quant;

@@ -78,8 +78,7 @@ struct Batched {
   }
 };
 
-// --- the nine of fused_batched_moe (contracts, section 2)
-// --------------------------------------------
+// --- the nine of fused_batched_moe (contracts, section 2) ----------------------------------------
 
 TEST(Defect1, WeightOnlyScalesOfTheSecondTileOfNOnAreTheirOwn) {
   for (const char* name :
@@ -217,29 +216,36 @@ TEST(Defect7, DuplicateExpertsInATokenCountEach) {
 }
 
 TEST(Defect8, FinalizeLeavesItsInputAndSumsInFp32InSlotOrder) {
-  LayerConfig config = small_config();
-  config.experts = 32;
-  config.top_k = 22;
-  const Batch batch = make_batch(config, {.tokens = 3, .seed = 81});
-  Batched b(config, 3, 3, DType::kBF16);
-  b.run_prepare(batch);
-  HostTensor slots(DType::kBF16, {32, 3, 64});
-  Rng rng(82);
-  for (std::int64_t i = 0; i < slots.numel(); ++i)
-    store_element(slots.bytes().data(), DType::kBF16, i, 100.0 * rng.normal());
-  b.slots.assign(slots.view());
-  b.run_finalize(batch);
-  EXPECT_TRUE(same_bits(b.slots.to_host(), slots));
-  const HostTensor y = b.output.to_host(), slot_row = b.slot_row.to_host();
-  for (std::int64_t t = 0; t < 3; ++t) {
-    for (std::int64_t h = 0; h < 64; ++h) {
-      float sum = 0;  // an output-dtype or expert-order sum would differ in the last place
-      for (std::int64_t j = 0; j < 22; ++j) {
-        const std::int64_t row = slot_row.as<std::int32_t>()[t * 22 + j];
-        const float v = bf16_to_float(slots.as<std::uint16_t>()[row * 64 + h]);
-        sum += batch.topk_weights.as<float>()[t * 22 + j] * v;
+  // An f32 output shows the order of the additions, a bf16 one that only the end is rounded.
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    LayerConfig config = small_config();
+    config.experts = 32;
+    config.top_k = 22;
+    config.output_dtype = dtype;
+    const Batch batch = make_batch(config, {.tokens = 3, .seed = 81});
+    Batched b(config, 3, 3, DType::kBF16);
+    b.run_prepare(batch);
+    HostTensor slots(DType::kBF16, {32, 3, 64});
+    Rng rng(82);
+    for (std::int64_t i = 0; i < slots.numel(); ++i)
+      store_element(slots.bytes().data(), DType::kBF16, i, 100.0 * rng.normal());
+    b.slots.assign(slots.view());
+    b.run_finalize(batch);
+    EXPECT_TRUE(same_bits(b.slots.to_host(), slots));
+    const HostTensor y = b.output.to_host(), slot_row = b.slot_row.to_host();
+    for (std::int64_t t = 0; t < 3; ++t) {
+      for (std::int64_t h = 0; h < 64; ++h) {
+        float sum = 0;
+        for (std::int64_t j = 0; j < 22; ++j) {
+          const std::int64_t row = slot_row.as<std::int32_t>()[t * 22 + j];
+          const float v = bf16_to_float(slots.as<std::uint16_t>()[row * 64 + h]);
+          sum += batch.topk_weights.as<float>()[t * 22 + j] * v;
+        }
+        if (dtype == DType::kF32)
+          ASSERT_EQ(y.as<float>()[t * 64 + h], sum);
+        else
+          ASSERT_EQ(y.as<std::uint16_t>()[t * 64 + h], float_to_bf16(sum));
       }
-      EXPECT_EQ(y.as<std::uint16_t>()[t * 64 + h], float_to_bf16(sum));
     }
   }
 }

@@ -41,8 +41,7 @@ TEST(BatchedOriginal, SchemesThatAreNotYetImplementedThereWork) {
   }
 }
 
-// --- remarks on the sorted original (section 1)
-// ----------------------------------------------------
+// --- remarks on the sorted original (section 1) --------------------------------------------------
 
 TEST(SortedOriginal, BiasIsAllowedWithGroupedWeights) {
   for (const char* name : {"int4_w4a16", "int8_w8a16+g64+zp"}) {
@@ -227,8 +226,7 @@ TEST(SortedOriginal, OneZeroPointPerChannelCountsAsOneGroup) {
   EXPECT_TRUE(same_bits(execute(grouped, batch, {}).output, execute(channel, batch, {}).output));
 }
 
-// --- remarks on the runner (section 3)
-// ---------------------------------------------------------------
+// --- remarks on the runner (section 3) -----------------------------------------------------------
 
 TEST(RunnerOriginal, Fc1MayBeUpFirstAsThere) {
   LayerConfig config = small_config(Scheme::kF32);

@@ -311,8 +311,7 @@ TEST(Quantize, NaNAndInfStayInTheirRow) {
   }
 }
 
-// --- through a row map
-// -----------------------------------------------------------------------------------
+// --- through a row map ---------------------------------------------------------------------------
 
 struct Mapped {
   HostTensor input, output, scale;

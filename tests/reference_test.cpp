@@ -55,8 +55,7 @@ Tensor transposed(Tensor t) {
   return t;
 }
 
-// --- whole layers of transformers
-// -----------------------------------------------------------------
+// --- whole layers of transformers ----------------------------------------------------------------
 
 class LayerGolden : public testing::TestWithParam<const char*> {};
 
@@ -152,8 +151,7 @@ INSTANTIATE_TEST_SUITE_P(Families, LayerGolden,
                                          "deepseek_v3", "ernie4_5", "phimoe", "llama4"),
                          [](const auto& info) { return std::string(info.param); });
 
-// --- pieces
-// ---------------------------------------------------------------------------------------
+// --- pieces --------------------------------------------------------------------------------------
 
 TEST(Activations, AsPyTorchComputesThem) {
   const Golden golden("pieces");

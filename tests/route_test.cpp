@@ -61,8 +61,7 @@ std::vector<std::int32_t> ids_of(const Result& r, std::int64_t token) {
   return {r.ids.begin() + token * r.top_k, r.ids.begin() + (token + 1) * r.top_k};
 }
 
-// --- the transformers library
-// -----------------------------------------------------------------------
+// --- the transformers library --------------------------------------------------------------------
 
 RoutingSpec spec_of(const nlohmann::json& j) {
   RoutingSpec s{.method = parse_routing(j.at("method").get<std::string>())};
@@ -127,8 +126,7 @@ TEST(RouteGolden, ChoosesWhatTheModelsThemselvesChoose) {
   });
 }
 
-// --- the float64 model
-// --------------------------------------------------------------------------------
+// --- the float64 model ---------------------------------------------------------------------------
 
 struct Shape {
   std::int64_t experts, top_k;
@@ -280,8 +278,7 @@ TEST(Route, SameBitsInAnyBatchOnAnyThreadsAtAnyLevel) {
   }
 }
 
-// --- values chosen to hurt
-// -----------------------------------------------------------------------------
+// --- values chosen to hurt -----------------------------------------------------------------------
 
 TEST(Route, TiesGoToTheLowestId) {
   for (int m = 0; m < kNumRoutingMethods; ++m) {

@@ -103,8 +103,7 @@ class Describer {
                         fc1_columns, fc2_columns, k1, k2));
   }
 
-  // --- from storage to schemes
-  // ---------------------------------------------------------------------
+  // --- from storage to schemes -------------------------------------------------------------------
   void refuse(const std::string& why) {
     if (layout_.refusal.empty()) layout_.refusal = why;
   }

@@ -140,7 +140,7 @@ class CublasLt {
     double best = 0;
     for (int repeat = 0; repeat < 2; ++repeat) {
       // A burst is what a card does that is not yet at its power limit.
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      std::this_thread::sleep_for(std::chrono::milliseconds(30));
       if (!burst(2)) break;
       cudaEventRecord(begin);
       burst(20);

@@ -69,7 +69,8 @@ def compare(dtype, tokens_list, rounds, gbs):
         return (time.perf_counter() - start) * 1e3, y
 
     print(f"{str(dtype).split('.')[1]}, ms (medians of {rounds})\n"
-          "| T | moesaic | eager | grouped_mm | better one / moesaic | roof / moesaic |\n|---|---|---|---|---|---|")
+          "| T | moesaic | eager | grouped_mm | better one / moesaic | roof / moesaic | least of each |\n"
+          "|---|---|---|---|---|---|---|")
     with torch.no_grad():
         for tokens in tokens_list:
             x = torch.randn(tokens, HIDDEN).to(dtype)
@@ -85,8 +86,9 @@ def compare(dtype, tokens_list, rounds, gbs):
                 for name in times:
                     times[name].append(run(name, x, ids, weights)[0])
             m, e, g = (statistics.median(t) for t in times.values())
+            least = " / ".join(f"{min(t):.2f}" for t in times.values())
             size = 3 * HIDDEN * INTERMEDIATE * x.element_size() * len(ids.unique())
-            print(f"| {tokens} | {m:.2f} | {e:.2f} | {g:.2f} | {min(e, g) / m:.2f} | {size / gbs / 1e6 / m:.2f} |", flush=True)
+            print(f"| {tokens} | {m:.2f} | {e:.2f} | {g:.2f} | {min(e, g) / m:.2f} | {size / gbs / 1e6 / m:.2f} | {least} |", flush=True)
 
 
 def overhead():

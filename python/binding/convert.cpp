@@ -4,6 +4,18 @@
 namespace moesaic::python {
 namespace {
 
+// How enumerations are spelled in option dictionaries.
+constexpr Choice<WeightScale> kWeightScales[] = {{"default", WeightScale::kDefault},
+    {"tensor", WeightScale::kTensor},
+    {"channel", WeightScale::kChannel},
+    {"block", WeightScale::kBlock},
+    {"group", WeightScale::kGroup}};
+constexpr Choice<GateOrder> kOrders[] = {{"gate_first", GateOrder::kGateFirst}, {"up_first", GateOrder::kUpFirst}};
+constexpr Choice<GateLayout> kLayouts[] = {{"halves", GateLayout::kHalves}, {"interleaved", GateLayout::kInterleaved}};
+constexpr Choice<Renormalize> kRenormalize[] = {
+    {"default", Renormalize::kDefault}, {"never", Renormalize::kNever}, {"always", Renormalize::kAlways}};
+constexpr Choice<WeightOn> kWeightOn[] = {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}};
+
 DType dtype_of(const DLDataType& t) {
   if (t.lanes == 1) {
     if (t.code == kDLFloat && t.bits == 32) return DType::kF32;
@@ -104,11 +116,6 @@ void Reader::finish() const {
 }
 
 void read(Reader& r, QuantSpec& spec) {
-  constexpr Choice<WeightScale> kWeightScales[] = {{"default", WeightScale::kDefault},
-                                                   {"tensor", WeightScale::kTensor},
-                                                   {"channel", WeightScale::kChannel},
-                                                   {"block", WeightScale::kBlock},
-                                                   {"group", WeightScale::kGroup}};
   r.text("scheme", [&](std::string_view t) { spec.scheme = parse_scheme(t); });
   r.text("weight_scale", [&](std::string_view t) { spec.weight_scale = choose("weight_scale", kWeightScales, t); });
   r.text("act_scale", [&](std::string_view t) { spec.act_scale = choose("act_scale", kActScales, t); });
@@ -120,8 +127,6 @@ void read(Reader& r, QuantSpec& spec) {
 }
 
 void read(Reader& r, ActivationSpec& spec) {
-  constexpr Choice<GateOrder> kOrders[] = {{"gate_first", GateOrder::kGateFirst}, {"up_first", GateOrder::kUpFirst}};
-  constexpr Choice<GateLayout> kLayouts[] = {{"halves", GateLayout::kHalves}, {"interleaved", GateLayout::kInterleaved}};
   r.text("kind", [&](std::string_view t) { spec.kind = parse_activation(t); });
   r.text("order", [&](std::string_view t) { spec.order = choose("order", kOrders, t); });
   r.text("layout", [&](std::string_view t) { spec.layout = choose("layout", kLayouts, t); });
@@ -131,8 +136,6 @@ void read(Reader& r, ActivationSpec& spec) {
 }
 
 void read(Reader& r, RoutingSpec& spec) {
-  constexpr Choice<Renormalize> kRenormalize[] = {
-      {"default", Renormalize::kDefault}, {"never", Renormalize::kNever}, {"always", Renormalize::kAlways}};
   r.text("method", [&](std::string_view t) { spec.method = parse_routing(t); });
   r.text("renormalize", [&](std::string_view t) { spec.renormalize = choose("renormalize", kRenormalize, t); });
   r.number("scale", spec.scale);
@@ -143,7 +146,6 @@ void read(Reader& r, RoutingSpec& spec) {
 }
 
 void read(Reader& r, LayerConfig& c) {
-  constexpr Choice<WeightOn> kWeightOn[] = {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}};
   r.integer("experts", c.experts);
   r.integer("hidden", c.hidden);
   r.integer("intermediate", c.intermediate);
@@ -180,6 +182,50 @@ void read(Reader& r, LayerWeights& w) {
   r.tensor("alpha", w.activation.alpha);
   r.tensor("beta", w.activation.beta);
   r.tensor("limit", w.activation.limit);
+}
+
+Options options_of(const LayerConfig& c) {
+  const auto text = [](std::string_view t) { return ffi::String(std::string(t)); };
+  const QuantSpec& q = c.quant;
+  const ActivationSpec& a = c.activation;
+  const RoutingSpec& r = c.routing;
+  const Options quant{{"scheme", text(name(q.scheme))},
+                      {"weight_scale", name_of(kWeightScales, q.weight_scale)},
+                      {"act_scale", name_of(kActScales, q.act_scale)},
+                      {"block_n", q.block_n},
+                      {"block_k", q.block_k},
+                      {"group_size", q.group_size},
+                      {"zero_points", q.zero_points},
+                      {"int8_rounding", name_of(kRoundings, q.int8_rounding)}};
+  const Options activation{{"kind", text(name(a.kind))},
+                           {"order", name_of(kOrders, a.order)},
+                           {"layout", name_of(kLayouts, a.layout)},
+                           {"alpha", static_cast<double>(a.alpha)},
+                           {"beta", static_cast<double>(a.beta)},
+                           {"limit", static_cast<double>(a.limit)}};
+  const Options routing{{"method", text(name(r.method))},
+                        {"renormalize", name_of(kRenormalize, r.renormalize)},
+                        {"scale", static_cast<double>(r.scale)},
+                        {"groups", static_cast<std::int64_t>(r.groups)},
+                        {"topk_groups", static_cast<std::int64_t>(r.topk_groups)},
+                        {"jitter", static_cast<double>(r.jitter)},
+                        {"sum_floor", static_cast<double>(r.sum_floor)}};
+  return {{"experts", c.experts},
+          {"hidden", c.hidden},
+          {"intermediate", c.intermediate},
+          {"top_k", c.top_k},
+          {"max_tokens", c.max_tokens},
+          {"local_first", c.local.first},
+          {"local_count", c.local.count},
+          {"quant", quant},
+          {"activation", activation},
+          {"routing", routing},
+          {"weight_on", name_of(kWeightOn, c.weight_on)},
+          {"input_dtype", text(name(c.input_dtype))},
+          {"output_dtype", text(name(c.output_dtype))},
+          {"shared_experts", c.shared_experts},
+          {"shared_intermediate", c.shared_intermediate},
+          {"workspace_cap", static_cast<std::int64_t>(c.workspace_cap)}};
 }
 
 // --- arguments of the calls, named as the structs name them -------------------------------------------

@@ -75,6 +75,9 @@ void read(Reader& reader, QuantizeArgs& args);
 void read(Reader& reader, ActivateArgs& args);
 void read(Reader& reader, SumArgs& args);
 
+// The dictionary that `read` makes the same configuration of.
+Options options_of(const LayerConfig& config);
+
 template <typename Struct>
 Struct read_all(const char* what, const Options& options) {
   Reader reader(what, options);
@@ -98,6 +101,12 @@ E choose(std::string_view what, const Choice<E> (&choices)[N], std::string_view 
   }
   throw Error(ErrorCode::kInvalidArgument,
               std::string(what) + ": unknown value '" + std::string(text) + "'; known: " + known);
+}
+template <typename E, std::size_t N>
+ffi::String name_of(const Choice<E> (&choices)[N], E value) {
+  for (const Choice<E>& c : choices)
+    if (c.value == value) return std::string(c.name);
+  return "";
 }
 inline constexpr Choice<ActScale> kActScales[] = {{"default", ActScale::kDefault},
                                                   {"tensor_static", ActScale::kTensorStatic},

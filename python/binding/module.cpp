@@ -38,6 +38,47 @@ LayerRef layer_new(Options config, ffi::String device) {
     return LayerRef(Layer(read_all<LayerConfig>("config", config), parse_device(std::string(device))));
   });
 }
+// A checkpoint's layer, loaded: what the overrides leave out is the checkpoint's own.
+LayerRef layer_from_checkpoint(ffi::String path, std::int64_t index, Options options, ffi::String device) {
+  return guarded([&] {
+    LayerOverrides overrides;
+    Reader r("load_checkpoint", options);
+    r.integer("max_tokens", overrides.max_tokens);
+    r.integer("local_first", overrides.local.first);
+    r.integer("local_count", overrides.local.count);
+    r.text("scheme", [&](std::string_view t) { overrides.scheme = parse_scheme(t); });
+    r.text("dtype", [&](std::string_view t) { overrides.dtype = parse_dtype(t); });
+    bool shared = false;
+    r.flag("shared_experts", shared);
+    overrides.shared = shared ? SharedExperts::kOn : SharedExperts::kOff;
+    r.finish();
+    const Checkpoint checkpoint = Checkpoint::open(std::string(path));
+    Layer layer(checkpoint.layer_config(index, overrides), parse_device(std::string(device)));
+    checkpoint.load(index, layer);
+    return LayerRef(std::move(layer));
+  });
+}
+Options layer_config(LayerRef ref) {
+  return guarded([&] { return options_of(layer_of(ref).config()); });
+}
+ffi::Array<ffi::Map<ffi::String, ffi::Any>> checkpoint_layers(ffi::String path) {
+  return guarded([&] {
+    ffi::Array<ffi::Map<ffi::String, ffi::Any>> list;
+    const Checkpoint checkpoint = Checkpoint::open(std::string(path));  // owns what `layers` shows
+    for (const CheckpointLayer& l : checkpoint.layers())
+      list.push_back(ffi::Map<ffi::String, ffi::Any>{{"index", l.index},
+                                                     {"name", l.name},
+                                                     {"storage", l.storage},
+                                                     {"experts", l.experts},
+                                                     {"hidden", l.hidden},
+                                                     {"intermediate", l.intermediate},
+                                                     {"top_k", l.top_k},
+                                                     {"shared_experts", l.shared_experts},
+                                                     {"scheme", std::string(name(l.quant.scheme))},
+                                                     {"bytes", static_cast<std::int64_t>(l.bytes)}});
+    return list;
+  });
+}
 void layer_load(LayerRef ref, Options weights) {
   guarded([&] { mutable_layer(ref).load(read_all<LayerWeights>("weights", weights)); });
 }
@@ -248,6 +289,9 @@ void kernels(ffi::String type, ffi::String level) {
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_new, layer_new);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_from_checkpoint, layer_from_checkpoint);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_config, layer_config);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(checkpoint_layers, checkpoint_layers);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_load, layer_load);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_load_expert, layer_load_expert);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_unpack_expert, layer_unpack_expert);

@@ -6,6 +6,7 @@ Errors are ValueError (wrong or unsupported arguments, with what to use instead)
 """
 
 from ._ffi import lib as _lib
+from .checkpoint import checkpoint_layers, load_checkpoint
 from .gemm import activate, align, grouped_gemm, quantize, route, sum_slots
 from .layer import Layer
 from .stages import experts, finalize, prepare
@@ -16,6 +17,19 @@ __version__ = str(_lib.version())
 def devices() -> list:
     """What this process can run on: dicts of device, name, kernels, note."""
     return [{str(k): str(v) for k, v in d.items()} for d in _lib.devices()]
+
+
+def info() -> dict:
+    """Version, devices, and for each scheme the formats that each device runs."""
+    shape = dict(experts=8, hidden=512, intermediate=512, top_k=2, max_tokens=1)
+    runs: dict = {}
+    for device in (d["device"] for d in devices()):
+        for scheme in schemes():
+            dtype = scheme if scheme in ("f32", "f16") else "bf16"
+            config = dict(shape, quant=dict(scheme=scheme), input_dtype=dtype, output_dtype=dtype)
+            runs.setdefault(scheme, {})[device] = [f for f in ("standard", "sorted", "batched")
+                                                   if not supports(config, f, device)]
+    return dict(version=__version__, devices=devices(), runs=runs)
 
 
 def schemes() -> list:
@@ -38,5 +52,5 @@ def set_kernels(device_type: str, level: str) -> None:
     _lib.set_kernels(device_type, level)
 
 
-__all__ = ["Layer", "activate", "align", "devices", "experts", "finalize", "grouped_gemm", "prepare",
-           "quantize", "route", "schemes", "set_kernels", "set_num_threads", "sum_slots", "supports"]
+__all__ = ["Layer", "activate", "align", "checkpoint_layers", "devices", "experts", "finalize", "grouped_gemm", "info",
+           "load_checkpoint", "prepare", "quantize", "route", "schemes", "set_kernels", "set_num_threads", "sum_slots", "supports"]

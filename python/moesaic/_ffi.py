@@ -11,6 +11,7 @@ import tvm_ffi
 
 # MOESAIC_LIBRARY: a build folder's shared object instead of the installed one (the tests use it).
 _PATH = os.environ.get("MOESAIC_LIBRARY") or pathlib.Path(__file__).with_name("libmoesaic_ffi.so")
+tvm_ffi.register_error("OSError", OSError)  # the registry knows ValueError and RuntimeError already
 lib: Any = tvm_ffi.load_module(str(_PATH), keep_module_alive=True)
 
 Array = Any  # whatever speaks DLPack: numpy.ndarray, torch.Tensor, jax.Array, cupy.ndarray

@@ -59,9 +59,11 @@ class Layer:
             weight_on=weight_on, input_dtype=input_dtype, output_dtype=output_dtype,
             shared_experts=shared_experts, shared_intermediate=shared_intermediate,
             workspace_cap=workspace_cap)
-        self.device = device
-        self._output_dtype = output_dtype
-        self._handle = lib.layer_new(self.config, device)
+        self._attach(lib.layer_new(self.config, device), self.config, device)
+
+    def _attach(self, handle, config: dict, device: str) -> None:
+        self._handle, self.config, self.device = handle, config, device
+        self._output_dtype = config["output_dtype"]
 
     def load(self, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None, beta: Optional[Array] = None,
              limit: Optional[Array] = None) -> "Layer":

@@ -203,6 +203,20 @@ def test_flashinfer_fp8_per_tensor():
     _close(y, _layer64(xq.float() * in_scale, q1.float() * s1, q2.float() * s2, ids, weights, gate_first=False), 0.06)
 
 
+def test_flashinfer_fused_topk_deepseek():
+    scores, bias = torch.randn(T, 16), torch.randn(16)
+    values, ids = torch.empty(T, 3), torch.empty(T, 3, dtype=torch.int32)
+    flashinfer.fused_topk_deepseek(scores, bias, 4, 2, 3, 2.5, values, ids)
+    p = torch.sigmoid(scores.double())
+    choice = (p + bias.double()).view(T, 4, 4)
+    kept = torch.zeros(T, 4, 1, dtype=torch.bool, device=scores.device).scatter(
+        1, choice.topk(2, 2)[0].sum(2).topk(2, 1)[1][..., None], True)
+    best = choice.masked_fill(~kept, float("-inf")).view(T, 16).topk(3, 1)[1]
+    assert torch.equal(ids.long().sort(1)[0], best.sort(1)[0])
+    chosen = p.gather(1, ids.long())
+    assert torch.allclose(values.double(), chosen / chosen.sum(1, keepdim=True) * 2.5, atol=1e-5)
+
+
 def test_flashinfer_refuses_by_name():
     x, w1, w2, ids, weights = _problem(torch.bfloat16)
     with pytest.raises(ValueError, match="min_latency_mode"):

@@ -178,6 +178,18 @@ def interleave_moe_scales_for_sm90_mixed_gemm(scales, group_size=32):
     return scales
 
 
+def fused_topk_deepseek(scores, bias, n_group, topk_group, topk, routed_scaling_factor, topk_values, topk_indices,
+                        launch_with_pdl=True):
+    """DeepSeek-V3's routing of scores [T, E] into topk_values f32 and topk_indices i32 [T, k]: sigmoid, bias for
+    the selection, the best topk_group of n_group groups, weights normalized and scaled."""
+    del launch_with_pdl
+    if topk_values.dtype != torch.float32 or topk_indices.dtype != torch.int32:
+        raise NotOffered(f"topk_values, topk_indices: expected float32 and int32, got {topk_values.dtype} and "
+                         f"{topk_indices.dtype}")
+    _gemm.route(scores, topk, method="deepseek_v3", groups=n_group, topk_groups=topk_group,
+                scale=float(routed_scaling_factor), selection_bias=bias, topk_ids=topk_indices, topk_weights=topk_values)
+
+
 def cutlass_fused_moe_sm80(output, input, token_selected_experts, token_final_scales, fc1_expert_weights,
                            fc2_expert_weights, output_dtype, quant_scales, input_sf=None, tp_size=1,
                            tp_rank=0, ep_size=1, ep_rank=0, cluster_size=1, cluster_rank=0,

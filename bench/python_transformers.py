@@ -3,8 +3,8 @@
 
     python bench/python_transformers.py [--dtype bfloat16 float32] [--tokens 1 16 128 512] [--rounds 7] [--overhead]
 
-All three run in this process, in turns, so that a busy machine is busy for all of them; medians, in ms. The roof is
-the bytes of the experts that a call touches over the memory bandwidth that a copy of 1 GiB reaches here.
+All three run in this process, in turns, so that a busy machine is busy for all of them; medians and minima, in ms.
+(How far ours is from what the machine can do is `moesaic bench`'s question.)
 --overhead: microseconds of a Layer.forward that has nothing to do (T = 0).
 """
 
@@ -30,17 +30,6 @@ def machine():
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def bandwidth():
-    """GB/s that reading half of a copy makes of memory: bytes moved over time, best of five."""
-    a = torch.empty(1 << 30, dtype=torch.uint8).fill_(1)
-    b, best = torch.empty_like(a), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        b.copy_(a)
-        best = max(best, 2 * a.numel() / (time.perf_counter() - start) / 1e9)
-    return best
-
-
 def modules(dtype):
     config = transformers.Qwen3MoeConfig(hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, num_experts=EXPERTS,
                                          num_experts_per_tok=TOP_K)
@@ -57,7 +46,7 @@ def modules(dtype):
     return theirs, ours
 
 
-def compare(dtype, tokens_list, rounds, gbs):
+def compare(dtype, tokens_list, rounds):
     theirs, ours = modules(dtype)
 
     def run(name, x, ids, weights):
@@ -69,8 +58,8 @@ def compare(dtype, tokens_list, rounds, gbs):
         return (time.perf_counter() - start) * 1e3, y
 
     print(f"{str(dtype).split('.')[1]}, ms (medians of {rounds})\n"
-          "| T | moesaic | eager | grouped_mm | better one / moesaic | roof / moesaic | least of each |\n"
-          "|---|---|---|---|---|---|---|")
+          "| T | moesaic | eager | grouped_mm | better one / moesaic | least of each |\n"
+          "|---|---|---|---|---|---|")
     with torch.no_grad():
         for tokens in tokens_list:
             x = torch.randn(tokens, HIDDEN).to(dtype)
@@ -87,8 +76,7 @@ def compare(dtype, tokens_list, rounds, gbs):
                     times[name].append(run(name, x, ids, weights)[0])
             m, e, g = (statistics.median(t) for t in times.values())
             least = " / ".join(f"{min(t):.2f}" for t in times.values())
-            size = 3 * HIDDEN * INTERMEDIATE * x.element_size() * len(ids.unique())
-            print(f"| {tokens} | {m:.2f} | {e:.2f} | {g:.2f} | {min(e, g) / m:.2f} | {size / gbs / 1e6 / m:.2f} | {least} |", flush=True)
+            print(f"| {tokens} | {m:.2f} | {e:.2f} | {g:.2f} | {min(e, g) / m:.2f} | {least} |", flush=True)
 
 
 def overhead():
@@ -117,10 +105,8 @@ def main():
     print(machine())
     if options.overhead:
         return overhead()
-    gbs = bandwidth()
-    print(f"{gbs:.1f} GB/s")
     for dtype in options.dtype:
-        compare(getattr(torch, dtype), options.tokens, options.rounds, gbs)
+        compare(getattr(torch, dtype), options.tokens, options.rounds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 from moesaic.compat import vllm as seed  # noqa: E402
 from moesaic.compat.vllm import v0_22 as vllm  # noqa: E402
 
-T, E, H, I, K = 11, 6, 64, 48, 3
+T, E, H, I, K = 11, 6, 64, 96, 3
+G = 32  # the smallest group that every device takes
 FP8 = torch.float8_e4m3fn
 
 
@@ -43,13 +44,13 @@ def _absmax(w, dims, top):
     return (q.to(FP8) if top == 448 else q.round().to(torch.int8)), scale
 
 
-def _blocks(w, top, n=16, k=16):
+def _blocks(w, top, n=G, k=G):
     parts = w.float().view(E, w.shape[1] // n, n, w.shape[2] // k, k)
     q, s = _absmax(parts, (2, 4), top)
     return q.view(w.shape), s.view(E, w.shape[1] // n, -1), (q.float() * s).view(w.shape)
 
 
-def _int4(w, g=16):
+def _int4(w, g=G):
     parts = w.float().view(E, w.shape[1], -1, g)
     s = parts.abs().amax(3, keepdim=True) / 7
     q = (parts / s).round().clamp(-8, 7) + 8
@@ -71,7 +72,7 @@ def _configuration(mode, w1, w2):
     if mode in ("fp8_block", "int8_block"):
         top, dtype = (448, FP8) if mode == "fp8_block" else (127, torch.int8)
         (q1, s1, d1), (q2, s2, d2) = _blocks(w1, top), _blocks(w2, top)
-        return (vllm.FusedMoEQuantConfig.make(dtype, block_shape=[16, 16], w1_scale=s1, w2_scale=s2), q1, q2, d1, d2)
+        return (vllm.FusedMoEQuantConfig.make(dtype, block_shape=[G, G], w1_scale=s1, w2_scale=s2), q1, q2, d1, d2)
     if mode == "fp8_w8a16":
         (q1, s1), (q2, s2) = _absmax(w1, 2, 448), _absmax(w2, 2, 448)
         return vllm.fp8_w8a16_moe_quant_config(s1, s2), q1, q2, q1.float() * s1, q2.float() * s2
@@ -83,7 +84,7 @@ def _configuration(mode, w1, w2):
             config = vllm.int8_w8a16_moe_quant_config(s1, s2, None, None)
         return config, q1, q2, q1.float() * s1, q2.float() * s2
     (q1, s1, d1), (q2, s2, d2) = _int4(w1), _int4(w2)
-    return vllm.int4_w4a16_moe_quant_config(s1, s2, None, None, [0, 16]), q1, q2, d1, d2
+    return vllm.int4_w4a16_moe_quant_config(s1, s2, None, None, [0, G]), q1, q2, d1, d2
 
 
 def _kernel(config, experts=None, **options):

@@ -89,7 +89,7 @@ def _reason(excinfo):
     if excinfo is None:
         return None
     error, text = excinfo.value, str(excinfo.value)
-    if isinstance(error, NotOffered):
+    if isinstance(error, NotOffered) or text.startswith("cuda: no kernel for scheme"):
         return f"refused by name: {text}"
     inside = any("moesaic" in str(entry.path) and "_peers" not in str(entry.path) and
                  "run_peer_tests" not in str(entry.path) for entry in excinfo.traceback)

@@ -115,7 +115,9 @@ TEST_P(Quantized, SaysWhatItIs) {
   EXPECT_EQ(got.weight_scale, want.weight_scale);
   EXPECT_EQ(got.act_scale, want.act_scale);
   EXPECT_EQ(got.zero_points, want.zero_points);
-  if (want.weight_scale == WeightScale::kGroup) EXPECT_EQ(got.group_size, want.group_size);
+  if (want.weight_scale == WeightScale::kGroup) {
+    EXPECT_EQ(got.group_size, want.group_size);
+  }
   if (want.weight_scale == WeightScale::kBlock) {
     EXPECT_EQ(got.block_n, want.block_n);
     EXPECT_EQ(got.block_k, want.block_k);

@@ -37,11 +37,13 @@ LayerConfig typical(Scheme scheme) {
   return config;
 }
 
+#ifdef MOESAIC_HAS_CUDA
 bool has_cuda_device() {
   const std::vector<DeviceInfo> all = devices();
   return std::any_of(all.begin(), all.end(),
                      [](const DeviceInfo& d) { return d.device.type == DeviceType::kCuda; });
 }
+#endif
 
 Support ask(const LayerConfig& config, Format format, Device device) {
   try {

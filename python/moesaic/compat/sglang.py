@@ -63,9 +63,16 @@ def scaled_fp8_quant(input, scale=None, num_token_padding=None, use_per_token_if
     rows = input if num_token_padding is None else torch.nn.functional.pad(
         input, (0, 0, 0, max(0, num_token_padding - input.shape[0])))
     if scale is not None:
-        q, _ = _gemm.quantize(rows, granularity="tensor_static", static_scale=scale.reshape(1))
+        q, _ = _gemm.quantize(rows, granularity="tensor_static", static_scale=scale.reshape(1).float())
         return q, scale
     return _gemm.quantize(rows, granularity="token" if use_per_token_if_dynamic else "tensor_dynamic")
+
+
+def static_quant_fp8(x, x_s, repeat_scale=False):
+    """e4m3 values of x [..., K] by a given scalar scale, and that scale (with repeat_scale: per row, [R, 1])."""
+    flat = x.reshape(-1, x.shape[-1])
+    q, _ = _gemm.quantize(flat, granularity="tensor_static", static_scale=x_s.reshape(1).float())
+    return q.view(x.shape), x_s.float().expand(flat.shape[0], 1).contiguous() if repeat_scale else x_s
 
 
 def per_token_quant_int8(x):

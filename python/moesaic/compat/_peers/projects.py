@@ -35,6 +35,8 @@ class SiluAndMul:
         half = x.shape[-1] // 2
         return torch.nn.functional.silu(x[..., :half].float()).to(x.dtype) * x[..., half:]
 
+    forward_native = __call__
+
 
 def _to_fp8(x, scale):
     return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -138,7 +140,7 @@ def sglang_project(checkout):
     fp8 = {"per_token_group_quant_fp8": sglang.per_token_group_quant_fp8,
            "sglang_per_token_group_quant_fp8": sglang.sglang_per_token_group_quant_fp8,
            "scaled_fp8_quant": sglang.scaled_fp8_quant, "is_fp8_fnuz": lambda: False,
-           "static_quant_fp8": lambda x, scale, **_: sglang.scaled_fp8_quant(x, scale)}
+           "static_quant_fp8": sglang.static_quant_fp8}
     int8 = {"per_token_quant_int8": sglang.per_token_quant_int8,
             "per_token_group_quant_int8": sglang.per_token_group_quant_int8}
     quiet = {"CustomTestCase": unittest.TestCase, "empty_gpu_cache": lambda: None,

@@ -11,7 +11,8 @@
 //   template <Compute> static void fused(const Panel&, const Segments&);   // packed
 //   template <Compute> static void unpack(const Segments& one, void* out);
 //
-// A's rows are converted once, for as much of K as fits (for all of it, unless K is very long): a chunk.
+// A's rows are read where they lie, if they are what is multiplied and keep one distance; else they are
+// converted once, for as much of K as fits (for all of it, unless K is very long): a chunk.
 // A tile's chunk is multiplied with all rows piece by piece, so that the piece stays in the cache from one
 // panel of rows to the next: the first panel unpacks it in registers and leaves it behind for the others,
 // or, where unpacking is next to nothing, every panel unpacks it again. (Unpacking before the first panel
@@ -50,7 +51,7 @@ inline constexpr std::int64_t kWaitingCols = kWaitingTiles * kTileCols;
 // All of it on the stack of the thread that runs the strip: no allocation, and no scratch whose size
 // would depend on the number of threads.
 struct alignas(64) StripBuffers {
-  std::uint32_t rows[kRowUnits];
+  Unit rows[kRowUnits];
   float total[kStripRows * kWaitingCols];
   float raw[kStripRows * kWaitingCols];
   std::int32_t row_begins[kRowSegments];
@@ -95,6 +96,7 @@ class StripRun {
     const std::int64_t rows = (strip_.rows + kRoom - 1) / kRoom * kRoom;
     const PieceLimit limit{.units = kRowUnits / rows - kUnitPadding, .segments = kRowSegments / rows};
     std::int64_t chunks = 0;
+    in_place_ = kRoom == 1 && rows_lie_well();
     for_each_piece(all, limit, [&](const Chunk&) { ++chunks; });
     c_stride_ = chunks == 1 ? kTileCols : kWaitingCols;
     const std::int64_t width = chunks == 1 ? strip_.tiles : kWaitingTiles;
@@ -168,8 +170,25 @@ class StripRun {
     }
   }
 
+  // Rows of units already, at one distance, and not all in the same cache sets.
+  bool rows_lie_well() {
+    const DType native = kCompute == Compute::kF32   ? DType::kF32
+                         : kCompute == Compute::kB16 ? DType::kBF16
+                                                     : DType::kI8;
+    if (stage_.a.dtype != native || layout_.segment_k % layout_.step_k != 0 ||
+        layout_.k % layout_.step_k != 0 || reinterpret_cast<std::uintptr_t>(a_[0]) % sizeof(Unit) != 0)
+      return false;
+    const std::int64_t distance = strip_.rows > 1 ? a_[1] - a_[0] : 0;
+    if (distance % static_cast<std::int64_t>(sizeof(Unit)) != 0) return false;
+    if (strip_.rows > 2 && distance % 4096 == 0) return false;
+    for (std::int64_t r = 2; r < strip_.rows; ++r)
+      if (a_[r] - a_[r - 1] != distance) return false;
+    a_stride_ = distance / static_cast<std::int64_t>(sizeof(Unit));
+    return true;
+  }
+
   void convert_rows(const Chunk& chunk) {
-    a_stride_ = chunk.segments * chunk.steps * per_step_ + kUnitPadding;
+    if (!in_place_) a_stride_ = chunk.segments * chunk.steps * per_step_ + kUnitPadding;
     const std::int64_t k0 = chunk.first_step * layout_.step_k;
     for (std::int64_t r = 0; r < strip_.rows; ++r) {
       for (std::int64_t i = 0; i < chunk.segments; ++i) {
@@ -177,8 +196,8 @@ class StripRun {
         const std::int64_t count =
             std::min(layout_.length(segment) - k0, steps * layout_.step_k);
         const std::byte* in = a_[r] + (segment * layout_.segment_k + k0) * element_;
-        std::uint32_t* out = b_.rows + r * a_stride_ + i * chunk.steps * per_step_;
-        convert_row<kCompute>(stage_.a.dtype, in, count, steps * per_step_, out);
+        Unit* out = b_.rows + r * a_stride_ + i * chunk.steps * per_step_;
+        if (!in_place_) convert_row<kCompute>(stage_.a.dtype, in, count, steps * per_step_, out);
         const std::int64_t at = r * chunk.segments + i;
         if (kCompute == Compute::kByte && chunk.first_step == 0)  // enters with the first step
           b_.row_begins[at] = -implicit_zero_ * sum_of_bytes(in, layout_.length(segment));
@@ -250,11 +269,15 @@ class StripRun {
     const std::int64_t segment_of_chunk = piece.segment - chunk.segment;
     const std::int64_t step_of_chunk =
         segment_of_chunk * chunk.steps + piece.first_step - chunk.first_step;
+    const Unit* rows = b_.rows + step_of_chunk * per_step_;
+    if (in_place_)
+      rows = reinterpret_cast<const Unit*>(
+          a_[0] + (piece.segment * layout_.segment_k + piece.first_step * layout_.step_k) * element_);
     const std::int64_t units = ((piece.segments - 1) * piece.steps + segments.last_steps) * per_step_;
     if (panels_ > 1) look_ahead(chunk, piece, t, &panel);
     for (std::int64_t p = 0, row = 0; p < panels_; ++p) {
       panel.rows = (strip_.rows - row + panels_ - p - 1) / (panels_ - p);  // even shares
-      panel.a = b_.rows + row * a_stride_ + step_of_chunk * per_step_;
+      panel.a = rows + row * a_stride_;
       panel.total = b_.total + row * c_stride_ + slot * kTileCols;
       panel.raw = layout_.segments == 1 || folded() ? panel.total
                                                     : b_.raw + row * c_stride_ + slot * kTileCols;
@@ -354,7 +377,7 @@ class StripRun {
   std::int64_t element_ = 1, per_step_ = 1, a_stride_ = 0, c_stride_ = kTileCols, panels_ = 1;
   Code code_ = Code::kF32;
   std::int32_t implicit_zero_ = 1;
-  bool grouped_rows_ = false;
+  bool grouped_rows_ = false, in_place_ = false;
   const std::byte* a_[kStripRows];
   const float* a_scale_[kStripRows] = {};
 };

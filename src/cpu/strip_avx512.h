@@ -74,6 +74,12 @@ struct Finish {
   const float* row_scale;  // at row_stride, or none
   std::int64_t row_stride;
 
+  inline __attribute__((always_inline)) void add(std::int64_t r, std::int64_t c, __m512 v,
+                                                 __m512 row) const {
+    float* to = total + r * c_stride + c;
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_mul_ps(v, row), _mm512_loadu_ps(scale + c),
+                                         _mm512_loadu_ps(to)));
+  }
   inline __attribute__((always_inline)) void operator()(std::int64_t r, std::int64_t c,
                                                         __m512 v) const {
     float* to = total + r * c_stride + c;
@@ -91,7 +97,7 @@ enum class Keep : std::uint8_t { kNo, kUnpacked };
 template <Compute kCompute, int kRows, typename Unpack, Keep kKeep>
 __attribute__((noinline)) void block(const Panel& p, const Segments& s) {
   using D = Dot<kCompute>;
-  const std::uint32_t* a[kRows];
+  const Unit* a[kRows];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) a[r] = p.a + r * p.a_stride;
   const std::uint8_t* ahead = p.ahead;
@@ -156,6 +162,17 @@ __attribute__((noinline)) void block(const Panel& p, const Segments& s) {
                         .scale = p.scale != nullptr ? p.scale + segment * p.scale_stride : nullptr,
                         .row_scale = p.row_scale != nullptr ? p.row_scale + segment : nullptr,
                         .row_stride = p.row_stride};
+    if (finish.end == End::kAdd && finish.scale != nullptr) {
+      // Groups along K end here, every few hundred products: what is the same for all is asked once.
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 row = _mm512_set1_ps(
+            finish.row_scale != nullptr ? finish.row_scale[r * finish.row_stride] : 1.0f);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) finish.add(r, 16 * i, D::value(sums[r][i]), row);
+      }
+      continue;
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

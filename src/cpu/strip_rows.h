@@ -102,7 +102,7 @@ inline std::int32_t sum_of_bytes(const std::byte* in, std::int64_t count) {
 // `count` elements into units, zeros behind them up to `units`.
 template <Compute kCompute>
 void convert_row(DType dtype, const std::byte* in, std::int64_t count, std::int64_t units,
-                 std::uint32_t* out) {
+                 Unit* out) {
   constexpr std::int64_t kPer = kCompute == Compute::kF32 ? 1 : kCompute == Compute::kB16 ? 2 : 4;
   for (std::int64_t u = count / kPer; u < units; ++u) out[u] = 0;
   if constexpr (kCompute == Compute::kF32)

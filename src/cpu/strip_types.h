@@ -14,7 +14,10 @@
 namespace moesaic {
 namespace {
 
-// What a level multiplies. A row of A is a run of 32-bit units in either case.
+// A row of A is a run of 32-bit units, whatever they hold: a caller's own numbers, when they lie well.
+typedef std::uint32_t Unit __attribute__((may_alias));
+
+// What a level multiplies.
 enum class Compute : std::uint8_t {
   kF32,   // fused multiply-add of fp32; unit: one f32
   kB16,   // vdpbf16ps; unit: two bf16
@@ -65,7 +68,7 @@ enum class Sums : std::uint8_t { kPerSegment, kThroughout };  // what is summed 
 // Some rows of A against such a run. Behind each segment its sums are scaled and added to the total;
 // only a part of a segment begins or ends with raw sums.
 struct Panel {
-  const std::uint32_t* a = nullptr;
+  const Unit* a = nullptr;
   std::int64_t a_stride = 0;       // units between rows
   std::int64_t segment_units = 0;  // units between segments
   std::int64_t rows = 0;

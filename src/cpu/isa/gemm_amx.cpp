@@ -32,7 +32,7 @@ struct alignas(64) TileConfig {
 
 // A tail of K, both sides filled up with zeros; and the sums of a panel on their way.
 struct alignas(64) TileScratch {
-  std::uint32_t a[2 * kTileRows * kTileSteps];
+  Unit a[2 * kTileRows * kTileSteps];
   std::uint8_t b[kTileSteps * 256];
   float sums[2 * kTileRows * kTileCols];
 };
@@ -60,7 +60,7 @@ inline __attribute__((always_inline)) void multiply_tiles() {
 
 // 16 steps.
 struct Operands {
-  const std::uint32_t* a;
+  const Unit* a;
   std::int64_t a_stride;  // bytes
   const std::uint8_t* b;  // 256 bytes between steps
 };

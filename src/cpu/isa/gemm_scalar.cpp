@@ -44,7 +44,7 @@ struct Level {
   static void one(const Panel& p, const std::uint8_t* b, std::int64_t units) {
     using Sum = std::conditional_t<kCompute == Compute::kF32, float, std::int32_t>;
     for (std::int64_t r = 0; r < p.rows; ++r) {
-      const std::uint32_t* a = p.a + r * p.a_stride;
+      const Unit* a = p.a + r * p.a_stride;
       Sum sums[kTileCols] = {};
       if (p.begin == Begin::kRaw) std::memcpy(sums, p.raw + r * p.c_stride, sizeof(sums));
       if (kCompute == Compute::kByte && p.begin == Begin::kZero) {

@@ -135,8 +135,6 @@ struct QuantizeStage {
   void* scratch = nullptr;               // quantize_scratch_bytes
 };
 
-struct CombineStage;
-
 // The grouped product, with gather before and everything element-wise behind.
 struct GemmStage {
   RowMap rows;
@@ -154,8 +152,6 @@ struct GemmStage {
   RowOf c_row = RowOf::kPosition;
   int tactic = -1;
   void* scratch = nullptr;       // gemm_scratch_bytes
-  // Fusions::gemm2_combines: the slots end in this sum over them, and what is left in c is nobody's business.
-  const CombineStage* combine = nullptr;
 };
 
 struct ActivateStage {
@@ -182,7 +178,6 @@ struct CombineStage {
 // What a backend does inside a product, so that the plan leaves the separate stage out.
 struct Fusions {
   bool gemm1_quantizes = false;  // GEMM1 writes 8-bit rows and their scales itself
-  bool gemm2_combines = false;   // GEMM2 takes a CombineStage along (standard format)
 };
 
 class Backend {

@@ -118,6 +118,15 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
              .scratch = b.routed.align_scratch},
             args.stream);
   if (!by_token) input = prepare_input(input_run, b.routed.input, args.stream);
+  run_experts({.plan = &plan,
+               .fc1 = layer.fc1,
+               .fc2 = layer.fc2,
+               .rows = rows,
+               .input = input,
+               .output = b.routed.output,
+               .tactics = layer.tactics},
+              b.routed.experts, args.stream);
+
   CombineStage combine{.rows = b.routed.output,
                        .list_age = TileAge::kSettled,
                        .slot_row = b.routed.slot_row,
@@ -125,19 +134,6 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
                        .top_k = plan.config.top_k,
                        .accumulate = args.accumulate,
                        .output = chunk.output};
-  // Shared experts would have to be ready before the sum.
-  const bool combines = layer.shared_plan == nullptr &&
-                        run.fusions(plan.fc1, plan.fc2, Format::kStandard).gemm2_combines;
-  run_experts({.plan = &plan,
-               .fc1 = layer.fc1,
-               .fc2 = layer.fc2,
-               .rows = rows,
-               .input = input,
-               .output = b.routed.output,
-               .tactics = layer.tactics,
-               .combine = combines ? &combine : nullptr},
-              b.routed.experts, args.stream);
-  if (combines) return;
   if (layer.shared_plan != nullptr) {
     const LayerPlan& shared = *layer.shared_plan;
     RoutedBuffers& s = b.shared;
@@ -291,8 +287,7 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
                 .c = run.output,
                 .c_row = run.output_row,
                 .tactic = run.tactics.gemm2,
-                .scratch = buffers.gemm_scratch,
-                .combine = run.combine},
+                .scratch = buffers.gemm_scratch},
                stream);
 }
 

@@ -34,7 +34,6 @@ struct ExpertsRun {
   RowOf output_row = RowOf::kPosition;
   TacticPair tactics{};
   Format format = Format::kStandard;
-  const CombineStage* combine = nullptr;  // where the backend declares Fusions::gemm2_combines
 };
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream);
 

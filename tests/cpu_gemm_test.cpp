@@ -11,7 +11,6 @@
 #include <numeric>
 #include <thread>
 
-#include "cpu/combine.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "harness/verify.h"
@@ -195,46 +194,6 @@ TEST_P(CpuGemm, BitsDoNotDependOnTheCutsOfALongK) {
       ASSERT_TRUE(std::isfinite(whole.as<float>()[i])) << i;
     EXPECT_TRUE(same_bytes(problem.run(problem.packed, {.tile_rows = 7}), whole));
     EXPECT_TRUE(same_bytes(problem.run(problem.plain, {.tile_rows = 40}), whole));
-  }
-}
-
-// Products that add their slots up themselves, a part of the columns at a time.
-TEST_P(CpuGemm, CombinedOnTheWayOrBehindIsTheSame) {
-  Case c;
-  c.variant = harness::default_variant(Scheme::kBF16);
-  c.shape = {"wide", 2, 1100, 18, 4};
-  const std::int64_t top_k = 4, slots = 2400;
-  const Problem problem(c, Product::kFc2, slots);
-  const std::int64_t n = problem.columns, tokens = slots / top_k;
-  std::vector<Tile> tiles;
-  for (std::int64_t r = 0; r < slots; r += 40)
-    tiles.push_back({.expert = r < slots / 2 ? 0 : 1, .rows = 40, .first = r});
-  auto count = static_cast<std::int32_t>(tiles.size());
-  std::vector<std::int32_t> slot_row(static_cast<std::size_t>(slots));
-  std::vector<float> weights(static_cast<std::size_t>(slots));
-  for (std::int64_t i = 0; i < slots; ++i) {
-    const auto at = static_cast<std::size_t>(i);
-    slot_row[at] = i % 17 == 3 ? -1 : static_cast<std::int32_t>(i * 7 % slots);
-    weights[at] = 0.1f + 0.01f * static_cast<float>(i % 23);
-  }
-  HostTensor rows(DType::kF32, {slots, n}), apart(DType::kBF16, {tokens, n}), together = apart;
-  CombineStage combine{.rows = rows.view(), .slot_row = slot_row.data(), .weights = weights.data(),
-                       .top_k = top_k, .output = apart.view()};
-  GemmStage stage{.a = problem.a.view(), .b = &problem.packed, .c = rows.view()};
-  stage.rows = {.tiles = tiles.data(), .num_tiles = &count, .max_tiles = count, .tile_rows = 40,
-                .positions = slots};
-  ASSERT_GT(slots * n * 4, std::int64_t{8} << 20) << "otherwise nothing is combined on the way";
-  set_num_threads(2);
-  gemm_cpu(stage);
-  combine_cpu(combine);
-  for (const int threads : {1, 2, 7}) {
-    set_num_threads(threads);
-    std::memset(rows.bytes().data(), 0xff, rows.bytes().size());
-    std::memset(together.bytes().data(), 0xff, together.bytes().size());
-    combine.output = together.view();
-    stage.combine = &combine;
-    gemm_cpu(stage);
-    EXPECT_TRUE(same_bytes(together, apart)) << threads << " threads";
   }
 }
 

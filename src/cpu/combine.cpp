@@ -14,7 +14,6 @@ struct Combine {
   const CombineStage& stage;
   const StageKernels& kernels;
   RowView rows, shared, output;
-  std::int64_t first = 0;  // the output's column that is column 0 of `rows`
 
   // Row of `rows` that holds the slot; -1: nothing.
   std::int64_t row_of(std::int64_t slot) const {
@@ -38,7 +37,7 @@ struct Combine {
       const std::int64_t slot = token * stage.top_k + j, row = row_of(slot);
       if (row < 0) continue;
       const float weight = stage.weights != nullptr ? stage.weights[slot] : 1.0f;
-      add(rows, row, column - first, n, weight, sum.data());
+      add(rows, row, column, n, weight, sum.data());
     }
     if (stage.scale != 1.0f) kernels.multiply(stage.scale, n, sum.data());
     if (stage.shared.defined()) {
@@ -52,20 +51,17 @@ struct Combine {
 
 }  // namespace
 
-void combine_columns_cpu(const CombineStage& stage, const Tensor& rows, std::int64_t first) {
-  const Combine combine{stage, stage_kernels(), RowView(rows), RowView(stage.shared),
-                        RowView(stage.output), first};
-  const std::int64_t columns = std::min(combine.rows.width(), combine.output.width() - first);
-  const std::int64_t pieces = (columns + kPiece - 1) / kPiece;
-  parallel_ranges(combine.output.rows() * pieces, std::min(columns, kPiece) * stage.top_k,
+void combine_cpu(const CombineStage& stage) {
+  const Combine combine{stage, stage_kernels(), RowView(stage.rows), RowView(stage.shared),
+                        RowView(stage.output)};
+  const std::int64_t hidden = combine.output.width(), pieces = (hidden + kPiece - 1) / kPiece;
+  parallel_ranges(combine.output.rows() * pieces, std::min(hidden, kPiece) * stage.top_k,
                   [&](std::int64_t begin, std::int64_t end) {
                     for (std::int64_t i = begin; i < end; ++i) {
                       const std::int64_t column = i % pieces * kPiece;
-                      combine.piece(i / pieces, first + column, std::min(kPiece, columns - column));
+                      combine.piece(i / pieces, column, std::min(kPiece, hidden - column));
                     }
                   });
 }
-
-void combine_cpu(const CombineStage& stage) { combine_columns_cpu(stage, stage.rows, 0); }
 
 }  // namespace moesaic

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/combine.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/thread_pool.h"
@@ -36,62 +35,6 @@ void zero_rows(const GemmStage& stage, const Tile& tile, std::int64_t first, std
   }
 }
 
-// Some tiles of columns for all tiles of rows.
-struct Columns {
-  std::int64_t first = 0, count = 0;  // tiles
-};
-
-void multiply(const GemmCall& call, const CpuKernels& kernels, std::int64_t tiles,
-              const Columns& columns) {
-  const GemmStage& stage = *call.stage;
-  const WeightSpec& spec = *call.spec;
-  // Wide strips convert a row of A less often; narrow ones feed more threads and end together: the last
-  // task costs up to half of its time. The bits do not depend on it.
-  const std::int64_t enough = std::int64_t{num_threads()} * 32;
-  const std::int64_t width =
-      std::clamp<std::int64_t>(tiles * columns.count / enough, 1, columns.count);
-  const std::int64_t strips = (columns.count + width - 1) / width;
-  const std::int64_t outputs = spec.gated ? kTileCols / 2 : kTileCols;
-  parallel_for(tiles * strips, [&](std::int64_t task) {
-    const Tile& tile = stage.rows.tiles[task / strips];
-    Strip strip{.expert = tile.expert, .first_tile = columns.first + task % strips * width};
-    strip.tiles = std::min(width, columns.first + columns.count - strip.first_tile);
-    if (tile.expert < 0 || tile.expert >= spec.experts) {
-      zero_rows(stage, tile, (strip.first_tile - call.c_tile) * outputs, strip.tiles * outputs);
-      return;
-    }
-    std::int64_t positions[kStripRows];
-    strip.positions = positions;
-    for (std::int64_t i = 0; i < tile.rows; ++i) {
-      if (is_live(stage.rows, tile.first + i)) positions[strip.rows++] = tile.first + i;
-      if (strip.rows == kStripRows || (i + 1 == tile.rows && strip.rows > 0)) {
-        kernels.strip(call, strip);
-        strip.rows = 0;
-      }
-    }
-  });
-}
-
-// Slots of more columns than this leave the cache before they are added up.
-constexpr std::int64_t kSlotBytes = std::int64_t{8} << 20;
-
-// Products and the sum over slots, some columns after the other, in the same cached part of c.
-void multiply_and_combine(GemmCall call, const CpuKernels& kernels, std::int64_t tiles) {
-  const std::int64_t all = call.layout->tiles, positions = call.stage->rows.positions;
-  const std::int64_t row_bytes = kTileCols * static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t most = std::max<std::int64_t>(1, kSlotBytes / (positions * row_bytes));
-  GemmStage part = *call.stage;
-  call.stage = &part;
-  for (std::int64_t first = 0; first < all; first += most) {
-    const Columns columns{.first = first, .count = std::min(most, all - first)};
-    const std::int64_t width = std::min(columns.count * kTileCols, call.spec->n - first * kTileCols);
-    part.c = Tensor::contiguous(part.c.data, DType::kF32, {positions, width}, part.c.device);
-    call.c_tile = first;
-    multiply(call, kernels, tiles, columns);
-    combine_columns_cpu(*part.combine, part.c, first * kTileCols);
-  }
-}
-
 }  // namespace
 
 std::unique_ptr<PackedWeights> make_packed_cpu(const WeightSpec& spec) {
@@ -108,14 +51,32 @@ void gemm_cpu(const GemmStage& stage) {
   const CpuKernels& kernels = packed != nullptr ? packed->kernels() : cpu_kernels();
   const GemmCall call{.stage = &stage, .spec = &spec, .layout = &layout, .packed = packed};
   const std::int64_t tiles = std::clamp<std::int64_t>(*stage.rows.num_tiles, 0, stage.rows.max_tiles);
-  // Each part of the columns is a barrier: only with enough tiles of rows for every thread.
-  const bool in_parts = stage.combine != nullptr &&
-                        stage.rows.positions * spec.n * 4 > kSlotBytes &&
-                        tiles >= std::int64_t{num_threads()} * 8;
-  if (in_parts) return multiply_and_combine(call, kernels, tiles);
-  if (tiles > 0 && layout.tiles > 0)
-    multiply(call, kernels, tiles, {.first = 0, .count = layout.tiles});
-  if (stage.combine != nullptr) combine_cpu(*stage.combine);
+  if (tiles == 0 || layout.tiles == 0) return;
+
+  // Wide strips convert a row of A less often; narrow ones feed more threads and end together: the last
+  // task costs up to half of its time. The bits do not depend on it.
+  const std::int64_t enough = std::int64_t{num_threads()} * 32;
+  const std::int64_t width = std::clamp<std::int64_t>(tiles * layout.tiles / enough, 1, layout.tiles);
+  const std::int64_t strips = (layout.tiles + width - 1) / width;
+  const std::int64_t columns = spec.gated ? kTileCols / 2 : kTileCols;
+  parallel_for(tiles * strips, [&](std::int64_t task) {
+    const Tile& tile = stage.rows.tiles[task / strips];
+    Strip strip{.expert = tile.expert, .first_tile = task % strips * width};
+    strip.tiles = std::min(width, layout.tiles - strip.first_tile);
+    if (tile.expert < 0 || tile.expert >= spec.experts) {
+      zero_rows(stage, tile, strip.first_tile * columns, strip.tiles * columns);
+      return;
+    }
+    std::int64_t positions[kStripRows];
+    strip.positions = positions;
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
+      if (is_live(stage.rows, tile.first + i)) positions[strip.rows++] = tile.first + i;
+      if (strip.rows == kStripRows || (i + 1 == tile.rows && strip.rows > 0)) {
+        kernels.strip(call, strip);
+        strip.rows = 0;
+      }
+    }
+  });
 }
 
 }  // namespace moesaic

@@ -24,7 +24,6 @@ struct GemmCall {
   const WeightSpec* spec = nullptr;
   const PackLayout* layout = nullptr;
   const PackedCpu* packed = nullptr;  // null: the stage's plain views
-  std::int64_t c_tile = 0;            // whose columns are the first of the stage's c
 };
 
 struct CpuKernels {

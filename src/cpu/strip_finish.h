@@ -82,7 +82,7 @@ class StripEpilogue {
     const bool gated = call_.spec->gated;
     alignas(64) float bias[kTileCols];
     if (side_.bias.defined()) read_bias(tile, bias);
-    const std::int64_t column = (tile - call_.c_tile) * (gated ? kTileCols / 2 : kTileCols);
+    const std::int64_t column = tile * (gated ? kTileCols / 2 : kTileCols);
     const std::int64_t c_stride = c_.strides[c_.rank - 1], count = c_.shape[c_.rank - 1] - column;
     constexpr auto kElement = static_cast<std::int64_t>(sizeof(typename StoreAs<kDtype>::Element));
     const ActivationSpec* activation = call_.stage->activation;

@@ -185,7 +185,7 @@ class Multiplier {
       for (int i = 0; i < 64; ++i) sums[b][i] = 0.0f;
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
-    const int mine = warpgroup();
+    const int mine = warpgroup(), token = upright_token(ptx::thread_index() % 128);
     for (int i = 0; i < p_.k_chunks; ++i) {
       const int stage = cursor_.stage;
       ptx::barrier_wait(shared_.full(stage), cursor_.round);
@@ -193,9 +193,12 @@ class Multiplier {
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         if (b * 64 >= rows) break;
-        sm90::multiply_upright<S>(sums[b], tokens(stage, 0) + b * (8192 / 16),
-                                  weights(stage, 0, 0, mine * 16384), shared_.scales(stage), b,
-                                  mine);
+        const float* const scales = shared_.scales(stage);
+        sm90::multiply_upright<S::kElement>(
+            sums[b], {.tokens = tokens(stage, 0) + b * (8192 / 16),
+                      .weights = weights(stage, 0, 0, mine * 16384),
+                      .scale = scales + b * 64 + token,
+                      .cells = scales + S::kTokens + mine * 16});
       }
       release(stage);
       cursor_.advance();

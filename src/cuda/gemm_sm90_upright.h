@@ -16,22 +16,26 @@ __device__ inline bool runs_upright(const Params& p, int rows) {
   return p.upright && (rows > 96 || (rows > 48 && rows <= 64));
 }
 
-// Adds one stage to the sums of block b, which holds tokens 64b and on. `tokens`: their operand;
-// `weights`: this warpgroup's 128 rows; `scales`: of the stage.
-template <typename S>
-__device__ __forceinline__ void multiply_upright(float (&sum)[64], std::uint64_t tokens,
-                                                 std::uint64_t weights, const float* scales, int b,
-                                                 int warpgroup) {
-  const int thread = ptx::thread_index() % 128;
-  const int token = b * 64 + thread / 32 * 16 + thread % 32 / 4;
+// A stage of one block of 64 tokens.
+struct UprightBatch {
+  std::uint64_t tokens, weights;  // operands: the block, and this warpgroup's 128 weight rows
+  const float* scale;             // of this thread's first token; the second is eight further
+  const float* cells;             // of the first two octets of weight rows: of all that follow, too
+};
+// The first of this thread's tokens in block 0.
+__device__ inline int upright_token(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
+
+// Adds the batch to the block's sums.
+template <Element kElement>
+__device__ __forceinline__ void multiply_upright(float (&sum)[64], const UprightBatch& batch) {
   float part[64];
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k)
-    ptx::wgmma<S::kElement, 128>(part, tokens + 2 * k, weights + 2 * k, k > 0);
+    ptx::wgmma<kElement, 128>(part, batch.tokens + 2 * k, batch.weights + 2 * k, k > 0);
   ptx::wgmma_commit();
-  const float low = scales[token], high = scales[token + 8];
-  const float2 cell = *reinterpret_cast<const float2*>(scales + S::kTokens + warpgroup * 16);
+  const float low = batch.scale[0], high = batch.scale[8];
+  const float2 cell = *reinterpret_cast<const float2*>(batch.cells);
   ptx::wgmma_wait<0>();
   const float4 s{low * cell.x, high * cell.x, low * cell.y, high * cell.y};
 #pragma unroll

@@ -80,8 +80,9 @@ RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
   // tenth. That pays for the copy where a row meets enough weights: from intermediate 768 on in
   // e4m3 (512 lost at 64 rows), from 2048 on in 16 bit.
   const GemmFamily& family = family_for(fc1, device_);
-  if (&family != &family_sm90() || family.tile_rows(fc1, slots, device_) < 64) return RowOf::kToken;
-  const std::int64_t enough = fc1.format == WeightFormat::kE4M3 ? 1536 : 4096;
+  if (&family != &family_sm90() && &family != &family_sm90_dequant()) return RowOf::kToken;
+  if (family.tile_rows(fc1, slots, device_) < 64) return RowOf::kToken;
+  const std::int64_t enough = fc1.act == ActFormat::kE4M3 ? 1536 : 4096;
   return fc1.n >= enough ? RowOf::kPosition : RowOf::kToken;
 }
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {

@@ -22,27 +22,32 @@ struct KernelTraits {
   int per_sm;        // CTAs that fit into an SM
   int box;           // tokens of a TMA load
   int row_bytes;     // of weights in a stage
+  int scales;        // of a row that one copy may bring
   void (*launch)(const DequantParams&, int, cudaStream_t);
 };
 
+template <typename S>
+KernelTraits traits_of(int rows = S::kRows) {
+  return {.tokens = S::kTokens,
+          .rows = rows,
+          .per_sm = S::kPerSm,
+          .box = S::kBox,
+          .row_bytes = S::kRowBytes,
+          .scales = S::kScalesAtOnce,
+          .launch = launch_dequant<S>};
+}
+
 template <typename W, Element E, int kSteps>
 KernelTraits traits_of(Kernel kernel) {
-  using Small = DequantNarrow<W, E, kSteps>;
-  using Medium = DequantMiddle<W, E, kSteps>;
-  using Large = DequantWide<W, E, kSteps>;
   switch (kernel) {
     case Kernel::kNarrow:
-      return {Small::kTokens, Small::kRows,     Small::kPerSm,
-              Small::kBox,    Small::kRowBytes, launch_dequant<Small>};
+      return traits_of<DequantNarrow<W, E, kSteps>>();
     case Kernel::kNarrowHalf:
-      return {Small::kTokens,       32, Small::kPerSm, Small::kBox, Small::kRowBytes,
-              launch_dequant<Small>};
+      return traits_of<DequantNarrow<W, E, kSteps>>(32);
     case Kernel::kMiddle:
-      return {Medium::kTokens, Medium::kRows,     Medium::kPerSm,
-              Medium::kBox,    Medium::kRowBytes, launch_dequant<Medium>};
+      return traits_of<DequantMiddle<W, E, kSteps>>();
     case Kernel::kWide:
-      return {Large::kTokens, Large::kRows,     Large::kPerSm,
-              Large::kBox,    Large::kRowBytes, launch_dequant<Large>};
+      return traits_of<DequantWide<W, E, kSteps>>();
   }
   return {};
 }
@@ -133,7 +138,8 @@ struct CellStrides {
   }
 };
 
-void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weights) {
+void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weights,
+               int scales_at_once) {
   if (!weights.scale.defined()) invalid("scale: this scheme's weights need scales");
   const CellStrides scale(weights.scale);
   p.scale = weights.scale.as<const float>();
@@ -144,6 +150,10 @@ void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weig
   p.groups = static_cast<std::uint32_t>(along_k(spec) ? spec.scale.grid_k : 1);
   p.group_blocks =
       static_cast<std::uint32_t>(along_k(spec) ? spec.scale.group_k / 32 : ceil_div(spec.k, 32));
+  const std::int64_t promoted = variant_of(spec).fine ? 32 : 128;
+  p.scales_together = along_k(spec) && scale.group == 1 && spec.scale.group_k == promoted &&
+                      scale.row % scales_at_once == 0 && scale.expert % scales_at_once == 0 &&
+                      aligned(p.scale, 4 * static_cast<std::size_t>(scales_at_once));
   std::int64_t reach = scale.reach;
   if (spec.zero_points) {
     if (!weights.zero_point.defined())
@@ -208,7 +218,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.k_chunks = static_cast<std::int32_t>(ceil_div(p.k_bytes, 128));
   p.flip = spec.format == WeightFormat::kI8 ? 0x80808080u : 0;
   set_side(p, stage);
-  set_cells(p, spec, weights);
+  set_cells(p, spec, weights, traits.scales);
   set_output(p, stage.c);
 
   weight_map(p, w, Element::kE4M3, spec.n, row_bytes(spec), traits.row_bytes, traits.rows,

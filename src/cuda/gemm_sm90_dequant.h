@@ -39,9 +39,11 @@ struct DequantShape {
   static constexpr int kWeightBytes = kRows * kRowBytes / kChunks;  // of one chunk
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
-  // For each group of a stage: a scale of every row, then a word that holds its zero point.
+  // Of every row the scales of a stage's groups; behind them, for each group, a word of every row
+  // that holds its zero point.
   static constexpr int kGroups = kStageK / 16 / kSteps;
   static constexpr int kScales = kGroups * kRows;
+  static constexpr int kScalesAtOnce = kGroups < 4 ? kGroups : 4;  // of one copy, if they allow it
   static constexpr int kScaleBytes = kScales * (Weight::kZeros ? 8 : 4);
 
   static constexpr int kPitch = 144;
@@ -82,6 +84,7 @@ struct DequantParams : Params {
 
   // Cells: scale of row n, group g of expert e. Offsets fit 32 bits.
   const float* scale;
+  bool scales_together;  // a group per promotion, neighbours in memory, aligned to kScalesAtOnce
   std::uint32_t cell_expert, cell_row, cell_group, cell_rows;  // cell_rows: rows of one cell
   std::uint32_t groups, group_blocks;                          // group_blocks: in 32s of K
   const std::uint8_t* zero;                                    // aligned to 4 bytes

@@ -99,22 +99,41 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
     for (int stage = 0; stage < stages; ++stage) {
       ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
       if (task.expert >= 0) {
-        const std::uint32_t to = ptx::shared_address(shared.scales(cursor.stage)) + lane * 4;
+        const std::uint32_t scales = ptx::shared_address(shared.scales(cursor.stage));
+        const std::uint32_t to = scales + lane * S::kGroups * 4;
+        const std::uint32_t words = scales + (S::kScales + lane) * 4;
+        // With zero points every row has its own cells, and the second list is spared.
+        const auto cell = [&](std::uint32_t row) {
+          return S::Weight::kZeros ? first + row * p.cell_row : row;
+        };
+        if (p.scales_together) {
+#pragma unroll
+          for (int g = 0; g < S::kGroups; g += S::kScalesAtOnce) {
+            const std::uint32_t group = stage * S::kGroups + g;
+            const std::uint32_t left = group < p.groups ? p.groups - group : 0;
+            const std::uint32_t bytes = 4 * (left < S::kScalesAtOnce ? left : S::kScalesAtOnce);
+#pragma unroll
+            for (int i = 0; i < kMine; ++i) {
+              ptx::copy_async_part<4 * S::kScalesAtOnce>(to + (i * 32 * S::kGroups + g) * 4,
+                                                         p.scale + (cell(rows[i]) + group), bytes);
+            }
+          }
+        }
 #pragma unroll
         for (int g = 0; g < S::kGroups; ++g) {
           const std::uint32_t group = group_of(p, stage * kStageBlocks<S> + g * (S::kSteps / 2));
 #pragma unroll
           for (int i = 0; i < kMine; ++i) {
-            const std::uint32_t at = to + (g * S::kRows + i * 32) * 4;
+            if (!p.scales_together) {
+              ptx::copy_async_4(to + (i * 32 * S::kGroups + g) * 4,
+                                p.scale + (cell(rows[i]) + group * p.cell_group));
+            }
             if constexpr (S::Weight::kZeros) {
-              ptx::copy_async_4(at,
-                                p.scale + (first + rows[i] * p.cell_row + group * p.cell_group));
               const std::uint32_t word =
                   (zero_offset(p, task.expert, rows[i]) + group * p.zero_group) & ~3u;
               const std::uint32_t left = p.zero_bytes - word;
-              ptx::copy_async_4(at + S::kScales * 4, p.zero + word, left < 4 ? left : 4);
-            } else {
-              ptx::copy_async_4(at, p.scale + (rows[i] + group * p.cell_group));
+              ptx::copy_async_part<4>(words + (g * S::kRows + i * 32) * 4, p.zero + word,
+                                      left < 4 ? left : 4);
             }
           }
         }
@@ -172,7 +191,10 @@ class DequantMultiplier {
       if constexpr (N > 16) {
         if (rows <= N - 16) return multiply_rows<N - 16>(rows, sums);
       }
-      multiply<N>(sums);
+      if constexpr (S::kTokens <= 64)
+        multiply_batches<N>(sums);
+      else
+        multiply<N>(sums);
     }
   }
 
@@ -209,11 +231,12 @@ class DequantMultiplier {
     }
   }
   // -zero * 2^-kShift of both rows of a block, twice each.
-  __device__ void load_zeros(std::uint32_t (&zero)[2], const float* scale, int block,
-                             std::uint32_t k_group) const {
+  __device__ void load_zeros(std::uint32_t (&zero)[2], int stage, std::uint32_t row, int group,
+                             int block, std::uint32_t k_group) const {
     if constexpr (Weight::kZeros) {
       const auto* const words =
-          reinterpret_cast<const std::uint32_t*>(scale + S::kScales) + block * 64;
+          reinterpret_cast<const std::uint32_t*>(shared_.scales(stage) + S::kScales) +
+          group * S::kRows + row + block * 64;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const std::uint32_t bits =
@@ -253,8 +276,7 @@ class DequantMultiplier {
       Weight::template load<S::kRowBytes>(
           raw, ptx::shared_address(shared_.weights(stage)) + offset + block * kBlockBytes,
           group * (S::kSteps / 2));
-      load_zeros(zero, shared_.scales(stage) + mine + group * S::kRows, block,
-                 k_group(index, group * (S::kSteps / 2)));
+      load_zeros(zero, stage, mine, group, block, k_group(index, group * (S::kSteps / 2)));
       Weight::template fragment<S::kElement>(a[0], raw, 0, unpacking, zero);
     };
     wait_for_stage(cursor_);
@@ -300,7 +322,115 @@ class DequantMultiplier {
           }
           ptx::wgmma_wait<0>();
           promote<N>(sums[block], part,
-                     shared_.scales(stage) + mine + group * S::kRows + block * 64);
+                     shared_.scales(stage) + (mine + block * 64) * S::kGroups + group);
+        }
+      }
+      release(stage);
+      cursor_.advance();
+    }
+  }
+
+  // Few tokens leave registers for several steps at once.
+  template <int N>
+  __device__ void multiply_batches(Sums& sums) {
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
+    }
+    const bool gathered = p_.token_load == TokenLoad::kGather;
+    const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
+    const int lane = ptx::thread_index() % 32;
+    const Unpacking unpacking = Weight::unpacking(lane % 4, p_.flip);
+    const std::uint32_t middle =
+        ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
+    std::uint32_t zero[2] = {middle, middle};
+    const std::uint32_t mine = row();
+    const std::uint32_t offset = (mine - lane / 4) * S::kRowBytes +
+                                 Weight::template lane_offset<S::kRowBytes>(lane / 4, lane % 4);
+    // A batch of a few steps of 16 of K at a time. While the tensor cores work on a batch, the
+    // fragments of the next are made and the words of the one behind it are read, across blocks,
+    // groups and stages; ptxas keeps the two sets of fragments apart. The second block's
+    // products start before the first one's part is promoted.
+    constexpr int kTogether = S::kSteps < 4 ? S::kSteps : 4;
+    constexpr int kBatches = S::kSteps / kTogether, kAll = kBatches * S::kBlocks;
+    static_assert(S::kBlocks == 2);
+    RawWeights raw[kTogether / 2];
+    std::uint32_t a[2][kTogether][4];
+    float part[2][N / 2];
+    const auto wait_for_stage = [&](const Cursor<S::kStages>& at) {
+      ptx::barrier_wait(shared_.full(at.stage), at.round);
+      if (gathered) ptx::fence_async_proxy();
+    };
+    const auto scale_of = [&](int stage, int group, int block) {
+      return shared_.scales(stage) + (mine + block * 64) * S::kGroups + group;
+    };
+    // Batch j of a group: words, then fragments.
+    const auto read = [&](int stage, int group, int j) {
+#pragma unroll
+      for (int r = 0; r < kTogether / 2; ++r) {
+        Weight::template load<S::kRowBytes>(
+            raw[r],
+            ptx::shared_address(shared_.weights(stage)) + offset + j / kBatches * kBlockBytes,
+            (group * S::kSteps + j % kBatches * kTogether) / 2 + r);
+      }
+    };
+    const auto make = [&](std::uint32_t(&out)[kTogether][4], int stage, int i, int group, int j) {
+      if (j % kBatches == 0) {
+        load_zeros(zero, stage, mine, group, j / kBatches, k_group(i, group * (S::kSteps / 2)));
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        Weight::template fragment<S::kElement>(out[k], raw[k / 2], k % 2, unpacking, zero);
+      }
+    };
+    wait_for_stage(cursor_);
+    read(cursor_.stage, 0, 0);
+    make(a[0], cursor_.stage, 0, 0, 0);
+    read(cursor_.stage, 0, 1);
+    for (int i = 0; i < stages; ++i) {
+      const int stage = cursor_.stage;
+#pragma unroll 1  // the short groups: unrolled, they need more registers than there are
+      for (int group = 0; group < S::kGroups; ++group) {
+        // The descriptor's upper half is the same for all, and the lower does not overflow: 64-bit
+        // sums would cost registers.
+        const auto tokens = static_cast<std::uint32_t>(
+            ptx::operand_descriptor(ptx::shared_address(shared_.tokens(stage))));
+        Cursor<S::kStages> following = cursor_;
+        const bool last = group + 1 == S::kGroups;  // behind it comes the next stage
+        if (last) following.advance();
+        const int next_i = last ? i + 1 : i, next_group = last ? 0 : group + 1;
+#pragma unroll
+        for (int j = 0; j < kAll; ++j) {
+          const int block = j / kBatches, c = j % kBatches;
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kTogether; ++k) {
+            const int step = group * S::kSteps + c * kTogether + k;
+            const std::uint32_t low = tokens + step / 4 * (S::kTokenBytes / 16) + step % 4 * 2;
+            ptx::wgmma<S::kElement, N>(part[block], a[j % 2][k],
+                                       (ptx::operand_descriptor(0) & 0xffffffff00000000ull) | low,
+                                       c + k > 0);
+          }
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();  // the batch before this one: its fragments' place is free
+          if (j == kBatches) promote<N>(sums[0], part[0], scale_of(stage, group, 0));
+          // Behind the end of the task words are read and fragments are made that nobody uses.
+          if (j + 1 < kAll) {
+            make(a[(j + 1) % 2], stage, i, group, j + 1);
+          } else {
+            make(a[(j + 1) % 2], following.stage, next_i, next_group, 0);
+          }
+          if (j + 2 < kAll) {
+            read(stage, group, j + 2);
+          } else {
+            if (j + 2 == kAll && last && i + 1 < stages) wait_for_stage(following);
+            read(following.stage, next_group, j + 2 - kAll);
+          }
+          if (j + 1 == kAll) {
+            ptx::wgmma_wait<0>();
+            promote<N>(sums[1], part[1], scale_of(stage, group, 1));
+          }
         }
       }
       release(stage);
@@ -328,7 +458,7 @@ class DequantMultiplier {
       ptx::barrier_wait(shared_.full(stage), cursor_.round);
       const std::uint32_t weights = ptx::shared_address(shared_.weights(stage)) + offset;
       const std::uint32_t tokens = ptx::shared_address(shared_.tokens(stage)) + token;
-      const float* const scale = shared_.scales(stage) + mine;
+      const float* const scale = shared_.scales(stage) + mine * S::kGroups;
 #pragma unroll
       for (int group = 0; group < S::kGroups; group += kTogether) {
         float part[kTogether][N / 2] = {};
@@ -336,8 +466,7 @@ class DequantMultiplier {
 #pragma unroll
         for (int t = 0; t < kTogether; ++t) {
           zero[t][0] = zero[t][1] = middle;
-          load_zeros(zero[t], scale + (group + t) * S::kRows, 0,
-                     k_group(i, (group + t) * (S::kSteps / 2)));
+          load_zeros(zero[t], stage, mine, group + t, 0, k_group(i, (group + t) * (S::kSteps / 2)));
         }
 #pragma unroll
         for (int q = 0; q < S::kSteps / 2; ++q) {
@@ -368,7 +497,7 @@ class DequantMultiplier {
         }
 #pragma unroll
         for (int t = 0; t < kTogether; ++t) {
-          promote<N>(sums[0], part[t], scale + (group + t) * S::kRows);
+          promote<N>(sums[0], part[t], scale + group + t);
         }
       }
       __syncwarp();
@@ -382,7 +511,7 @@ class DequantMultiplier {
   __device__ static void promote(float (&sum)[kSums], const float (&part)[N / 2],
                                  const float* scale) {
     const float low = scale[0] * Weight::template kUnit<S::kElement>;
-    const float high = scale[8] * Weight::template kUnit<S::kElement>;
+    const float high = scale[8 * S::kGroups] * Weight::template kUnit<S::kElement>;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
       sum[4 * n] = fmaf(part[4 * n], low, sum[4 * n]);
@@ -418,7 +547,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    if constexpr (S::kWarpgroups == 2)
+    if constexpr (S::kWarpgroups >= 2)
       ptx::give_registers<56>();  // with 224: what 384 times 168 leaves
     if (threadIdx.x < 32) {
       load_packed_weights<S>(p, shared);
@@ -431,6 +560,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     }
   } else {
     if constexpr (S::kWarpgroups == 2) ptx::take_registers<224>();
+    if constexpr (S::kWarpgroups == 3) ptx::take_registers<152>();
     DequantMultiplier<S>(p, shared).run();
   }
 }

@@ -79,10 +79,12 @@ __device__ __forceinline__ void copy_async_16(std::uint32_t dst, const void* src
 __device__ __forceinline__ void copy_async_4(std::uint32_t dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
-// The same; only `bytes` (up to 4) are read, the rest becomes zero.
-__device__ __forceinline__ void copy_async_4(std::uint32_t dst, const void* src,
-                                             std::uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(bytes)
+// kBytes of 4, 8 or 16, of which only `bytes` are read; the rest becomes zero.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_part(std::uint32_t dst, const void* src,
+                                                std::uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes),
+               "r"(bytes)
                : "memory");
 }
 // One of the barrier's expected arrivals, made when this thread's copies so far have landed.

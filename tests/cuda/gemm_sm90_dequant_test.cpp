@@ -212,7 +212,10 @@ TEST_F(GemmSm90Dequant, DISABLED_Timing) {
     if (t.rows == 0)
       t.rows = family.tile_rows(layer->fc1(), t.tokens * shape.top_k, layer->traits());
     const int forced = t.tactic == -2 ? -1 : t.tactic;
-    const auto ms = layer->time(family, t.tokens, t.rows, forced, forced);
+    // As the layer hands them over (without the copy that puts them so).
+    const RowOf input =
+        t.rows >= 64 && shape.intermediate >= 2048 ? RowOf::kPosition : RowOf::kToken;
+    const auto ms = layer->time(family, t.tokens, t.rows, forced, forced, input);
     std::printf("%-16s %-4s T=%-5ld rows %-3ld tactic %2d  %8.4f ms  ratio %.3f  (%.4f + %.4f)\n",
                 shape.name, t.format.c_str(), static_cast<long>(t.tokens),
                 static_cast<long>(t.rows), t.tactic, ms.both, ms.both / ms.floor, ms.gemm1,

@@ -30,8 +30,10 @@ class TimedLayer {
   struct Times {
     double gemm1, gemm2, both, floor;
   };
+  // `input`: how GEMM1's rows lie, kToken (gathered) or kPosition.
   Times time(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows,
-             int tactic1, int tactic2) {
+             int tactic1, int tactic2, RowOf input = RowOf::kToken) {
+    input_ = input;
     const int calls = tokens == 1 ? 16 : tokens <= 128 ? 8 : tokens <= 1024 ? 4 : 2;
     prepare(tokens, tile_rows, calls);
     const double active = active_ / static_cast<double>(calls);
@@ -160,7 +162,7 @@ class TimedLayer {
       map_buffers_.push_back(upload(data));
       return Tensor::contiguous(map_buffers_.back()->data(), DType::kBF16, {rows, columns}, kGpu);
     };
-    x_ = activations(tokens, shape_.hidden);
+    x_ = activations(input_ == RowOf::kToken ? tokens : slots, shape_.hidden);
     h_ = activations(slots, shape_.intermediate);
     y_ = activations(slots, shape_.hidden);
   }
@@ -168,7 +170,7 @@ class TimedLayer {
   GemmStage stage1(int i, int tactic) const {
     GemmStage s;
     s.rows = maps_[i];
-    s.a = x_, s.a_row = RowOf::kToken, s.top_k = shape_.top_k;
+    s.a = x_, s.a_row = input_, s.top_k = shape_.top_k;
     s.b = &fc1_, s.activation = &swiglu_;
     s.c = h_, s.c_row = RowOf::kPosition, s.tactic = tactic;
     return s;
@@ -212,6 +214,7 @@ class TimedLayer {
   }
 
   TimedShape shape_;
+  RowOf input_ = RowOf::kToken;
   cuda::DeviceTraits traits_;
   std::vector<Buffer> buffers_, map_buffers_;
   WeightOperand fc1_, fc2_;

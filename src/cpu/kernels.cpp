@@ -10,6 +10,8 @@
 #if defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include "check.h"
@@ -17,6 +19,17 @@
 
 namespace moesaic {
 namespace {
+
+#if defined(__x86_64__)
+// A bit of cpuid's leaf 7: the features that __builtin_cpu_supports knows by name in some compilers
+// only (clang 14 has neither AVX-VNNI's nor AMX's).
+enum Register : int { kEax, kEdx };
+bool feature(unsigned subleaf, Register in, int bit) {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, subleaf, &a, &b, &c, &d)) return false;
+  return ((in == kEax ? a : d) >> bit & 1u) != 0;
+}
+#endif
 
 // Ascending. A level needs everything its translation unit is compiled with.
 std::vector<const CpuKernels*> detect() {
@@ -30,15 +43,15 @@ std::vector<const CpuKernels*> detect() {
   // F16C has no name in GCC 12's __builtin_cpu_supports; every AVX2 processor has it.
   bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   has = add(has, kCpuAvx2);
-  add(has && __builtin_cpu_supports("avxvnni"), kCpuAvxVnni);
+  add(has && feature(1, kEax, 4), kCpuAvxVnni);
   has = has && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq");
   has = add(has, kCpuAvx512) && __builtin_cpu_supports("avx512vnni") &&
         __builtin_cpu_supports("avx512vbmi");
   has = add(has, kCpuAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
-  has = add(has, kCpuAvx512Bf16) && __builtin_cpu_supports("amx-tile") &&
-        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8");
+  has = add(has, kCpuAvx512Bf16) && feature(0, kEdx, 24) && feature(0, kEdx, 22) &&
+        feature(0, kEdx, 25);  // tiles, bf16, int8
   add(has && request_amx(), kCpuAmx);
 #elif defined(__aarch64__)
   levels.push_back(&kCpuNeon);

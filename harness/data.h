@@ -13,9 +13,8 @@
 
 namespace moesaic::harness {
 
-// --- random numbers
-// ------------------------------------------------------------------------------- SplitMix64: one
-// multiply-xorshift chain per draw, and any two seeds give unrelated streams.
+// --- random numbers ------------------------------------------------------------------------------
+// SplitMix64: one multiply-xorshift chain per draw, and any two seeds give unrelated streams.
 class Rng {
  public:
   explicit Rng(std::uint64_t seed) : state_(seed) {}
@@ -29,9 +28,8 @@ class Rng {
 };
 std::uint64_t mix(std::uint64_t a, std::uint64_t b);  // a seed made of two
 
-// --- host tensors
-// --------------------------------------------------------------------------------- Owns a dense
-// row-major tensor in host memory.
+// --- host tensors --------------------------------------------------------------------------------
+// Owns a dense row-major tensor in host memory.
 class HostTensor {
  public:
   HostTensor() = default;
@@ -67,9 +65,8 @@ double distance(const HostTensor& a, const HostTensor& b);
 // Element of a view in any strides.
 double element(const Tensor& host, std::initializer_list<std::int64_t> index);
 
-// --- device tensors
-// --------------------------------------------------------------------------------- Whether rows
-// lie densely or `kRowGap` elements apart. A gap is guard, too.
+// --- device tensors ------------------------------------------------------------------------------
+// Whether rows lie densely or `kRowGap` elements apart. A gap is guard, too.
 enum class Placement : std::uint8_t { kDense, kStrided };
 
 // Owns a tensor in a device's memory between guard bands. The whole block starts out as kPoison
@@ -107,8 +104,7 @@ class DeviceTensor {
   void* block_ = nullptr;
 };
 
-// --- weights
-// ----------------------------------------------------------------------------------------
+// --- weights -------------------------------------------------------------------------------------
 enum class Biases : std::uint8_t { kNone, kAll };
 // Activation parameters alpha, beta and limit: the scalars of the ActivationSpec, or tensors.
 enum class ExpertParameters : std::uint8_t { kScalar, kTensors };
@@ -162,9 +158,8 @@ struct DeviceWeights {
 };
 DeviceWeights to_device(const LayerWeights& host, Device device);
 
-// --- batches
-// ---------------------------------------------------------------------------------------- Which
-// experts the tokens choose.
+// --- batches -------------------------------------------------------------------------------------
+// Which experts the tokens choose.
 enum class Load : std::uint8_t {
   kUniform,     // distinct experts, each as likely
   kZipf,        // distinct, expert popularity 1 / rank

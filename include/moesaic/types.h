@@ -18,8 +18,8 @@
 
 namespace moesaic {
 
-// ---------------------------------------------------------------------------------------------
-// Errors. Every failure the host can see is thrown as an Error before any output is touched. Its
+// --- errors --------------------------------------------------------------------------------------
+// Every failure the host can see is thrown as an Error before any output is touched. Its
 // text names the argument, what was expected, what came, and a way out. Values *inside* tensors
 // never raise.
 enum class ErrorCode : int {
@@ -43,8 +43,8 @@ class MOESAIC_API Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-// ---------------------------------------------------------------------------------------------
-// Element types. Sub-byte weights travel in kU8, two per byte, packed along K, low nibble first.
+// --- element types -------------------------------------------------------------------------------
+// Sub-byte weights travel in kU8, two per byte, packed along K, low nibble first.
 enum class DType : std::uint8_t { kF32, kF16, kBF16, kF8E4M3, kE8M0, kI8, kU8, kI32, kI64 };
 
 MOESAIC_API std::string_view name(DType dtype);          // "f32", "f16", "bf16", "fp8_e4m3", ...
@@ -53,7 +53,7 @@ MOESAIC_API std::size_t size_of(DType dtype);            // bytes per element
 constexpr bool is_16bit(DType d) { return d == DType::kF16 || d == DType::kBF16; }
 constexpr bool is_float(DType d) { return d == DType::kF32 || is_16bit(d); }
 
-// ---------------------------------------------------------------------------------------------
+// --- devices -------------------------------------------------------------------------------------
 enum class DeviceType : std::uint8_t { kCpu, kCuda };
 struct Device {
   DeviceType type = DeviceType::kCpu;
@@ -69,7 +69,7 @@ struct Stream {
   void* handle = nullptr;
 };
 
-// ---------------------------------------------------------------------------------------------
+// --- tensors -------------------------------------------------------------------------------------
 // A non-owning, strided view. Strides count elements. An undefined tensor (rank 0, the default)
 // means "not given". An extent may be 0, and then `data` may be null. Tensors passed as inputs are
 // never written.

@@ -35,10 +35,9 @@ class Aligner {
   }
 
  private:
-  // --- which bin
-  // ------------------------------------------------------------------------------------ Padded
-  // lists keep every expert of the model apart, in the order of the global ids, as the original
-  // does; elsewhere only local experts have rows.
+  // --- which bin ---------------------------------------------------------------------------------
+  // Padded lists keep every expert of the model apart, in the order of the global ids, as the
+  // original does; elsewhere only local experts have rows.
   std::int64_t local_of(std::int64_t id) const {
     const Tensor& map = stage_.expert_map;
     const std::int64_t local =
@@ -76,8 +75,7 @@ class Aligner {
     parallel_for(parts_, body);
   }
 
-  // --- how many
-  // ---------------------------------------------------------------------------------------
+  // --- how many ----------------------------------------------------------------------------------
   // next_[part][bin]: first the part's count, then the position of its next slot.
   std::int64_t* next(std::int64_t part) const { return next_ + part * bins_; }
 
@@ -91,8 +89,7 @@ class Aligner {
     });
   }
 
-  // --- where
-  // ------------------------------------------------------------------------------------------
+  // --- where -------------------------------------------------------------------------------------
   void lay_out() const {
     if (stage_.tokens_per_expert != nullptr)
       std::fill_n(stage_.tokens_per_expert, stage_.local.count, 0);

@@ -94,8 +94,7 @@ MOESAIC_LANE U8 narrow_e4m3(F f) {  // saturates; NaN stays NaN
   return __builtin_convertvector(sign | magnitude, U8);
 }
 
-// --- loads and stores
-// ------------------------------------------------------------------------------
+// --- loads and stores ----------------------------------------------------------------------------
 template <typename V>
 MOESAIC_LANE V load(const void* p) {
   V v;
@@ -138,8 +137,7 @@ MOESAIC_LANE void put_tail(typename S::Element* p, F v, std::int64_t n) {
   std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(*p));
 }
 
-// --- sums in one fixed order
-// -------------------------------------------------------------------------
+// --- sums in one fixed order ---------------------------------------------------------------------
 struct Sum {
   F part[kParts] = {};
 };
@@ -157,9 +155,9 @@ MOESAIC_LANE float largest(const F& v) {  // of numbers that are not NaN
   return lane[0];
 }
 
-// --- elementary functions, within 2 ulp
-// --------------------------------------------------------------- e^x: x = n ln2 + r, a polynomial
-// in r, and 2^n in two factors so that subnormal results are right.
+// --- elementary functions, within 2 ulp ----------------------------------------------------------
+// e^x: x = n ln2 + r, a polynomial in r, and 2^n in two factors so that subnormal results are
+// right.
 MOESAIC_LANE F exponential(F x) {
   const F clamped = minimum(maximum(x, splat(-110.0f)), splat(90.0f));
   const F shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer

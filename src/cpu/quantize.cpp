@@ -53,8 +53,7 @@ class Quantizer {
   }
 
  private:
-  // --- which rows
-  // ---------------------------------------------------------------------------------
+  // --- which rows --------------------------------------------------------------------------------
   template <typename Body>
   void for_each_row(const Body& body) const {
     if (stage_.rows == nullptr) {
@@ -90,9 +89,8 @@ class Quantizer {
     }
   }
 
-  // --- reading
-  // ------------------------------------------------------------------------------------ Columns
-  // [column, column + n) of the row as they will be quantized.
+  // --- reading -----------------------------------------------------------------------------------
+  // Columns [column, column + n) of the row as they will be quantized.
   void fetch(const Move& move, std::int64_t column, std::int64_t n, float* out) const {
     input_.read(kernels_, move.source, column, n, out);
     if (!premultiplies_) return;
@@ -115,8 +113,7 @@ class Quantizer {
     }
   }
 
-  // --- writing
-  // ------------------------------------------------------------------------------------
+  // --- writing -----------------------------------------------------------------------------------
   float top() const { return stage_.output.dtype == DType::kI8 ? kI8Max : kE4M3Max; }
 
   void write(const float* numbers, std::int64_t n, float scale, char* out) const {
@@ -178,9 +175,9 @@ class Quantizer {
     });
   }
 
-  // --- one scale for many rows
-  // -------------------------------------------------------------------- Experts of the call when
-  // each has its own per-tensor scale; only those with rows are known otherwise.
+  // --- one scale for many rows -------------------------------------------------------------------
+  // Experts of the call when each has its own per-tensor scale; only those with rows are known
+  // otherwise.
   template <typename Body>
   void for_each_expert(const Body& body) const {
     if (stage_.output.rank == 3) {
@@ -238,8 +235,7 @@ class Quantizer {
     }
   }
 
-  // --- rows that are 8 bit already
-  // ------------------------------------------------------------------
+  // --- rows that are 8 bit already ---------------------------------------------------------------
   float given_scale(const Move& move, std::int64_t group) const {
     const ActScaleView& s = stage_.input_scale;
     return s

@@ -48,10 +48,9 @@ inline ActivationView activation_view(const ActivationSpec& spec,
   return view;
 }
 
-// --- pieces
-// --------------------------------------------------------------------------------------- exp and
-// division by the special function unit: 2 ulp each, far below the 16-bit rounding behind. The
-// library's expf and a true division cost four times the instructions.
+// --- pieces --------------------------------------------------------------------------------------
+// exp and division by the special function unit: 2 ulp each, far below the 16-bit rounding behind.
+// The library's expf and a true division cost four times the instructions.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 // erfc, not 1 + erf: that would cancel for negative x and lose the tail's relative accuracy.
@@ -70,9 +69,8 @@ __device__ __forceinline__ float clamp_to(float x, float limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
-// --- the functions
-// -------------------------------------------------------------------------------- Ungated: act(x).
-// Gated: act(gate, up). kKind is a constant, so only one branch is compiled.
+// --- the functions -------------------------------------------------------------------------------
+// Ungated: act(x). Gated: act(gate, up). kKind is a constant, so only one branch is compiled.
 template <Activation kKind>
 __device__ __forceinline__ float activate(float gate, float up, const ActivationTerms& terms) {
   if constexpr (kKind == Activation::kSilu) return silu(gate);

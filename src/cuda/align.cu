@@ -211,9 +211,8 @@ __global__ void __launch_bounds__(1024, 1)
   if (p.settled) begin_kernel();  // see begin_kernel
 }
 
-// --- many blocks: count, scan, place
-// ----------------------------------------------------------------- What one warp of a block has of
-// its chunk.
+// --- many blocks: count, scan, place -------------------------------------------------------------
+// What one warp of a block has of its chunk.
 struct WarpSlots {
   std::int64_t begin, end;
 };

@@ -36,8 +36,7 @@ Support CudaBackend::supports(const LayerConfig& config, Format) const {
   return support_on(device_, config);
 }
 
-// --- memory
-// ---------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 void* CudaBackend::allocate(std::size_t bytes) const {
   const DeviceGuard guard(device_.index);
   void* data = nullptr;
@@ -61,8 +60,7 @@ std::unique_ptr<PackedWeights> CudaBackend::make_packed(const WeightSpec& spec) 
   return make_cuda_weights(spec, family_for(spec, device_), device_);
 }
 
-// --- what the plan is made from
-// -----------------------------------------------------------------------
+// --- what the plan is made from ------------------------------------------------------------------
 Fusions CudaBackend::fusions(const WeightSpec&, const WeightSpec&, Format) const {
   // Both families write 16-bit rows behind the activation: the separate quantizer reads them from
   // L2.
@@ -97,8 +95,7 @@ std::vector<Tactic> CudaBackend::tactics(const WeightSpec& spec) const {
   return family_for(spec, device_).tactics(spec, device_);
 }
 
-// --- the stages
-// -----------------------------------------------------------------------------------
+// --- the stages ----------------------------------------------------------------------------------
 void CudaBackend::route(const RouteStage& stage, Stream stream) const {
   const DeviceGuard guard(device_.index);
   run_route(stage, device_, native(stream));
@@ -128,8 +125,7 @@ void CudaBackend::combine(const CombineStage& stage, Stream stream) const {
   run_combine(stage, device_, native(stream));
 }
 
-// --- which backends there are
-// ----------------------------------------------------------------------
+// --- which backends there are --------------------------------------------------------------------
 namespace {
 
 int attribute(cudaDeviceAttr which, int index) {

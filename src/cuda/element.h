@@ -75,8 +75,7 @@ __device__ __forceinline__ float load_float(const void* data, DType dtype, std::
   return static_cast<const float*>(data)[index];
 }
 
-// --- kVec elements (8 or 1), in whole 16-byte pieces where that is what eight of them fill
-// -----------
+// --- kVec elements (8 or 1), in whole 16-byte pieces where that is what eight of them fill -------
 template <typename T, int kVec>
 struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Pack {
   T element[kVec];
@@ -118,9 +117,8 @@ inline bool eight_wide(const void* data, std::int64_t columns, std::int64_t stri
   return columns % 8 == 0 && stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(data) % align == 0;
 }
 
-// --- a warp
-// --------------------------------------------------------------------------------------- The tree
-// is fixed, so a sum has the same bits whatever else runs.
+// --- a warp --------------------------------------------------------------------------------------
+// The tree is fixed, so a sum has the same bits whatever else runs.
 template <int kWidth = 32>
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

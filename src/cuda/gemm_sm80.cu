@@ -11,9 +11,8 @@
 namespace moesaic::cuda {
 namespace {
 
-// --- scheme -> compiled kernels
-// ------------------------------------------------------------------------- Empty when the family
-// has no operand for it.
+// --- scheme -> compiled kernels ------------------------------------------------------------------
+// Empty when the family has no operand for it.
 std::span<const Sm80Kernel> kernels_of(const WeightSpec& spec) {
   const bool bf16 = spec.act_dtype == DType::kBF16;
   switch (spec.format) {
@@ -67,8 +66,7 @@ std::string obstacle(const WeightSpec& spec) {
 
 bool supports(const WeightSpec& spec) { return obstacle(spec).empty(); }
 
-// --- policy
-// -----------------------------------------------------------------------------------------------
+// --- policy --------------------------------------------------------------------------------------
 // Rows per tile from the mean of live rows per active expert. Tiles a little above the mean: at
 // decode rows are free (bytes are the bound) and a second tile would read the weights again, from
 // L2.
@@ -116,8 +114,7 @@ const Sm80Kernel& choose(std::span<const Sm80Kernel> list, std::int64_t rows_per
   return *best;
 }
 
-// --- stage -> kernel argument
-// -------------------------------------------------------------------------------
+// --- stage -> kernel argument --------------------------------------------------------------------
 bool divides(std::uint64_t unit, std::initializer_list<std::uint64_t> values) {
   return std::all_of(values.begin(), values.end(), [&](std::uint64_t v) { return v % unit == 0; });
 }

@@ -575,8 +575,7 @@ class Sm80Consumer {
   std::uint32_t zero_byte_[kM][2];
 };
 
-// --- epilogue
-// -------------------------------------------------------------------------------------------
+// --- epilogue ------------------------------------------------------------------------------------
 __device__ __forceinline__ float load_as_float(const void* data, DType dtype, std::int64_t i) {
   if (dtype == DType::kF32) return static_cast<const float*>(data)[i];
   if (dtype == DType::kF16) return __half2float(static_cast<const __half*>(data)[i]);
@@ -798,8 +797,7 @@ __device__ __noinline__ void write_zeros(const Sm80Params& p, const Sm80Work& wo
   }
 }
 
-// --- the kernel
-// -----------------------------------------------------------------------------------------
+// --- the kernel ----------------------------------------------------------------------------------
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     gemm_sm80(const __grid_constant__ Sm80Params p) {

@@ -13,8 +13,7 @@
 namespace moesaic::cuda::sm90 {
 
 // A stage holds kRowBytes of every weight row. kSteps: steps of 16 of K between two promotions, 8
-// or
-// 2. Member names that SharedMemory, TokenLoader and Epilogue know are those of Shape.
+// or 2. Member names that SharedMemory, TokenLoader and Epilogue know are those of Shape.
 template <typename Weight_, Element kElement_, int kSteps_, int kTokens_, int kWarpgroups_,
           int kBlocks_, int kRowBytes_, int kMostStages_, int kPerSm_>
 struct DequantShape {

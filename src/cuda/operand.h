@@ -21,10 +21,9 @@
 
 namespace moesaic::cuda {
 
-// --- where a 16-byte chunk of a row lies in shared memory
-// ---------------------------------------------- Chunks are XORed with a function of the row so
-// that one read of a warp touches every bank once. kUnit: the bytes that four lanes of one row read
-// together.
+// --- where a 16-byte chunk of a row lies in shared memory ----------------------------------------
+// Chunks are XORed with a function of the row so that one read of a warp touches every bank once.
+// kUnit: the bytes that four lanes of one row read together.
 template <int kRowBytes, int kUnit>
 struct Swizzle {
   static constexpr int kLine = kRowBytes < 128 ? kRowBytes : 128;
@@ -39,8 +38,7 @@ struct Swizzle {
   }
 };
 
-// --- small conversions
-// ----------------------------------------------------------------------------------
+// --- small conversions ---------------------------------------------------------------------------
 template <typename T>
 struct Half2Of;
 template <>
@@ -74,9 +72,8 @@ __device__ __forceinline__ std::uint32_t pack_bf16_exact(float lo, float hi) {
   return __byte_perm(__float_as_uint(lo), __float_as_uint(hi), 0x7632);
 }
 
-// --- weights: one lane's eight elements of one row -> four 16-bit pairs
-// --------------------------------- `zero` is what the kernel computed with make_zero from the zero
-// point, once per group.
+// --- weights: one lane's eight elements of one row -> four 16-bit pairs --------------------------
+// `zero` is what the kernel computed with make_zero from the zero point, once per group.
 template <typename T>
 struct WeightU4 {
   static constexpr int kBits = 4;
@@ -189,13 +186,12 @@ struct WeightE2M1 {
   }
 };
 
-// --- operands
-// ----------------------------------------------------------------------------------------- An
-// operand gives: bits per weight and activation element, the swizzle units, the fragments of 32 of
-// K (A: 16 weight rows, B: 8 tokens), and their product in kSteps mma, which depend on each other:
-// the kernel interleaves those of several fragments. kPromote: the product starts from zero and the
-// kernel adds it, scaled, to the sums; otherwise it accumulates in place. kBlock_ = 16 halves the
-// registers of the fragments in flight, for the largest tile.
+// --- operands ------------------------------------------------------------------------------------
+// An operand gives: bits per weight and activation element, the swizzle units, the fragments of 32
+// of K (A: 16 weight rows, B: 8 tokens), and their product in kSteps mma, which depend on each
+// other: the kernel interleaves those of several fragments. kPromote: the product starts from zero
+// and the kernel adds it, scaled, to the sums; otherwise it accumulates in place. kBlock_ = 16
+// halves the registers of the fragments in flight, for the largest tile.
 template <typename T, int kBlock_ = 32>
 struct Natural16 {
   static constexpr int kWeightBits = 16, kActBits = 16, kBlock = kBlock_;

@@ -15,8 +15,8 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// --- cp.async: global -> shared. Bytes beyond `size` are zero; size 0 reads nothing.
-// ---------------- .cg: past L1, which would only thrash.
+// --- cp.async: global -> shared. Bytes beyond `size` are zero; size 0 reads nothing. -------------
+// .cg: past L1, which would only thrash.
 __device__ __forceinline__ void cp_async16(std::uint32_t dst, const void* src, int size) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
                "r"(size)
@@ -41,9 +41,9 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- shared memory reads
-// ---------------------------------------------------------------------------- Without a memory
-// clobber: the barriers order them, and ptxas may schedule them among the products.
+// --- shared memory reads -------------------------------------------------------------------------
+// Without a memory clobber: the barriers order them, and ptxas may schedule them among the
+// products.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -71,8 +71,7 @@ __device__ __forceinline__ float load_shared_float(std::uint32_t address) {
   return __uint_as_float(load_shared4(address));
 }
 
-// --- mma.sync: d += a * b, fp32 accumulators
-// ----------------------------------------------------------
+// --- mma.sync: d += a * b, fp32 accumulators -----------------------------------------------------
 __device__ __forceinline__ void mma_16816(float (&d)[4], const std::uint32_t* a,
                                           const std::uint32_t* b, __nv_bfloat16) {
   asm volatile(
@@ -141,9 +140,8 @@ __device__ __forceinline__ std::uint32_t e4m3x2_to_f16x2(std::uint32_t pair) {
 #endif
 }
 
-// --- programmatic dependent launch
-// --------------------------------------------------------------------- Waits until every earlier
-// kernel of the stream has ended and its writes are visible.
+// --- programmatic dependent launch ---------------------------------------------------------------
+// Waits until every earlier kernel of the stream has ended and its writes are visible.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -18,8 +18,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 8;
 constexpr int kMaxPartials = 1024;
 
-// --- moved, not quantized
-// ---------------------------------------------------------------------------
+// --- moved, not quantized ------------------------------------------------------------------------
 template <typename In, int kVec>
 __device__ __forceinline__ void store_moved(const QuantizeParams& p, std::int64_t at,
                                             const float (&v)[kVec]) {
@@ -69,8 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1) move_rows(QuantizeParams p, int r
   }
 }
 
-// --- one scale per row, or one that is known
-// ---------------------------------------------------------
+// --- one scale per row, or one that is known -----------------------------------------------------
 __device__ __forceinline__ unsigned block_max(unsigned v) {
   __shared__ unsigned warps[kWarps];
   v = __reduce_max_sync(kAllLanes, v);
@@ -307,8 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_odd_groups(QuantizeParam
   }
 }
 
-// --- the host's side
-// ------------------------------------------------------------------------------
+// --- the host's side -----------------------------------------------------------------------------
 QuantizeParams make_params(const QuantizeStage& s) {
   QuantizeParams p{.input = s.input.data,
                    .input_rows = s.input.shape[0],

@@ -146,9 +146,8 @@ __device__ __forceinline__ void for_row(const QuantizeParams& p, const QuantizeR
   }
 }
 
-// --- 8-bit numbers
-// --------------------------------------------------------------------------------- Magnitudes
-// compare as integers, and a NaN is the largest of them.
+// --- 8-bit numbers -------------------------------------------------------------------------------
+// Magnitudes compare as integers, and a NaN is the largest of them.
 __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }
 __device__ __forceinline__ unsigned finite_magnitude(float v) {
   const unsigned m = magnitude(v);

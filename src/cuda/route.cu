@@ -226,8 +226,7 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
   }
 }
 
-// --- the host's side
-// ---------------------------------------------------------------------------------
+// --- the host's side -----------------------------------------------------------------------------
 RouteParams make_params(const RouteStage& s, const Tensor& logits) {
   const RoutingSpec& spec = s.spec;
   RouteParams p{.logits = logits.data,

@@ -133,8 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
   if (threadIdx.x == 0) *p.num_tiles = static_cast<std::int32_t>(min(written, p.max_tiles));
 }
 
-// --- batched
-// --------------------------------------------------------------------------------------
+// --- batched -------------------------------------------------------------------------------------
 __global__ void __launch_bounds__(kManyThreads, 1)
     batched_tiles(const std::int32_t* num_tokens, TileWriter writer, std::int32_t* num_tiles) {
   begin_kernel();

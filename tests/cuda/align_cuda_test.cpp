@@ -196,8 +196,7 @@ TEST(AlignCuda, CountsAlone) {
   }
 }
 
-// --- tiles from lists
-// ---------------------------------------------------------------------------------
+// --- tiles from lists ----------------------------------------------------------------------------
 struct Lists {
   std::vector<std::int32_t> slots, block_experts;
   std::int32_t num_padded;

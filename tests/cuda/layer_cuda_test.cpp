@@ -44,8 +44,7 @@ TEST_P(OnCuda, BitsDependOnTheTokenAloneInLargeBatches) {
   }
 }
 
-// --- a layer and its tensors on the device
-// ---------------------------------------------------------------
+// --- a layer and its tensors on the device -------------------------------------------------------
 struct Loaded {
   explicit Loaded(const Case& c)
       : config(layer_config(c)), layer(config, kGpu), batch(make_batch(config, batch_options(c))) {

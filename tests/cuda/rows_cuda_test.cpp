@@ -295,8 +295,7 @@ TEST(QuantizeCuda, EightBitRowsMoveWithTheirScales) {
                          ++seed);
 }
 
-// --- activate
-// ------------------------------------------------------------------------------------------
+// --- activate ------------------------------------------------------------------------------------
 TEST(ActivateCuda, LikeTheCpu) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 1;
@@ -346,8 +345,7 @@ TEST(ActivateCuda, LikeTheCpu) {
           }
 }
 
-// --- combine
-// -------------------------------------------------------------------------------------------
+// --- combine -------------------------------------------------------------------------------------
 TEST(CombineCuda, TheSameBitsAsTheCpu) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 1;

@@ -30,8 +30,9 @@ if(MOESAIC_CUDA)
   endforeach()
   if(TARGET sass_test)  # reads the library as it is shipped; skips where there is no cuobjdump
     find_program(MOESAIC_CUOBJDUMP cuobjdump HINTS ${CUDAToolkit_BIN_DIR})
+    string(REPLACE ";" "," architectures "${CMAKE_CUDA_ARCHITECTURES}")  # a list would come apart
     target_compile_definitions(sass_test PRIVATE MOESAIC_LIBRARY="$<TARGET_FILE:moesaic>"
-      MOESAIC_CUOBJDUMP="${MOESAIC_CUOBJDUMP}" "MOESAIC_ARCHITECTURES=\"${CMAKE_CUDA_ARCHITECTURES}\"")
+      MOESAIC_CUOBJDUMP="${MOESAIC_CUOBJDUMP}" MOESAIC_ARCHITECTURES="${architectures}")
     add_dependencies(sass_test moesaic)
   endif()
 endif()

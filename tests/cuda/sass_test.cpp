@@ -47,9 +47,9 @@ std::map<std::string, std::set<std::string>> kernels() {
 class Library : public testing::Test {
  protected:
   void SetUp() override {
-    if (std::string(MOESAIC_ARCHITECTURES) != "80;90-real")
+    if (std::string(MOESAIC_ARCHITECTURES) != "80,90-real")
       GTEST_SKIP() << "configured for architectures " << MOESAIC_ARCHITECTURES
-                   << ": the shipped library is built for 80;90-real";
+                   << ": the shipped library is built for 80,90-real";
   }
 };
 

@@ -131,7 +131,8 @@ TEST_F(Cli, VerifyOfNothingFails) {
   EXPECT_EQ(shape.code, 2);
   EXPECT_NE(shape.err.find("top_k"), std::string::npos) << shape.err;
   bool has_cuda = false;
-  for (const json& device : run_json("info")["devices"])
+  const json info = run_json("info");
+  for (const json& device : info["devices"])
     has_cuda = has_cuda || device["device"].get<std::string>().starts_with("cuda");
   if (!has_cuda) expect_usage("verify --backend cuda --limit 1", "cuda");
 }

@@ -324,7 +324,7 @@ TEST(CpuPack, TilesHoldEveryWeightOnce) {
       std::iota(values.begin(), values.end(), 1.0f);
       GemmWeights w{.weight = Tensor::contiguous(values.data(), DType::kF32, {1, n, k})};
       packed.load(0, w);
-      const auto* tiles = reinterpret_cast<const float*>(packed.expert(0));
+      const auto* tiles = reinterpret_cast<const float*>(packed.tile(0, 0));
       for (std::int64_t row = 0; row < n; ++row)
         for (std::int64_t i = 0; i < k; ++i)
           ASSERT_EQ(tiles[(row / kTileCols * k + i) * kTileCols + row % kTileCols],

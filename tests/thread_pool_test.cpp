@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "harness/fixture.h"
 #include "moesaic/runtime.h"
 
 namespace moesaic {
@@ -123,6 +124,30 @@ TEST_F(ThreadPool, HostHookRunsTheTasks) {
   expect_each_once(100);
   set_parallel_hook({});
   expect_each_once(100);
+}
+
+// How often a decode waits for all threads: every barrier costs microseconds, and a small layer has only some tens.
+TEST_F(ThreadPool, ADecodeHasAtMostThreeBarriers) {
+  set_num_threads(2);
+  std::atomic<int> barriers{0};
+  for (int scheme = 0; scheme < kNumSchemes; ++scheme) {
+    harness::Case c;
+    c.variant = harness::default_variant(static_cast<Scheme>(scheme));
+    c.shape = {"decode", 8, 1024, 256, 4};
+    c.tokens = 1;
+    if (!harness::supported(c, {}).supported) continue;
+    const harness::Fixture fixture(harness::layer_config(c));
+    const harness::Batch batch = fixture.batch(1);
+    barriers.store(0);
+    set_parallel_hook([&](int n, const std::function<void(int)>& body) {
+      barriers.fetch_add(1);
+      for (int i = 0; i < n; ++i) body(i);
+    });
+    fixture.run(batch);
+    set_parallel_hook({});
+    EXPECT_GE(barriers.load(), 2) << name(static_cast<Scheme>(scheme)) << ": both products are shared out";
+    EXPECT_LE(barriers.load(), 3) << name(static_cast<Scheme>(scheme));
+  }
 }
 
 // What idle workers burn, in processor time: they may look out for work for a moment, not for as

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/cut.h"
 #include "cpu/kernels.h"
+#include "cpu/numa.h"
 #include "cpu/pack.h"
 #include "cpu/thread_pool.h"
 #include "moesaic/runtime.h"
@@ -53,20 +55,25 @@ void gemm_cpu(const GemmStage& stage) {
   const std::int64_t tiles = std::clamp<std::int64_t>(*stage.rows.num_tiles, 0, stage.rows.max_tiles);
   if (tiles == 0 || layout.tiles == 0) return;
 
-  // Wide strips convert a row of A less often; narrow ones feed more threads and end together: the last
-  // task costs up to half of its time. The bits do not depend on it.
-  const std::int64_t enough = std::int64_t{num_threads()} * 32;
-  const std::int64_t width = std::clamp<std::int64_t>(tiles * layout.tiles / enough, 1, layout.tiles);
-  const std::int64_t strips = (layout.tiles + width - 1) / width;
+  // Each node has its column tiles of every expert: all of the first row tile's, then the next one's, cut into
+  // tasks. The bits do not depend on where.
+  const NodeRuns nodes = packed != nullptr ? packed->nodes() : NodeRuns(layout.tiles);
+  const Topology& machine = topology();
+  const int threads = num_threads();
+  const auto cut_of = [&](int node) {
+    const std::int64_t width = nodes.count(node);
+    const int here = nodes.nodes == 1 ? threads : threads_of_node(machine, threads, node);
+    return GuidedCut(tiles * width, std::max(here, 1), width);
+  };
+  NodeRuns tasks;
+  tasks.nodes = nodes.nodes;
+  for (int n = 0; n < nodes.nodes; ++n)
+    tasks.begin[static_cast<std::size_t>(n) + 1] = tasks.first(n) + cut_of(n).tasks();
   const std::int64_t columns = spec.gated ? kTileCols / 2 : kTileCols;
-  parallel_for(tiles * strips, [&](std::int64_t task) {
-    const Tile& tile = stage.rows.tiles[task / strips];
-    Strip strip{.expert = tile.expert, .first_tile = task % strips * width};
-    strip.tiles = std::min(width, layout.tiles - strip.first_tile);
-    if (tile.expert < 0 || tile.expert >= spec.experts) {
-      zero_rows(stage, tile, strip.first_tile * columns, strip.tiles * columns);
-      return;
-    }
+  const auto run_strip = [&](const Tile& tile, std::int64_t first, std::int64_t count) {
+    Strip strip{.expert = tile.expert, .first_tile = first, .tiles = count};
+    if (tile.expert < 0 || tile.expert >= spec.experts)
+      return zero_rows(stage, tile, first * columns, count * columns);
     std::int64_t positions[kStripRows];
     strip.positions = positions;
     for (std::int64_t i = 0; i < tile.rows; ++i) {
@@ -75,6 +82,15 @@ void gemm_cpu(const GemmStage& stage) {
         kernels.strip(call, strip);
         strip.rows = 0;
       }
+    }
+  };
+  parallel_for(tasks, [&](std::int64_t task) {
+    const int node = tasks.node_of(task);
+    const std::int64_t width = nodes.count(node);
+    for (auto [at, end] = cut_of(node).range(task - tasks.first(node)); at < end;) {
+      const std::int64_t first = at % width, count = std::min(end - at, width - first);
+      run_strip(stage.rows.tiles[at / width], nodes.first(node) + first, count);
+      at += count;
     }
   });
 }

@@ -9,11 +9,13 @@
 // load less per product than 12 x 2.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 
 #include "backend.h"
+#include "cpu/numa.h"
 
 namespace moesaic {
 
@@ -98,7 +100,10 @@ class PackedCpu final : public PackedWeights {
 
   const PackLayout& layout() const { return layout_; }
   const CpuKernels& kernels() const { return *kernels_; }  // chosen when the layer was made
-  const std::byte* expert(std::int64_t e) const { return data_.get() + e * layout_.expert_bytes; }
+  // Which tiles lie at which node: decided when the layer was made, from the threads of that moment.
+  const NodeRuns& nodes() const { return nodes_; }
+  // A node's tiles of an expert follow each other in memory. (Not inline: the ISA levels' translation units call it.)
+  const std::byte* tile(std::int64_t expert, std::int64_t tile) const;
 
  private:
   struct Free {
@@ -107,6 +112,8 @@ class PackedCpu final : public PackedWeights {
   WeightSpec spec_;
   PackLayout layout_;
   const CpuKernels* kernels_;
+  NodeRuns nodes_;
+  std::array<std::int64_t, kMaxNodes> regions_{};  // where a node's tiles begin, all experts'
   std::size_t bytes_;
   std::unique_ptr<std::byte, Free> data_;
 };

@@ -224,8 +224,8 @@ class StripRun {
   const std::uint8_t* packed_segments(const Chunk& piece, std::int64_t tile, std::int64_t* stride) {
     if (call_.packed != nullptr) {
       *stride = layout_.segment_bytes;
-      return reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert)) +
-             tile * layout_.tile_bytes + piece.segment * layout_.segment_bytes;
+      return reinterpret_cast<const std::uint8_t*>(call_.packed->tile(strip_.expert, tile)) +
+             piece.segment * layout_.segment_bytes;
     }
     *stride = layout_.header_bytes + piece.steps * layout_.step_bytes;
     for (std::int64_t i = 0; i < piece.segments; ++i) {
@@ -347,7 +347,6 @@ class StripRun {
   // in memory, and behind a tile the next one; only the last piece of a chunk of several knows better.
   void look_ahead(const Chunk& chunk, const Chunk& piece, std::int64_t t, Panel* panel) const {
     if (call_.packed == nullptr) return;
-    const auto* expert = reinterpret_cast<const std::uint8_t*>(call_.packed->expert(strip_.expert));
     std::int64_t tile = strip_.first_tile + t, segment = piece.segment, step = piece.first_step;
     step += piece.steps;
     if (step >= layout_.segment_steps) {
@@ -361,7 +360,8 @@ class StripRun {
       segment = chunk.segment;
       step = chunk.first_step;
     }
-    panel->ahead = expert + tile * layout_.tile_bytes + segment * layout_.segment_bytes +
+    const std::byte* from = call_.packed->tile(strip_.expert, tile);
+    panel->ahead = reinterpret_cast<const std::uint8_t*>(from) + segment * layout_.segment_bytes +
                    (step == 0 ? 0 : layout_.header_bytes) + step * layout_.step_bytes;
     const std::int64_t units = piece.segments * piece.steps * per_step_ * panels_;
     const std::int64_t bytes =

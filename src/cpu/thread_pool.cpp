@@ -7,6 +7,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <charconv>
 #include <chrono>
@@ -31,6 +32,7 @@ constexpr int kMaxThreads = 4096;
 constexpr auto kStayAwake = std::chrono::microseconds(50);
 
 thread_local bool inside_task = false;
+thread_local int worker_node = -1;  // -1: not a worker, so wherever it runs at the moment
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -40,12 +42,57 @@ inline void relax() {
 #endif
 }
 
-int cores_available() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+int cores_available() { return static_cast<int>(topology().cores.size()); }
+
+int node_of_this_thread() {
+  const Topology& t = topology();
+  if (t.nodes() == 1) return 0;
+  return worker_node >= 0 && worker_node < t.nodes() ? worker_node : t.node_of_cpu(sched_getcpu());
 }
+
+Pinning default_pinning() {
+  const char* text = std::getenv("MOESAIC_PIN");
+  if (text == nullptr || *text == '\0' || std::strcmp(text, "0") == 0) return Pinning::kNone;
+  if (std::strcmp(text, "1") == 0) return Pinning::kCores;
+  invalid(std::string("MOESAIC_PIN: expected 0 or 1, got '") + text + "'");
+}
+std::atomic<Pinning>& chosen_pinning() {
+  static std::atomic<Pinning> pinning{default_pinning()};
+  return pinning;
+}
+
+// Puts a worker where it belongs; again whenever what decides has changed. Cores that the system refuses are left
+// alone.
+class Placement {
+ public:
+  explicit Placement(int thread) : thread_(thread) {}
+  void apply() {
+    const Topology* t = &topology();
+    const Pinning pinning = chosen_pinning().load(std::memory_order_relaxed);
+    if (t == applied_ && pinning == pinning_) return;
+    const Topology::Core& mine = t->core_of_thread(thread_);
+    worker_node = mine.node;
+    // Untouched so far, and nothing is wanted: a thread keeps what its program gave it.
+    const bool bound = pinning == Pinning::kCores || t->nodes() > 1;
+    if (bound || bound_) {
+      cpu_set_t set;
+      CPU_ZERO(&set);
+      for (const Topology::Core& core : t->cores)
+        if (pinning == Pinning::kCores ? core.cpu == mine.cpu : core.node == mine.node)
+          CPU_SET(static_cast<unsigned>(core.cpu) % CPU_SETSIZE, &set);
+      (void)sched_setaffinity(0, sizeof(set), &set);
+    }
+    bound_ = bound;
+    applied_ = t;
+    pinning_ = pinning;
+  }
+
+ private:
+  const int thread_;
+  const Topology* applied_ = nullptr;
+  Pinning pinning_ = Pinning::kNone;
+  bool bound_ = false;
+};
 
 int default_threads() {
   const char* text = std::getenv("MOESAIC_THREADS");
@@ -59,22 +106,39 @@ int default_threads() {
   return value;
 }
 
-// The counter every participant of one job draws from, and the first thing that went wrong.
+// The counters every participant of one job draws from, and the first thing that went wrong.
 struct Tasks {
-  Tasks(std::int64_t count, FunctionRef<void(std::int64_t)> body) : count(count), body(body) {}
+  Tasks(const NodeRuns& runs, FunctionRef<void(std::int64_t)> body) : runs(runs), body(body) {
+    for (int n = 0; n < runs.nodes; ++n) counter(n).store(runs.first(n), std::memory_order_relaxed);
+  }
 
-  const std::int64_t count;
+  struct alignas(64) Counter {
+    std::atomic<std::int64_t> next;
+  };
+  const NodeRuns& runs;
   const FunctionRef<void(std::int64_t)> body;
-  alignas(64) std::atomic<std::int64_t> next{0};
+  std::array<Counter, kMaxNodes> counters;
   std::mutex error_mutex;
   std::exception_ptr error;
 
-  bool exhausted() const { return next.load(std::memory_order_relaxed) >= count; }
+  std::atomic<std::int64_t>& counter(int node) {
+    return counters[static_cast<std::size_t>(node)].next;
+  }
+  bool exhausted() {
+    for (int n = 0; n < runs.nodes; ++n)
+      if (counter(n).load(std::memory_order_relaxed) < runs.end(n)) return false;
+    return true;
+  }
   void work() {
     const bool outer = std::exchange(inside_task, true);
+    const int home = node_of_this_thread();
+    for (int n = home; n < home + runs.nodes; ++n) work_at(n % runs.nodes);
+    inside_task = outer;
+  }
+  void work_at(int node) {
     for (;;) {
-      const std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= count) break;
+      const std::int64_t task = counter(node).fetch_add(1, std::memory_order_relaxed);
+      if (task >= runs.end(node)) return;
       try {
         body(task);
       } catch (...) {
@@ -82,7 +146,6 @@ struct Tasks {
         if (!error) error = std::current_exception();
       }
     }
-    inside_task = outer;
   }
   void rethrow() const {
     if (error) std::rethrow_exception(error);
@@ -98,6 +161,7 @@ struct Job {
 
 class Pool {
  public:
+  Pool() { chosen_pinning(); }  // a wrong MOESAIC_PIN is the caller's to hear of, not a worker's
   ~Pool() {
     {
       const std::lock_guard lock(mutex_);
@@ -116,7 +180,7 @@ class Pool {
     {
       const std::lock_guard lock(mutex_);
       while (static_cast<int>(workers_.size()) < threads - 1)
-        workers_.emplace_back([this] { serve(); });
+        workers_.emplace_back([this, thread = static_cast<int>(workers_.size()) + 1] { serve(thread); });
       spin_ = static_cast<int>(workers_.size()) < cores_;
       job.next = jobs_;
       jobs_ = &job;
@@ -158,11 +222,13 @@ class Pool {
     return nullptr;
   }
 
-  void serve() {
+  void serve(int thread) {
+    Placement placement(thread);
     std::unique_lock lock(mutex_);
     while (!stop_) {
       if (Job* job = join()) {
         lock.unlock();
+        placement.apply();
         job->tasks->work();
         job->helpers.fetch_sub(1, std::memory_order_release);  // the job may be gone behind this
         lock.lock();
@@ -247,9 +313,12 @@ void set_parallel_hook(ParallelHook function) {
       function ? std::make_shared<const ParallelHook>(std::move(function)) : nullptr;
 }
 
-void parallel_for(std::int64_t count, FunctionRef<void(std::int64_t)> body) {
+void set_pinning(Pinning pinning) { chosen_pinning().store(pinning, std::memory_order_relaxed); }
+
+void parallel_for(const NodeRuns& runs, FunctionRef<void(std::int64_t)> body) {
+  const std::int64_t count = runs.count();
   if (count <= 0) return;
-  Tasks tasks(count, body);
+  Tasks tasks(runs, body);
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads(), count));
   if (threads == 1 || inside_task) {
     tasks.work();

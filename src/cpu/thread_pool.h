@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/numa.h"
+
 namespace moesaic {
 
 // A callable's address and how to call it: what std::function does without owning or allocating.
@@ -33,10 +35,20 @@ class FunctionRef<R(Args...)> {
   R (*call_)(void*, Args...);
 };
 
-// Runs body(i) once for every i in [0, tasks) and returns when all are done. Tasks are handed out by
-// a shared counter, in ascending order: which thread runs which is not determined, so a body's result
-// must not depend on it. Calls from several host threads share the workers. A call from inside a body
-// runs in place. The first exception of a body is rethrown here; the other tasks still run.
-void parallel_for(std::int64_t tasks, FunctionRef<void(std::int64_t)> body);
+// Runs body(i) once for every task i and returns when all are done. Each run's tasks are handed out by a
+// shared counter, in ascending order, to the node's threads first, then to whoever is done with his own: which
+// thread runs which is not determined, so a body's result must not depend on it. Calls from several host threads
+// share the workers. A call from inside a body runs in place. The first exception of a body is rethrown here; the
+// other tasks still run.
+void parallel_for(const NodeRuns& tasks, FunctionRef<void(std::int64_t)> body);
+inline void parallel_for(std::int64_t tasks, FunctionRef<void(std::int64_t)> body) {
+  parallel_for(NodeRuns(tasks), body);
+}
+
+// Whether each worker stays on one core: the second, third, ... of those this process may run on, nodes in turn (the
+// first is left to the thread that calls, which stays where its program wants it). Default: MOESAIC_PIN. Without it
+// workers go where the system puts them, on a machine of several nodes within their node.
+enum class Pinning : std::uint8_t { kNone, kCores };
+void set_pinning(Pinning pinning);
 
 }  // namespace moesaic

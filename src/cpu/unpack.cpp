@@ -41,10 +41,9 @@ void unpack_tile(const WeightSpec& spec, const PackLayout& l, const std::byte* t
 void PackedCpu::unpack(std::int64_t local_expert, const Tensor& weight) const {
   if (layout_.kind == PackKind::kU4Pair || layout_.kind == PackKind::kU4Quad)
     unsupported("unpack_expert: weights of four bits are not read back; keep the caller's copy");
-  const std::byte* base = expert(local_expert);
   const bool is_signed = spec_.format == WeightFormat::kI8;  // those are stored + 128
-  parallel_for(layout_.tiles, [&](std::int64_t tile) {
-    const std::byte* from = base + tile * layout_.tile_bytes;
+  parallel_for(nodes_, [&](std::int64_t tile) {
+    const std::byte* from = this->tile(local_expert, tile);
     switch (size_of(weight.dtype)) {
       case 1: unpack_tile<std::uint8_t>(spec_, layout_, from, tile, is_signed ? 0x80 : 0, weight); break;
       case 2: unpack_tile<std::uint16_t>(spec_, layout_, from, tile, 0, weight); break;

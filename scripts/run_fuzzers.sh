@@ -17,7 +17,8 @@ for target in "$build"/*_fuzz; do
   corpus=()
   [ -d "$root/tests/fuzz/corpus/$name" ] && corpus=("$root/tests/fuzz/corpus/$name")
   echo "fuzzing $name for $seconds s"
-  "$target" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
+  # One seed: what a run finds, the next finds, too. Long hunts start the target by hand.
+  "$target" -seed=1 -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
     -artifact_prefix="$build/$name-" "$scratch" "${corpus[@]}" >"$build/$name.log" 2>&1 ||
     { tail -n 60 "$build/$name.log"; echo "$name: FAILED; the input lies beside $build/$name"; exit 1; }
   grep -E 'stat::number_of_executed_units|stat::new_units_added' "$build/$name.log" || true

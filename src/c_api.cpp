@@ -284,7 +284,7 @@ moesaic_status moesaic_available_kernels(moesaic_device_type type, char* out, si
     needed("out", out);
     if (text.size() >= size)
       invalid("size: expected " + std::to_string(text.size() + 1) + " bytes or more, got " +
-              std::to_string(size));
+              std::to_string(size) + "; pass a larger buffer");
     copy_text(text, out, size);
   });
 }

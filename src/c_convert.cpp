@@ -78,7 +78,8 @@ static_assert(static_cast<int>(Format::kBatched) == MOESAIC_BATCHED &&
 }  // namespace
 
 void read_struct(const char* argument, const void* given, std::size_t known, void* out) {
-  if (given == nullptr) invalid(fmt::format("{}: expected a struct, got NULL", argument));
+  if (given == nullptr)
+    invalid(fmt::format("{}: expected a struct, got NULL; pass a pointer to one", argument));
   std::size_t size = 0;
   std::memcpy(&size, given, sizeof size);
   // The limit is far above any struct of this header: it catches a struct that nobody initialized.
@@ -97,7 +98,8 @@ void read_struct(const char* argument, const void* given, std::size_t known, voi
 
 void check_enum(const char* argument, std::int32_t value, std::int32_t count) {
   if (value < 0 || value >= count)
-    invalid(fmt::format("{}: expected 0 to {}, got {}", argument, count - 1, value));
+    invalid(fmt::format("{}: expected 0 to {}, got {}; take a constant of c_types.h", argument,
+                        count - 1, value));
 }
 
 Device to_device(const moesaic_device& device) {
@@ -120,13 +122,16 @@ Tensor to_tensor(const char* argument, const moesaic_tensor* tensor) {
            .rank = tensor->rank};
   for (int i = 0; i < t.rank; ++i) {
     if (tensor->shape[i] < 0)
-      invalid(
-          fmt::format("{}.shape[{}]: expected 0 or more, got {}", argument, i, tensor->shape[i]));
+      invalid(fmt::format("{}.shape[{}]: expected 0 or more, got {}; fix the view", argument, i,
+                          tensor->shape[i]));
     t.shape[static_cast<std::size_t>(i)] = tensor->shape[i];
     t.strides[static_cast<std::size_t>(i)] = tensor->strides[i];
   }
   if (t.data == nullptr && t.numel() > 0)
-    invalid(fmt::format("{}.data: NULL, but the tensor has {} elements", argument, t.numel()));
+    invalid(fmt::format(
+        "{}.data: expected memory for {} elements, got NULL; pass NULL for the whole tensor "
+        "if it is not given",
+        argument, t.numel()));
   return t;
 }
 

@@ -20,14 +20,15 @@ namespace moesaic {
 inline constexpr std::int64_t kAny = -1;
 class Check {
  public:
-  Check(std::string_view argument, const Tensor& tensor);  // throws when undefined
+  // Throws when it is undefined, or its memory cannot be: no pointer, or between two elements.
+  Check(std::string_view argument, const Tensor& tensor);
   const Check& rank(int rank) const;
   const Check& shape(std::initializer_list<std::int64_t> expected) const;  // kAny matches anything
   const Check& dtype(std::initializer_list<DType> allowed) const;
-  const Check& inner_contiguous() const;  // unit stride in the last dimension, rows not overlapping
+  const Check& inner_contiguous() const;  // unit stride in the last dimension
+  const Check& distinct() const;          // no two elements in one place: what is written must be
   const Check& contiguous() const;
   const Check& on(Device device) const;
-  const Check& aligned(std::size_t bytes) const;  // data pointer
 
  private:
   std::string_view argument_;

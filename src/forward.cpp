@@ -10,13 +10,13 @@
 namespace moesaic {
 namespace {
 
-struct RoutedBuffers {        // of one chunk of `tokens` tokens
+struct RoutedBuffers {  // of one chunk of `tokens` tokens
   RowMap rows;
   std::int32_t* slot_row = nullptr;
   void* align_scratch = nullptr;
   InputBuffers input;
   ExpertsBuffers experts;
-  Tensor output;              // [positions, H] in slot_dtype
+  Tensor output;  // [positions, H] in slot_dtype
 };
 
 struct Buffers {
@@ -45,7 +45,7 @@ RoutedBuffers take_routed(Arena& arena, const LayerPlan& plan, std::int64_t toke
 Buffers take_buffers(Arena& arena, const LayerPlan& plan, const LayerPlan* shared,
                      std::int64_t tokens, std::int64_t chunk) {
   Buffers b;
-  b.logits = arena.take<float>(tokens * plan.config.experts);
+  b.logits = arena.take<float>(chunk * plan.config.experts);
   b.ids = arena.take<std::int32_t>(tokens * plan.config.top_k);
   b.weights = arena.take<float>(tokens * plan.config.top_k);
   if (chunk < tokens)
@@ -70,7 +70,8 @@ std::size_t bytes_for(const LayerPlan& plan, const LayerPlan* shared, std::int64
 std::int64_t chunk_tokens(const LayerPlan& plan, const LayerPlan* shared, std::int64_t tokens) {
   const std::size_t cap = plan.config.workspace_cap;
   if (cap == 0 || tokens <= 1 || bytes_for(plan, shared, tokens, tokens) <= cap) return tokens;
-  std::int64_t low = 1, high = tokens;  // low always runs, even if a single token is above the cap
+  std::int64_t low = 1,
+               high = tokens;  // a single token always fits: least_workspace_bytes was checked
   while (high - low > 1) {
     const std::int64_t middle = low + (high - low) / 2;
     (bytes_for(plan, shared, tokens, middle) <= cap ? low : high) = middle;
@@ -102,9 +103,9 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
                            .row_weights = on_input ? weights : nullptr,
                            .layout = input_layout(plan, slots),
                            .slot_row = b.routed.slot_row};
-  // Rows that are quantized by token need no list: align, which does not need them either, may then run beside.
-  const bool by_token =
-      !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
+  // Rows that are quantized by token need no list: align, which does not need them either, may then
+  // run beside.
+  const bool by_token = !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
   Rows input = x;
   if (by_token) input = prepare_input(input_run, b.routed.input, args.stream);
   const bool launched = input.values.data != x.values.data;
@@ -150,19 +151,20 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
     if (layer.shared_gate.defined()) {
       // The gate is a router of one expert: sigmoid(x . g). Its ids (all 0) go where nobody reads
       // them any more once align has run.
-      run.route({.spec = shared.config.routing,
-                 .hidden_states = chunk.x,
-                 .router = {.weight = layer.shared_gate},
-                 .logits_scratch = Tensor::contiguous(b.logits, DType::kF32, {tokens, 1}, plan.device),
-                 .topk_ids = Tensor::contiguous(s.slot_row, DType::kI32, {tokens, 1}, plan.device),
-                 .topk_weights =
-                     Tensor::contiguous(b.shared_weight, DType::kF32, {tokens, 1}, plan.device)},
-                args.stream);
+      run.route(
+          {.spec = shared.config.routing,
+           .hidden_states = chunk.x,
+           .router = {.weight = layer.shared_gate},
+           .logits_scratch = Tensor::contiguous(b.logits, DType::kF32, {tokens, 1}, plan.device),
+           .topk_ids = Tensor::contiguous(s.slot_row, DType::kI32, {tokens, 1}, plan.device),
+           .topk_weights =
+               Tensor::contiguous(b.shared_weight, DType::kF32, {tokens, 1}, plan.device)},
+          args.stream);
       combine.shared_weight = b.shared_weight;
     }
     const Rows shared_input =
-        prepare_input({.plan = &shared, .fc1 = layer.shared_fc1, .rows = &s.rows, .input = x}, s.input,
-                      args.stream);
+        prepare_input({.plan = &shared, .fc1 = layer.shared_fc1, .rows = &s.rows, .input = x},
+                      s.input, args.stream);
     run_experts({.plan = &shared,
                  .fc1 = layer.shared_fc1,
                  .fc2 = layer.shared_fc2,
@@ -247,9 +249,9 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
   Rows hidden{.values = buffers.hidden};
   const SideTensors& side = run.fc2->side;
   if (plan.quantizes_hidden()) {
-    const bool per_expert = (plan.fc2.act_scale == ActScale::kTensorDynamic && run.per_expert_absmax) ||
-                            (plan.fc2.act_scale == ActScale::kTensorStatic &&
-                             side.input_scale.shape[0] > 1);
+    const bool per_expert =
+        (plan.fc2.act_scale == ActScale::kTensorDynamic && run.per_expert_absmax) ||
+        (plan.fc2.act_scale == ActScale::kTensorStatic && side.input_scale.shape[0] > 1);
     if (!fused)
       backend.quantize({.input = buffers.hidden,
                         .rows = &run.rows,
@@ -291,6 +293,10 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
                stream);
 }
 
+std::size_t least_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared) {
+  return bytes_for(plan, shared, plan.config.max_tokens, 1);
+}
+
 std::size_t forward_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared,
                                     std::int64_t tokens) {
   return bytes_for(plan, shared, tokens, chunk_tokens(plan, shared, tokens));
@@ -308,21 +314,27 @@ void forward(const LoadedLayer& layer, const ForwardArgs& args) {
   if (!ids.defined()) {
     ids = Tensor::contiguous(buffers.ids, DType::kI32, {tokens, config.top_k}, plan.device);
     weights = Tensor::contiguous(buffers.weights, DType::kF32, {tokens, config.top_k}, plan.device);
-    if (tokens > 0)
+    // All ids before the first chunk's output: it may be the hidden states themselves, and tokens
+    // are counted over the whole call.
+    const bool given = args.router_logits.defined();
+    for (std::int64_t first = 0; first < tokens; first += chunk) {
+      const std::int64_t count = std::min(chunk, tokens - first);
       plan.backend->route(
           {.spec = config.routing,
-           .logits = args.router_logits,
-           .hidden_states = args.router_logits.defined() ? Tensor{} : args.hidden_states,
+           .logits = given ? args.router_logits.slice(first, count) : Tensor{},
+           .hidden_states = given ? Tensor{} : args.hidden_states.slice(first, count),
            .router = layer.router,
-           .logits_scratch =
-               Tensor::contiguous(buffers.logits, DType::kF32, {tokens, config.experts}, plan.device),
-           .topk_ids = ids,
-           .topk_weights = weights},
+           .logits_scratch = Tensor::contiguous(buffers.logits, DType::kF32,
+                                                {count, config.experts}, plan.device),
+           .topk_ids = ids.slice(first, count),
+           .topk_weights = weights.slice(first, count)},
           args.stream);
+    }
   }
   auto* counts = args.tokens_per_expert.as<std::int32_t>();
   const bool one_chunk = chunk == tokens && tokens > 0;
-  if (counts != nullptr && !one_chunk) {  // counted over the whole call, apart from the chunks' lists
+  if (counts != nullptr &&
+      !one_chunk) {  // counted over the whole call, apart from the chunks' lists
     const std::int64_t slots = tokens * config.top_k;
     plan.backend->align({.topk_ids = ids,
                          .experts = config.experts,

@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Level 3: align, the grouped GEMM, and the sum over slots. The same stages as the layer's, on lists
-// and tensors that the caller owns.
-#include "moesaic/gemm.h"
-
+// Level 3: align, the grouped GEMM, and the sum over slots. The same stages as the layer's, on
+// lists and tensors that the caller owns.
 #include <fmt/format.h>
 
 #include <algorithm>
 
 #include "check.h"
 #include "forward.h"
+#include "moesaic/gemm.h"
 #include "plan.h"
 #include "weights.h"
 
 namespace moesaic {
 
-// --- align ------------------------------------------------------------------------------------------
+// --- align
+// ------------------------------------------------------------------------------------------
 
-std::int64_t align_capacity(std::int64_t slot_count, std::int64_t experts, std::int64_t block_rows) {
+std::int64_t align_capacity(std::int64_t slot_count, std::int64_t experts,
+                            std::int64_t block_rows) {
   check_range("slot_count", slot_count, 0, INT64_C(0x7fffffff));
   check_range("experts", experts, 1, kMaxExperts);
   check_range("block_rows", block_rows, 1, INT64_C(1) << 20);
@@ -40,26 +41,40 @@ void align(const AlignArgs& args) {
   if (local.count == 0) local.count = args.experts - local.first;
   check_range("local.count", local.count, 1, args.experts - local.first);
   if (args.expert_map.defined())
-    check("expert_map", args.expert_map).shape({args.experts}).dtype({DType::kI32}).contiguous().on(device);
+    check("expert_map", args.expert_map)
+        .shape({args.experts})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
   const std::int64_t slots = args.topk_ids.numel();
   const std::int64_t capacity = check_sorted_rows(args.rows, device);
   const std::int64_t needed = align_capacity(slots, args.experts, args.rows.block_rows);
   if (capacity < needed)
-    invalid(fmt::format("rows.slots: {} slots need room for {} (align_capacity), got {}", slots, needed, capacity));
+    invalid(fmt::format(
+        "rows.slots: expected room for {} ({} slots; align_capacity), got {}; make it that long",
+        needed, slots, capacity));
   if (args.slot_row.defined())
     check("slot_row", args.slot_row).dtype({DType::kI32}).contiguous().on(device);
   if (args.slot_row.defined() && args.slot_row.numel() != slots)
-    invalid(fmt::format("slot_row: expected {} elements, got {}", slots, to_string(args.slot_row)));
+    invalid(fmt::format("slot_row: expected {} elements (one per slot), got {}; make it that long",
+                        slots, to_string(args.slot_row)));
   if (args.tokens_per_expert.defined())
-    check("tokens_per_expert", args.tokens_per_expert).shape({local.count}).dtype({DType::kI32}).contiguous().on(device);
+    check("tokens_per_expert", args.tokens_per_expert)
+        .shape({local.count})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
   const Backend& run = backend(device);
-  check_workspace(args.workspace, run.align_scratch_bytes(slots, args.experts), "align_workspace_bytes");
+  check_workspace(args.workspace, run.align_scratch_bytes(slots, args.experts),
+                  "align_workspace_bytes");
   run.align({.topk_ids = args.topk_ids,
              .experts = args.experts,
              .local = local,
              .expert_map = args.expert_map,
              .block_rows = args.rows.block_rows,
-             .rows = {.row_slot = args.rows.slots.as<std::int32_t>(), .positions = capacity, .slot_count = slots},
+             .rows = {.row_slot = args.rows.slots.as<std::int32_t>(),
+                      .positions = capacity,
+                      .slot_count = slots},
              .block_experts = args.rows.block_experts.as<std::int32_t>(),
              .num_padded = args.rows.num_padded.as<std::int32_t>(),
              .slot_row = args.slot_row.as<std::int32_t>(),
@@ -68,7 +83,8 @@ void align(const AlignArgs& args) {
             args.stream);
 }
 
-// --- the grouped GEMM ---------------------------------------------------------------------------------
+// --- the grouped GEMM
+// ---------------------------------------------------------------------------------
 
 namespace {
 
@@ -85,7 +101,10 @@ Resolved resolve(const GroupedGemmArgs& args) {
   const Device device = args.a.device;
   r.batched = args.batched.num_tokens.defined();
   if (r.batched == args.sorted.slots.defined())
-    invalid("sorted / batched: give exactly one of the two formats");
+    invalid(fmt::format(
+        "sorted, batched: expected exactly one of the two formats, got {}; fill in sorted or "
+        "batched.num_tokens",
+        r.batched ? "both" : "neither"));
   check("a", args.a).inner_contiguous();
   check("b.weight", args.b.weight).rank(3).on(device);
   const std::int64_t experts = args.b.weight.shape[0], n = args.b.weight.shape[1];
@@ -114,17 +133,25 @@ Resolved resolve(const GroupedGemmArgs& args) {
     check("a", args.a).dtype({spec.act_dtype});
     check_activation_scale("a_scale", spec, args.a, args.a_scale, device);
   }
-  check("c", args.c).dtype({DType::kF32, DType::kF16, DType::kBF16}).on(device);
+  check("c", args.c).dtype({DType::kF32, DType::kF16, DType::kBF16}).distinct().on(device);
 
   if (r.batched) {
     check("a", args.a).rank(3);
     if (args.a.shape[0] != experts)
-      invalid(fmt::format("a: expected {} experts in the leading dimension, got {}", experts, to_string(args.a)));
+      invalid(
+          fmt::format("a: expected {} experts in the leading dimension, as b.weight has, got {}; "
+                      "pass one buffer per expert",
+                      experts, to_string(args.a)));
     r.capacity = args.a.shape[1];
     check("c", args.c).shape({experts, r.capacity, n});
-    check("batched.num_tokens", args.batched.num_tokens).shape({experts}).dtype({DType::kI32}).contiguous().on(device);
+    check("batched.num_tokens", args.batched.num_tokens)
+        .shape({experts})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
     if (args.row_weights.defined())
-      unsupported("row_weights: the batched format has no slots to index them by; apply them in finalize");
+      unsupported(
+          "row_weights: the batched format has no slots to index them by; apply them in finalize");
     r.positions = checked_mul(experts, r.capacity, "a");
     check_range("a: experts x capacity", r.positions, 0, INT64_C(0x7fffffff));
     r.slot_count = r.positions;
@@ -134,22 +161,29 @@ Resolved resolve(const GroupedGemmArgs& args) {
     const Tensor c = as_rows("c", args.c);
     if (args.c_order == RowOrder::kSlot) {
       r.slot_count = c.shape[0];
-      if (args.a_order == RowOrder::kSlot && r.slot_count != checked_mul(args.a.shape[0], args.top_k, "a"))
-        invalid(fmt::format("c: expected {} x {} rows (one per slot), got {}", args.a.shape[0], args.top_k,
-                            to_string(args.c)));
+      if (args.a_order == RowOrder::kSlot &&
+          r.slot_count != checked_mul(args.a.shape[0], args.top_k, "a"))
+        invalid(
+            fmt::format("c: expected {} x {} rows (one per slot), got {}; set top_k, or pass rows "
+                        "for every slot",
+                        args.a.shape[0], args.top_k, to_string(args.c)));
     } else {
       check("c (sorted rows)", c).shape({r.positions, n});
       r.slot_count = args.a_order == RowOrder::kSlot ? checked_mul(args.a.shape[0], args.top_k, "a")
                      : args.row_weights.defined()    ? args.row_weights.numel()
                                                      : INT64_C(0x7fffffff);
     }
-    if (c.shape[1] != n) invalid(fmt::format("c: expected {} columns, got {}", n, to_string(args.c)));
+    if (c.shape[1] != n)
+      invalid(fmt::format(
+          "c: expected {} columns, as b.weight has rows, got {}; pass a view of that width", n,
+          to_string(args.c)));
     if (args.a_order == RowOrder::kSorted) check("a (sorted rows)", args.a).shape({r.positions, k});
     if (args.row_weights.defined()) {
       check("row_weights", args.row_weights).dtype({DType::kF32}).contiguous().on(device);
       if (args.row_weights.numel() < r.slot_count)
-        invalid(fmt::format("row_weights: expected {} values (one per slot), got {}", r.slot_count,
-                            to_string(args.row_weights)));
+        invalid(fmt::format(
+            "row_weights: expected {} values (one per slot), got {}; pass a weight for every slot",
+            r.slot_count, to_string(args.row_weights)));
     }
   }
   r.a = as_rows("a", args.a);
@@ -165,9 +199,10 @@ struct Buffers {
 Buffers take_buffers(Arena& arena, const Resolved& r) {
   const LayerPlan& plan = r.plan;
   Buffers b;
-  b.rows = take_row_map(arena, r.positions, r.batched ? plan.fc1.experts : r.positions, r.slot_count);
-  b.input = take_input_buffers(arena, plan,
-                               {.tokens = r.batched ? r.positions : r.a.shape[0], .positions = r.positions});
+  b.rows =
+      take_row_map(arena, r.positions, r.batched ? plan.fc1.experts : r.positions, r.slot_count);
+  b.input = take_input_buffers(
+      arena, plan, {.tokens = r.batched ? r.positions : r.a.shape[0], .positions = r.positions});
   b.scratch = arena.take(plan.backend->gemm_scratch_bytes(plan.fc1, r.positions));
   return b;
 }
@@ -185,7 +220,9 @@ void grouped_gemm(const GroupedGemmArgs& args) {
   const LayerPlan& plan = r.plan;
   WeightOperand b{.spec = plan.fc1};
   GemmWeights given = args.b;
-  if (plan.fc1.act_scale == ActScale::kTensorStatic && !given.input_scale.defined()) given.input_scale = args.a_scale;
+  if (plan.fc1.act_scale == ActScale::kTensorStatic && !given.input_scale.defined())
+    given.input_scale = args.a_scale;
+  check_in_place(plan.device, given, {}, "b");
   b.plain = normalize(plan.fc1, plan.fc1.experts, given, "b");
   b.side = side_views(plan.fc1, plan.fc1.experts, b.plain, {}, "b");
 
@@ -219,32 +256,47 @@ void grouped_gemm(const GroupedGemmArgs& args) {
                  .row = by_slot ? RowOf::kToken : RowOf::kPosition},
        .per_expert_absmax = r.batched},
       buffers.input, args.stream);
-  plan.backend->gemm({.rows = rows,
-                      .a = input.values,
-                      .a_scale = input.scale,
-                      .a_row = input.row,
-                      .top_k = args.top_k,
-                      .b = &b,
-                      .row_weights = args.row_weights.as<float>(),
-                      .c = r.c,
-                      .c_row = r.batched || args.c_order == RowOrder::kSorted ? RowOf::kPosition : RowOf::kSlot,
-                      .scratch = buffers.scratch},
-                     args.stream);
+  plan.backend->gemm(
+      {.rows = rows,
+       .a = input.values,
+       .a_scale = input.scale,
+       .a_row = input.row,
+       .top_k = args.top_k,
+       .b = &b,
+       .row_weights = args.row_weights.as<float>(),
+       .c = r.c,
+       .c_row = r.batched || args.c_order == RowOrder::kSorted ? RowOf::kPosition : RowOf::kSlot,
+       .scratch = buffers.scratch},
+      args.stream);
 }
 
-// --- sum ------------------------------------------------------------------------------------------------
+// --- sum
+// ------------------------------------------------------------------------------------------------
 
 void sum_slots(const SumArgs& args) {
   const Device device = args.output.device;
-  check("output", args.output).rank(2).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous();
+  check("output", args.output)
+      .rank(2)
+      .dtype({DType::kF32, DType::kF16, DType::kBF16})
+      .inner_contiguous()
+      .distinct();
   const std::int64_t tokens = args.output.shape[0], hidden = args.output.shape[1];
-  check("input", args.input).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous().on(device);
+  check("input", args.input)
+      .dtype({DType::kF32, DType::kF16, DType::kBF16})
+      .inner_contiguous()
+      .on(device);
   const Tensor rows = as_rows("input", args.input);
   if (rows.shape[1] != hidden)
-    invalid(fmt::format("input: expected {} columns, got {}", hidden, to_string(args.input)));
+    invalid(
+        fmt::format("input: expected {} columns, as output has, got {}; pass a view of that width",
+                    hidden, to_string(args.input)));
   std::int64_t top_k = 1;
   if (args.slot_row.defined()) {
-    check("slot_row", args.slot_row).shape({tokens, kAny}).dtype({DType::kI32}).contiguous().on(device);
+    check("slot_row", args.slot_row)
+        .shape({tokens, kAny})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
     top_k = args.slot_row.shape[1];
   } else {
     check("input", args.input).rank(3).shape({tokens, kAny, hidden});
@@ -252,9 +304,17 @@ void sum_slots(const SumArgs& args) {
   }
   check_range("top_k", top_k, 1, kMaxTopK);
   if (args.topk_weights.defined())
-    check("topk_weights", args.topk_weights).shape({tokens, top_k}).dtype({DType::kF32}).contiguous().on(device);
+    check("topk_weights", args.topk_weights)
+        .shape({tokens, top_k})
+        .dtype({DType::kF32})
+        .contiguous()
+        .on(device);
   if (args.topk_ids.defined())
-    check("topk_ids", args.topk_ids).shape({tokens, top_k}).dtype({DType::kI32}).contiguous().on(device);
+    check("topk_ids", args.topk_ids)
+        .shape({tokens, top_k})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
   if (tokens == 0) return;
   backend(device).combine({.rows = rows,
                            .slot_row = args.slot_row.as<std::int32_t>(),

@@ -16,7 +16,8 @@
 
 namespace moesaic {
 
-// --- one product of a layer -----------------------------------------------------------------------
+// --- one product of a layer
+// -----------------------------------------------------------------------
 
 PackedProduct::PackedProduct(const LayerPlan& plan, const WeightSpec& spec)
     : backend_(plan.backend), packed_(plan.backend->make_packed(spec)), side_(*plan.backend, spec) {
@@ -32,18 +33,21 @@ void PackedProduct::load(std::int64_t expert, const GemmWeights& weights,
   side_.load(expert, side, argument);
 }
 
-void PackedProduct::unpack(std::int64_t expert, const Tensor& weight, std::string_view argument) const {
+void PackedProduct::unpack(std::int64_t expert, const Tensor& weight,
+                           std::string_view argument) const {
   const WeightSpec& spec = operand_.spec;
   const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
-  check(argument, weight).shape({1, spec.n, four_bit ? spec.k / 2 : spec.k}).dtype({weight_dtype(spec.format)});
+  check(argument, weight)
+      .shape({1, spec.n, four_bit ? spec.k / 2 : spec.k})
+      .dtype({weight_dtype(spec.format)});
   packed_->unpack(expert, weight);
 }
 
 void PackedProduct::finish(std::string_view argument) {
   side_.check_complete(argument);
   operand_.side = side_.tensors();
-  // The same static scale for every expert (the usual file) is a scalar: x is then quantized once per
-  // token instead of once per slot.
+  // The same static scale for every expert (the usual file) is a scalar: x is then quantized once
+  // per token instead of once per slot.
   Tensor& scale = operand_.side.input_scale;
   if (scale.defined()) {
     const std::vector<float> values = to_host_f32(*backend_, scale);
@@ -52,7 +56,8 @@ void PackedProduct::finish(std::string_view argument) {
   }
 }
 
-// --- attaching weights ----------------------------------------------------------------------------
+// --- attaching weights
+// ----------------------------------------------------------------------------
 
 namespace {
 
@@ -78,8 +83,9 @@ ActivationWeights expert_of(const ActivationWeights& all, std::int64_t e) {
 void check_leading(std::string_view argument, const Tensor& weight, std::int64_t experts) {
   check(argument, weight);
   if (weight.rank < 1 || weight.shape[0] != experts)
-    invalid(fmt::format("{}: expected {} local experts in the leading dimension, got {}", argument,
-                        experts, to_string(weight)));
+    invalid(fmt::format(
+        "{}: expected {} local experts in the leading dimension, got {}; load_expert takes one",
+        argument, experts, to_string(weight)));
 }
 
 }  // namespace
@@ -95,10 +101,13 @@ Layer::Impl::Impl(const LayerConfig& config, Device device)
     plan.backend->copy(shared->ids.view().data, zeros.data(), zeros.size() * 4, {});
   }
   if (config.workspace_cap > 0 && plan.config.max_tokens > 0) {
-    const std::size_t one = forward_workspace_bytes(plan, shared ? &shared->plan : nullptr, 1);
-    if (one > config.workspace_cap)
-      invalid(fmt::format("workspace_cap: {} bytes do not hold a single token, which needs {}",
-                          config.workspace_cap, one));
+    const std::size_t least = least_workspace_bytes(plan, shared ? &shared->plan : nullptr);
+    if (least > config.workspace_cap)
+      invalid(
+          fmt::format("workspace_cap: expected at least {} bytes (max_tokens = {}, one token at a "
+                      "time), got {}; "
+                      "raise it or lower max_tokens",
+                      least, plan.config.max_tokens, config.workspace_cap));
   }
 }
 
@@ -125,7 +134,8 @@ void Layer::load(const LayerWeights& weights) {
   const std::int64_t experts = impl_->plan.fc1.experts;
   check_leading("fc1.weight", weights.fc1.weight, experts);
   check_leading("fc2.weight", weights.fc2.weight, experts);
-  // Whole-tensor checks first: a complaint speaks of the tensor the caller passed, and nothing is half loaded.
+  // Whole-tensor checks first: a complaint speaks of the tensor the caller passed, and nothing is
+  // half loaded.
   side_views(impl_->plan.fc1, experts, normalize(impl_->plan.fc1, experts, weights.fc1, "fc1"),
              weights.activation, "fc1");
   normalize(impl_->plan.fc2, experts, weights.fc2, "fc2");
@@ -149,7 +159,8 @@ void Layer::unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Te
   const Impl& self = *impl_;
   check_range("local_expert", local_expert, 0, self.plan.fc1.experts - 1);
   if (!self.is_ready)
-    throw Error(ErrorCode::kNotReady, "unpack_expert: the layer has no weights yet; call load or load_expert");
+    throw Error(ErrorCode::kNotReady,
+                "unpack_expert: the layer has no weights yet; call load or load_expert");
   self.fc1.unpack(local_expert, fc1, "fc1");
   self.fc2.unpack(local_expert, fc2, "fc2");
 }
@@ -157,7 +168,9 @@ void Layer::unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Te
 void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
   Impl& self = *impl_;
   if (!self.shared)
-    invalid("load_shared: the configuration has shared_experts = 0; set it to the number of shared experts");
+    invalid(
+        "load_shared: the configuration has shared_experts = 0; set it to the number of shared "
+        "experts");
   Tensor row = gate;
   if (gate.defined()) {
     // The gate reads the layer's input, as a router does.
@@ -209,7 +222,9 @@ void Layer::set_router(const RouterWeights& router) {
   const std::int64_t experts = self.plan.config.experts, hidden = self.plan.config.hidden;
   RouterWeights kept;
   if (router.weight.defined()) {
-    check("router.weight", router.weight).shape({experts, hidden}).dtype({DType::kF32, DType::kF16, DType::kBF16});
+    check("router.weight", router.weight)
+        .shape({experts, hidden})
+        .dtype({DType::kF32, DType::kF16, DType::kBF16});
     kept.weight = self.keep(router.weight, {experts, hidden});
   }
   const auto keep_vector = [&](std::string_view argument, const Tensor& t) {
@@ -229,10 +244,14 @@ std::size_t Layer::weight_bytes() const {
   return bytes;
 }
 
-// --- running --------------------------------------------------------------------------------------
+// --- running
+// --------------------------------------------------------------------------------------
 
 LoadedLayer Layer::Impl::loaded_layer() const {
-  LoadedLayer view{.plan = &plan, .fc1 = &fc1.operand(), .fc2 = &fc2.operand(), .router = router,
+  LoadedLayer view{.plan = &plan,
+                   .fc1 = &fc1.operand(),
+                   .fc2 = &fc2.operand(),
+                   .router = router,
                    .tactics = tactics};
   if (shared) {
     view.shared_plan = &shared->plan;
@@ -246,7 +265,8 @@ LoadedLayer Layer::Impl::loaded_layer() const {
 
 std::size_t Layer::workspace_bytes(std::int64_t tokens) const {
   check_range("tokens", tokens, 0, config().max_tokens);
-  return forward_workspace_bytes(impl_->plan, impl_->shared ? &impl_->shared->plan : nullptr, tokens);
+  return forward_workspace_bytes(impl_->plan, impl_->shared ? &impl_->shared->plan : nullptr,
+                                 tokens);
 }
 
 namespace {
@@ -261,15 +281,18 @@ void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {
       .on(device);
   const std::int64_t tokens = args.hidden_states.shape[0];
   if (tokens > config.max_tokens)
-    invalid(fmt::format("hidden_states: {} tokens are more than max_tokens = {}; raise it in the "
-                        "configuration or split the batch",
-                        tokens, config.max_tokens));
+    invalid(
+        fmt::format("hidden_states: {} tokens are more than max_tokens = {}; raise it in the "
+                    "configuration or split the batch",
+                    tokens, config.max_tokens));
   check("output", args.output)
       .shape({tokens, config.hidden})
       .dtype({config.output_dtype})
       .inner_contiguous()
+      .distinct()
       .on(device);
-  check_activation_scale("hidden_scale", layer.plan.fc1, args.hidden_states, args.hidden_scale, device);
+  check_activation_scale("hidden_scale", layer.plan.fc1, args.hidden_states, args.hidden_scale,
+                         device);
 
   if (args.topk_ids.defined()) {
     check("topk_ids", args.topk_ids)
@@ -294,12 +317,14 @@ void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {
         .on(device);
   } else {
     if (!layer.router.weight.defined())
-      throw Error(ErrorCode::kNotReady,
-                  "forward: no topk_ids, no router_logits, and no router attached; pass one of the two or "
-                  "call set_router first");
+      throw Error(
+          ErrorCode::kNotReady,
+          "forward: no topk_ids, no router_logits, and no router attached; pass one of the two or "
+          "call set_router first");
     if (!is_float(config.input_dtype))
-      unsupported("forward: the attached router reads f32, f16 or bf16 hidden_states, not 8-bit ones; pass "
-                  "router_logits or topk_ids");
+      unsupported(
+          "forward: the attached router reads f32, f16 or bf16 hidden_states, not 8-bit ones; pass "
+          "router_logits or topk_ids");
   }
   if (args.tokens_per_expert.defined())
     check("tokens_per_expert", args.tokens_per_expert)
@@ -307,9 +332,10 @@ void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {
         .dtype({DType::kI32})
         .contiguous()
         .on(device);
-  check_workspace(args.workspace,
-                  forward_workspace_bytes(layer.plan, layer.shared ? &layer.shared->plan : nullptr, tokens),
-                  "workspace_bytes(tokens)");
+  check_workspace(
+      args.workspace,
+      forward_workspace_bytes(layer.plan, layer.shared ? &layer.shared->plan : nullptr, tokens),
+      "workspace_bytes(tokens)");
 }
 
 }  // namespace
@@ -318,18 +344,23 @@ void Layer::forward(const ForwardArgs& args) const {
   if (!ready()) {
     const auto& loaded = impl_->loaded;
     const auto missing = std::find(loaded.begin(), loaded.end(), false);
-    throw Error(ErrorCode::kNotReady,
-                missing != loaded.end()
-                    ? fmt::format("forward: local expert {} has no weights yet; call load or load_expert",
-                                  missing - loaded.begin())
-                    : std::string("forward: the shared experts have no weights yet; call load_shared"));
+    throw Error(
+        ErrorCode::kNotReady,
+        missing != loaded.end()
+            ? fmt::format("forward: local expert {} has no weights yet; call load or load_expert",
+                          missing - loaded.begin())
+            : std::string("forward: the shared experts have no weights yet; call load_shared"));
   }
   check_forward(*impl_, args);
   moesaic::forward(impl_->loaded_layer(), args);
 }
 
-std::vector<Tactic> Layer::tactics_gemm1() const { return impl_->plan.backend->tactics(impl_->plan.fc1); }
-std::vector<Tactic> Layer::tactics_gemm2() const { return impl_->plan.backend->tactics(impl_->plan.fc2); }
+std::vector<Tactic> Layer::tactics_gemm1() const {
+  return impl_->plan.backend->tactics(impl_->plan.fc1);
+}
+std::vector<Tactic> Layer::tactics_gemm2() const {
+  return impl_->plan.backend->tactics(impl_->plan.fc2);
+}
 void Layer::set_tactics(TacticPair pair) { impl_->tactics = pair; }
 
 }  // namespace moesaic

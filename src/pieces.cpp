@@ -22,25 +22,42 @@ void route(const RouteArgs& args) {
   const Device device = args.topk_ids.device;
   check("topk_ids", args.topk_ids).rank(2).dtype({DType::kI32}).contiguous();
   const std::int64_t tokens = args.topk_ids.shape[0], top_k = args.topk_ids.shape[1];
-  check("topk_weights", args.topk_weights).shape({tokens, top_k}).dtype({DType::kF32}).contiguous().on(device);
+  check("topk_weights", args.topk_weights)
+      .shape({tokens, top_k})
+      .dtype({DType::kF32})
+      .contiguous()
+      .on(device);
   const bool computes = !args.logits.defined();
   std::int64_t experts = 0;
   if (computes) {
-    check("router.weight", args.router.weight).rank(2).dtype({DType::kF32, DType::kF16, DType::kBF16}).contiguous().on(device);
+    check("router.weight", args.router.weight)
+        .rank(2)
+        .dtype({DType::kF32, DType::kF16, DType::kBF16})
+        .contiguous()
+        .on(device);
     experts = args.router.weight.shape[0];
     check("hidden_states", args.hidden_states)
         .shape({tokens, args.router.weight.shape[1]})
         .dtype({DType::kF32, DType::kF16, DType::kBF16})
         .inner_contiguous()
         .on(device);
-    check_workspace(args.workspace, route_workspace_bytes(tokens, experts), "route_workspace_bytes");
+    check_workspace(args.workspace, route_workspace_bytes(tokens, experts),
+                    "route_workspace_bytes");
   } else {
-    check("logits", args.logits).shape({tokens, kAny}).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous().on(device);
+    check("logits", args.logits)
+        .shape({tokens, kAny})
+        .dtype({DType::kF32, DType::kF16, DType::kBF16})
+        .inner_contiguous()
+        .on(device);
     experts = args.logits.shape[1];
   }
   const auto per_expert = [&](std::string_view argument, const Tensor& t) {
     if (t.defined())
-      check(argument, t).shape({experts}).dtype({DType::kF32, DType::kF16, DType::kBF16}).contiguous().on(device);
+      check(argument, t)
+          .shape({experts})
+          .dtype({DType::kF32, DType::kF16, DType::kBF16})
+          .contiguous()
+          .on(device);
   };
   per_expert("router.bias", args.router.bias);
   per_expert("router.selection_bias", args.router.selection_bias);
@@ -78,20 +95,28 @@ Quantization resolve(const QuantizeArgs& args) {
   Quantization q;
   const Device device = args.input.device;
   q.batched = args.num_tokens.defined();
-  check("input", args.input).rank(q.batched ? 3 : 2).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous();
+  check("input", args.input)
+      .rank(q.batched ? 3 : 2)
+      .dtype({DType::kF32, DType::kF16, DType::kBF16})
+      .inner_contiguous();
   const std::int64_t columns = args.input.shape[args.input.rank - 1];
   q.capacity = args.input.shape[q.batched ? 1 : 0];
   if (q.batched) {
     q.experts = args.input.shape[0];
     check_range("input: experts", q.experts, 1, kMaxExperts);
-    check("num_tokens", args.num_tokens).shape({q.experts}).dtype({DType::kI32}).contiguous().on(device);
+    check("num_tokens", args.num_tokens)
+        .shape({q.experts})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
   }
   q.positions = checked_mul(q.experts, q.capacity, "input");
   check_range("input: rows", q.positions, 0, INT64_C(0x7fffffff));
   if (args.to != DType::kF8E4M3 && args.to != DType::kI8)
-    unsupported(fmt::format("to: expected fp8_e4m3 or i8, got {}", name(args.to)));
+    unsupported(
+        fmt::format("to: expected fp8_e4m3 or i8, got {}; choose one of the two", name(args.to)));
   const Check output = check("output", args.output);
-  output.dtype({args.to}).inner_contiguous().on(device);
+  output.dtype({args.to}).inner_contiguous().distinct().on(device);
   if (q.batched)
     output.shape({q.experts, q.capacity, columns});
   else
@@ -114,7 +139,9 @@ Quantization resolve(const QuantizeArgs& args) {
   else
     scale.shape({q.capacity, q.scale_row_stride});
   if (args.granularity == ActScale::kDefault)
-    invalid("granularity: say which: tensor_static, tensor_dynamic, token or group");
+    invalid(
+        "granularity: expected tensor_static, tensor_dynamic, token or group, got default; name "
+        "one: there is no scheme here whose own it could be");
   if (args.granularity == ActScale::kTensorStatic) {
     const Check given = check("static_scale", args.static_scale);
     given.dtype({DType::kF32}).contiguous().on(device);
@@ -133,10 +160,12 @@ QuantizeBuffers take_quantize(Arena& arena, const QuantizeArgs& args, const Quan
   QuantizeBuffers b;
   if (q.batched) {
     b.rows = take_row_map(arena, q.positions, q.experts, q.positions);
-    set_tile_rows(b.rows, q.experts, kMinTileRows);  // a row is all the work there is: no reason for larger tiles
+    set_tile_rows(b.rows, q.experts,
+                  kMinTileRows);  // a row is all the work there is: no reason for larger tiles
   }
   if (q.batched || args.granularity == ActScale::kTensorDynamic)
-    b.scratch = arena.take(backend(args.input.device).quantize_scratch_bytes(q.positions, q.experts));
+    b.scratch =
+        arena.take(backend(args.input.device).quantize_scratch_bytes(q.positions, q.experts));
   return b;
 }
 
@@ -158,7 +187,10 @@ void quantize(const QuantizeArgs& args) {
   const QuantizeBuffers b = take_quantize(arena, args, q);
   const Backend& run = backend(args.input.device);
   if (q.batched)
-    run.tiles({.batched = {.num_tokens = args.num_tokens}, .capacity = q.capacity, .experts = q.experts, .rows = b.rows},
+    run.tiles({.batched = {.num_tokens = args.num_tokens},
+               .capacity = q.capacity,
+               .experts = q.experts,
+               .rows = b.rows},
               args.stream);
   run.quantize({.input = q.input,
                 .rows = q.batched ? &b.rows : nullptr,
@@ -177,24 +209,41 @@ void quantize(const QuantizeArgs& args) {
 
 void activate(const ActivateArgs& args) {
   const Device device = args.input.device;
-  check("input", args.input).rank(2).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous();
+  check("input", args.input)
+      .rank(2)
+      .dtype({DType::kF32, DType::kF16, DType::kBF16})
+      .inner_contiguous();
   const std::int64_t rows = args.input.shape[0], n = args.input.shape[1];
   const bool gated = is_gated(args.spec.kind);
   if (gated && n % 2 != 0)
-    invalid(fmt::format("input: {} is gated and takes an even number of columns, got {}", name(args.spec.kind), n));
+    invalid(fmt::format(
+        "input: {} is gated and takes an even number of columns, got {}; pass gate and up",
+        name(args.spec.kind), n));
   check("output", args.output)
       .shape({rows, gated ? n / 2 : n})
       .dtype({DType::kF32, DType::kF16, DType::kBF16})
       .inner_contiguous()
+      .distinct()
       .on(device);
   const ActivationWeights& p = args.parameters;
   if (p.alpha.defined() || p.beta.defined() || p.limit.defined()) {
     if (!args.row_expert.defined())
-      invalid("row_expert: is required when alpha, beta or limit are given per expert");
+      invalid(
+          "row_expert: is required when alpha, beta or limit are given per expert, and was not "
+          "given; pass i32 [R]");
+    std::int64_t experts = kAny;  // what row_expert may name: the same in all of them
     for (const auto& [argument, t] : {std::pair{"parameters.alpha", &p.alpha},
                                       {"parameters.beta", &p.beta},
-                                      {"parameters.limit", &p.limit}})
-      if (t->defined()) check(argument, *t).rank(1).dtype({DType::kF32}).contiguous().on(device);
+                                      {"parameters.limit", &p.limit}}) {
+      if (!t->defined()) continue;
+      check(argument, *t)
+          .rank(1)
+          .shape({experts})
+          .dtype({DType::kF32})
+          .contiguous()
+          .on(device);
+      experts = t->shape[0];
+    }
   }
   if (args.row_expert.defined())
     check("row_expert", args.row_expert).shape({rows}).dtype({DType::kI32}).contiguous().on(device);
@@ -207,7 +256,8 @@ void activate(const ActivateArgs& args) {
                            args.stream);
 }
 
-// --- the support matrix -----------------------------------------------------------------------------
+// --- the support matrix
+// -----------------------------------------------------------------------------
 
 Support supports(const LayerConfig& config, Format format, Device device) {
   try {

@@ -14,9 +14,10 @@ namespace {
 void check_dtypes(const LayerConfig& config) {
   const SchemeTraits& scheme = traits(config.quant.scheme);
   const auto refuse_input = [&](std::string_view expected) {
-    unsupported(fmt::format("input_dtype: scheme {} takes {}, not {}; convert the activations or choose "
-                            "another scheme",
-                            scheme.name, expected, name(config.input_dtype)));
+    unsupported(
+        fmt::format("input_dtype: scheme {} takes {}, not {}; convert the activations or choose "
+                    "another scheme",
+                    scheme.name, expected, name(config.input_dtype)));
   };
   const DType in = config.input_dtype;
   switch (config.quant.scheme) {
@@ -37,12 +38,15 @@ void check_dtypes(const LayerConfig& config) {
                      : scheme.act == ActFormat::kI8 ? "f16, bf16 or i8"
                                                     : "f16 or bf16");
       if (eight_bit && config.weight_on == WeightOn::kInput)
-        unsupported("weight_on: routing weights cannot multiply an input that is already 8 bit; pass "
-                    "16-bit hidden_states");
+        unsupported(
+            "weight_on: routing weights cannot multiply an input that is already 8 bit; pass "
+            "16-bit hidden_states");
     }
   }
   if (!is_float(config.output_dtype))
-    unsupported(fmt::format("output_dtype: expected f32, f16 or bf16, got {}", name(config.output_dtype)));
+    unsupported(fmt::format(
+        "output_dtype: expected f32, f16 or bf16, got {}; convert the output afterwards",
+        name(config.output_dtype)));
 }
 
 }  // namespace
@@ -54,16 +58,25 @@ void check_routing(const RoutingSpec& r, std::int64_t experts, std::int64_t top_
   if (grouped) {
     check_range("routing.groups", r.groups, 1, experts);
     if (experts % r.groups != 0)
-      invalid(fmt::format("routing.groups: {} does not divide {} experts", r.groups, experts));
+      invalid(fmt::format(
+          "routing.groups: expected a divisor of {} experts, got {}; the model's n_group is one",
+          experts, r.groups));
     check_range("routing.topk_groups", r.topk_groups, 1, r.groups);
     if (top_k > r.topk_groups * (experts / r.groups))
-      invalid(fmt::format("top_k: {} is more than the {} experts of {} chosen groups", top_k,
-                          r.topk_groups * (experts / r.groups), r.topk_groups));
+      invalid(
+          fmt::format("top_k: expected at most {}, the experts of {} chosen groups, got {}; raise "
+                      "routing.topk_groups",
+                      r.topk_groups * (experts / r.groups), r.topk_groups, top_k));
   }
   if (r.method == RoutingMethod::kLlama4 && top_k != 1)
-    invalid(fmt::format("top_k: routing llama4 picks 1 expert, not {}", top_k));
+    invalid(fmt::format(
+        "top_k: routing llama4 picks 1 expert, not {}; set top_k to 1, or take another routing",
+        top_k));
   if (r.method == RoutingMethod::kSparseMixer && top_k != 2)
-    invalid(fmt::format("top_k: routing sparsemixer picks 2 experts, not {}", top_k));
+    invalid(
+        fmt::format("top_k: routing sparsemixer picks 2 experts, not {}; set top_k to 2, or take "
+                    "another routing",
+                    top_k));
 }
 
 LayerPlan make_plan(const LayerConfig& given, Device device) {
@@ -87,8 +100,9 @@ LayerPlan make_plan(const LayerConfig& given, Device device) {
   plan.fc1 = weight_spec(config, Product::kFc1);
   plan.fc2 = weight_spec(config, Product::kFc2);
   if (config.workspace_cap > 0 && plan.fc1.act_scale == ActScale::kTensorDynamic)
-    unsupported("workspace_cap: dynamic per-tensor scales span the whole batch, so it cannot run in "
-                "token chunks with the same bits; use a static act_scale or no cap");
+    unsupported(
+        "workspace_cap: dynamic per-tensor scales span the whole batch, so it cannot run in "
+        "token chunks with the same bits; use a static act_scale or no cap");
   plan.slot_dtype = plan.backend->slot_dtype(plan.fc2);
   return plan;
 }
@@ -107,9 +121,12 @@ LayerPlan make_shared_plan(const LayerPlan& plan) {
 
 std::int64_t scale_row_stride(const WeightSpec& spec) {
   switch (spec.act_scale) {
-    case ActScale::kToken: return 1;
-    case ActScale::kGroup: return (spec.k + spec.act_group - 1) / spec.act_group;
-    default: return 0;
+    case ActScale::kToken:
+      return 1;
+    case ActScale::kGroup:
+      return (spec.k + spec.act_group - 1) / spec.act_group;
+    default:
+      return 0;
   }
 }
 
@@ -143,8 +160,8 @@ void check_activation_scale(std::string_view argument, const WeightSpec& spec, c
                             const Tensor& scale, Device device) {
   if (is_float(values.dtype)) {
     if (scale.defined())
-      invalid(fmt::format("{}: the activations are {}, which carry no scales; leave it undefined", argument,
-                          name(values.dtype)));
+      invalid(fmt::format("{}: the activations are {}, which carry no scales; leave it undefined",
+                          argument, name(values.dtype)));
     return;
   }
   const Check c = check(argument, scale);
@@ -168,8 +185,8 @@ bool must_expand(const LayerPlan& plan, const SideTensors* side) {
     return plan.fc1.act_scale == ActScale::kTensorStatic || may_have_prequant(plan.fc1.scheme);
   const bool per_expert_scale = plan.fc1.act_scale == ActScale::kTensorStatic &&
                                 plan.quantizes_input() && side->input_scale.shape[0] > 1;
-  const bool per_expert_factor = side->prequant.defined() && side->prequant.rank == 2 &&
-                                 side->prequant.shape[0] > 1;
+  const bool per_expert_factor =
+      side->prequant.defined() && side->prequant.rank == 2 && side->prequant.shape[0] > 1;
   return per_expert_scale || per_expert_factor;
 }
 
@@ -229,15 +246,19 @@ std::int64_t check_sorted_rows(const SortedRows& sorted, Device device) {
   const Check experts = check("sorted.block_experts", sorted.block_experts);
   experts.rank(1).dtype({DType::kI32}).contiguous().on(device);
   if (sorted.block_experts.shape[0] < blocks)
-    invalid(fmt::format("sorted.block_experts: {} slots in blocks of {} need {} entries, got {}", capacity,
-                        sorted.block_rows, blocks, to_string(sorted.block_experts)));
+    invalid(
+        fmt::format("sorted.block_experts: expected {} entries ({} slots in blocks of {}), got {}; "
+                    "make it that long",
+                    blocks, capacity, sorted.block_rows, to_string(sorted.block_experts)));
   check("sorted.num_padded", sorted.num_padded).dtype({DType::kI32}).on(device);
   if (sorted.num_padded.numel() != 1)
-    invalid("sorted.num_padded: expected one element, got " + to_string(sorted.num_padded));
+    invalid("sorted.num_padded: expected one element, got " + to_string(sorted.num_padded) +
+            "; pass i32 [1]");
   return capacity;
 }
 
-RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts, std::int64_t slots) {
+RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts,
+                    std::int64_t slots) {
   RowMap rows{.positions = positions, .slot_count = slots};
   rows.tiles = arena.take<Tile>(max_tiles(positions, experts, kMinTileRows));
   rows.num_tiles = arena.take<std::int32_t>(1);

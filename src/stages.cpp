@@ -22,17 +22,23 @@ Tensor flatten_batched(std::string_view argument, const Tensor& t) {
 }
 
 void check_ids(const LayerConfig& config, const Tensor& ids, std::int64_t tokens, Device device) {
-  check("topk_ids", ids).shape({tokens, config.top_k}).dtype({DType::kI32, DType::kI64}).contiguous().on(device);
+  check("topk_ids", ids)
+      .shape({tokens, config.top_k})
+      .dtype({DType::kI32, DType::kI64})
+      .contiguous()
+      .on(device);
 }
 void check_expert_map(const LayerConfig& config, const Tensor& map, Device device) {
   if (map.defined())
     check("expert_map", map).shape({config.experts}).dtype({DType::kI32}).contiguous().on(device);
 }
 void check_positions(std::int64_t experts, std::int64_t capacity) {
-  check_range("rows: experts x capacity", checked_mul(experts, capacity, "rows"), 0, INT64_C(0x7fffffff));
+  check_range("rows: experts x capacity", checked_mul(experts, capacity, "rows"), 0,
+              INT64_C(0x7fffffff));
 }
 
-// --- workspaces: each stage's buffers, and (on an empty arena) their size ---------------------------
+// --- workspaces: each stage's buffers, and (on an empty arena) their size
+// ---------------------------
 
 struct PrepareBuffers {
   RowMap rows;
@@ -40,7 +46,8 @@ struct PrepareBuffers {
   void* align_scratch = nullptr;
   void* quantize_scratch = nullptr;
 };
-PrepareBuffers take_prepare(Arena& arena, const LayerPlan& plan, std::int64_t tokens, std::int64_t capacity) {
+PrepareBuffers take_prepare(Arena& arena, const LayerPlan& plan, std::int64_t tokens,
+                            std::int64_t capacity) {
   const std::int64_t experts = plan.fc1.experts, positions = experts * capacity;
   const std::int64_t slots = tokens * plan.config.top_k;
   PrepareBuffers b;
@@ -58,8 +65,8 @@ struct ExpertsStageBuffers {
   InputBuffers input;
   ExpertsBuffers experts;
 };
-ExpertsStageBuffers take_experts(Arena& arena, const LayerPlan& plan, Format format, std::int64_t tokens,
-                                 std::int64_t capacity) {
+ExpertsStageBuffers take_experts(Arena& arena, const LayerPlan& plan, Format format,
+                                 std::int64_t tokens, std::int64_t capacity) {
   const std::int64_t experts = plan.fc1.experts;
   const std::int64_t positions = format == Format::kBatched ? experts * capacity : capacity;
   const std::int64_t slots = format == Format::kBatched ? positions : tokens * plan.config.top_k;
@@ -80,8 +87,9 @@ struct FinalizeBuffers {
 };
 FinalizeBuffers take_finalize(Arena& arena, const LayerPlan& plan, std::int64_t tokens) {
   const std::int64_t slots = tokens * plan.config.top_k;
-  return {.slot_row = arena.take<std::int32_t>(slots),
-          .align_scratch = arena.take(plan.backend->align_scratch_bytes(slots, plan.config.experts))};
+  return {
+      .slot_row = arena.take<std::int32_t>(slots),
+      .align_scratch = arena.take(plan.backend->align_scratch_bytes(slots, plan.config.experts))};
 }
 
 template <typename Take>
@@ -91,53 +99,84 @@ std::size_t counted(Take&& take) {
   return arena.used();
 }
 
-// --- the stages -------------------------------------------------------------------------------------
+// --- the stages
+// -------------------------------------------------------------------------------------
 
 void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   const LayerConfig& config = plan.config;
   const Device device = plan.device;
-  check("hidden_states", args.hidden_states).shape({kAny, config.hidden}).dtype({config.input_dtype}).inner_contiguous().on(device);
+  check("hidden_states", args.hidden_states)
+      .shape({kAny, config.hidden})
+      .dtype({config.input_dtype})
+      .inner_contiguous()
+      .on(device);
   const std::int64_t tokens = args.hidden_states.shape[0];
   check_activation_scale("hidden_scale", plan.fc1, args.hidden_states, args.hidden_scale, device);
   check_ids(config, args.topk_ids, tokens, device);
   check_expert_map(config, args.expert_map, device);
   const bool on_input = config.weight_on == WeightOn::kInput;
   if (on_input)
-    check("topk_weights", args.topk_weights).shape({tokens, config.top_k}).dtype({DType::kF32}).contiguous().on(device);
+    check("topk_weights", args.topk_weights)
+        .shape({tokens, config.top_k})
+        .dtype({DType::kF32})
+        .contiguous()
+        .on(device);
   const std::int64_t experts = plan.fc1.experts;
-  check("rows", args.rows).shape({experts, kAny, config.hidden}).dtype({plan.fc1.act_dtype}).on(device);
+  check("rows", args.rows)
+      .shape({experts, kAny, config.hidden})
+      .dtype({plan.fc1.act_dtype})
+      .distinct()
+      .on(device);
   const std::int64_t capacity = args.rows.shape[1];
   check_positions(experts, capacity);
   const Tensor rows = flatten_batched("rows", args.rows);
   const bool scaled = plan.fc1.act_scale != ActScale::kDefault;
   if (scaled) {
-    const bool per_tensor = plan.fc1.act_scale == ActScale::kTensorStatic || plan.fc1.act_scale == ActScale::kTensorDynamic;
+    const bool per_tensor = plan.fc1.act_scale == ActScale::kTensorStatic ||
+                            plan.fc1.act_scale == ActScale::kTensorDynamic;
     const std::int64_t groups = std::max<std::int64_t>(1, scale_row_stride(plan.fc1));
-    check("row_scale", args.row_scale).shape({experts, per_tensor ? 1 : capacity, groups}).dtype({DType::kF32}).contiguous().on(device);
+    check("row_scale", args.row_scale)
+        .shape({experts, per_tensor ? 1 : capacity, groups})
+        .dtype({DType::kF32})
+        .contiguous()
+        .on(device);
     if (plan.fc1.act_scale == ActScale::kTensorStatic && plan.quantizes_input())
-      unsupported("prepare: a static activation scale belongs to the weights, which prepare does not see; hand "
-                  "16-bit rows to experts, or quantize before prepare");
+      unsupported(
+          "prepare: a static activation scale belongs to the weights, which prepare does not see; "
+          "hand "
+          "16-bit rows to experts, or quantize before prepare");
   }
-  check("num_tokens", args.num_tokens).shape({experts}).dtype({DType::kI32}).contiguous().on(device);
+  check("num_tokens", args.num_tokens)
+      .shape({experts})
+      .dtype({DType::kI32})
+      .contiguous()
+      .on(device);
   if (args.slot_row.defined())
-    check("slot_row", args.slot_row).shape({tokens, config.top_k}).dtype({DType::kI32}).contiguous().on(device);
-  if (args.status.defined()) check("status", args.status).shape({1}).dtype({DType::kI32}).on(device);
+    check("slot_row", args.slot_row)
+        .shape({tokens, config.top_k})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
+  if (args.status.defined())
+    check("status", args.status).shape({1}).dtype({DType::kI32}).on(device);
   check_workspace(args.workspace,
-                  counted([&](Arena& a) { take_prepare(a, plan, tokens, capacity); }), "stage_workspace_bytes");
+                  counted([&](Arena& a) { take_prepare(a, plan, tokens, capacity); }),
+                  "stage_workspace_bytes");
 
   Arena arena(args.workspace.data);
   const PrepareBuffers b = take_prepare(arena, plan, tokens, capacity);
-  plan.backend->align({.topk_ids = args.topk_ids,
-                       .experts = config.experts,
-                       .local = config.local,
-                       .expert_map = args.expert_map,
-                       .capacity = capacity,
-                       .rows = b.rows,
-                       .slot_row = args.slot_row.defined() ? args.slot_row.as<std::int32_t>() : b.slot_row,
-                       .tokens_per_expert = args.num_tokens.as<std::int32_t>(),
-                       .dropped = args.status.as<std::int32_t>(),
-                       .scratch = b.align_scratch},
-                      args.stream);
+  plan.backend->align(
+      {.topk_ids = args.topk_ids,
+       .experts = config.experts,
+       .local = config.local,
+       .expert_map = args.expert_map,
+       .capacity = capacity,
+       .rows = b.rows,
+       .slot_row = args.slot_row.defined() ? args.slot_row.as<std::int32_t>() : b.slot_row,
+       .tokens_per_expert = args.num_tokens.as<std::int32_t>(),
+       .dropped = args.status.as<std::int32_t>(),
+       .scratch = b.align_scratch},
+      args.stream);
   if (tokens == 0) return;
   plan.backend->quantize({.input = args.hidden_states,
                           .input_scale = caller_scale_view(plan.fc1, args.hidden_scale),
@@ -168,9 +207,13 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
   const Check given = check("rows", args.rows);
   given.inner_contiguous().on(device);
   // 8-bit rows with scales, or floats that are quantized here.
-  const DType eight_bit = plan.fc1.act_scale == ActScale::kDefault ? plan.fc1.dtype16 : plan.fc1.act_dtype;
+  const DType eight_bit =
+      plan.fc1.act_scale == ActScale::kDefault ? plan.fc1.dtype16 : plan.fc1.act_dtype;
   given.dtype({plan.fc1.dtype16, eight_bit});
-  check("output", args.output).dtype({DType::kF32, DType::kF16, DType::kBF16}).on(device);
+  check("output", args.output)
+      .dtype({DType::kF32, DType::kF16, DType::kBF16})
+      .distinct()
+      .on(device);
 
   std::int64_t tokens = 0, capacity = 0;
   Tensor values = args.rows, output = args.output;
@@ -179,9 +222,15 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
     capacity = args.rows.shape[1];
     check_positions(experts, capacity);
     check("output", args.output).shape({experts, capacity, config.hidden});
-    check("batched.num_tokens", args.batched.num_tokens).shape({experts}).dtype({DType::kI32}).contiguous().on(device);
+    check("batched.num_tokens", args.batched.num_tokens)
+        .shape({experts})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
     if (args.row_weights.defined())
-      unsupported("row_weights: routing weights are applied by finalize in the batched format; pass them there");
+      unsupported(
+          "row_weights: routing weights are applied by finalize in the batched format; pass them "
+          "there");
     values = flatten_batched("rows", args.rows);
     output = flatten_batched("output", args.output);
   } else {
@@ -204,7 +253,8 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
 
   Arena arena(args.workspace.data);
   ExpertsStageBuffers b = take_experts(arena, plan, args.format, tokens, capacity);
-  TileStage tiles{.sorted = args.sorted, .batched = args.batched, .capacity = capacity, .experts = experts};
+  TileStage tiles{
+      .sorted = args.sorted, .batched = args.batched, .capacity = capacity, .experts = experts};
   if (batched) {
     tiles.sorted = {};
   } else {
@@ -214,10 +264,13 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
   if (b.rows.positions == 0) return;
   if (batched) {
     // The host does not know how many rows are live: the caller may say what it expects.
-    const std::int64_t expected = args.expected_tokens > 0 ? args.expected_tokens * config.top_k : b.rows.positions;
-    set_tile_rows(b.rows, experts, plan.backend->tile_rows(plan.fc1, std::min(expected, b.rows.positions)));
+    const std::int64_t expected =
+        args.expected_tokens > 0 ? args.expected_tokens * config.top_k : b.rows.positions;
+    set_tile_rows(b.rows, experts,
+                  plan.backend->tile_rows(plan.fc1, std::min(expected, b.rows.positions)));
   } else {
-    set_tile_rows_of_blocks(b.rows, args.sorted, plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
+    set_tile_rows_of_blocks(b.rows, args.sorted,
+                            plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
   }
   tiles.rows = b.rows;
   plan.backend->tiles(tiles, args.stream);
@@ -251,7 +304,12 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
 void run_finalize(const LayerPlan& plan, const FinalizeArgs& args) {
   const LayerConfig& config = plan.config;
   const Device device = plan.device;
-  check("output", args.output).shape({kAny, config.hidden}).dtype({DType::kF32, DType::kF16, DType::kBF16}).inner_contiguous().on(device);
+  check("output", args.output)
+      .shape({kAny, config.hidden})
+      .dtype({DType::kF32, DType::kF16, DType::kBF16})
+      .inner_contiguous()
+      .distinct()
+      .on(device);
   const std::int64_t tokens = args.output.shape[0], experts = plan.fc1.experts;
   check("expert_output", args.expert_output)
       .shape({experts, kAny, config.hidden})
@@ -262,10 +320,18 @@ void run_finalize(const LayerPlan& plan, const FinalizeArgs& args) {
   const Tensor rows = flatten_batched("expert_output", args.expert_output);
   const bool on_output = config.weight_on == WeightOn::kOutput;
   if (on_output)
-    check("topk_weights", args.topk_weights).shape({tokens, config.top_k}).dtype({DType::kF32}).contiguous().on(device);
+    check("topk_weights", args.topk_weights)
+        .shape({tokens, config.top_k})
+        .dtype({DType::kF32})
+        .contiguous()
+        .on(device);
   const std::int32_t* slot_row = args.slot_row.as<std::int32_t>();
   if (args.slot_row.defined()) {
-    check("slot_row", args.slot_row).shape({tokens, config.top_k}).dtype({DType::kI32}).contiguous().on(device);
+    check("slot_row", args.slot_row)
+        .shape({tokens, config.top_k})
+        .dtype({DType::kI32})
+        .contiguous()
+        .on(device);
   } else {
     check_ids(config, args.topk_ids, tokens, device);
     check_expert_map(config, args.expert_map, device);
@@ -303,11 +369,14 @@ void prepare(const Layer& layer, const PrepareArgs& args) { run_prepare(layer.im
 void experts(const Layer& layer, const ExpertsArgs& args) {
   const Layer::Impl& self = layer.impl();
   if (!layer.ready())
-    throw Error(ErrorCode::kNotReady, "experts: the layer's weights are not complete; call load first");
+    throw Error(ErrorCode::kNotReady,
+                "experts: the layer's weights are not complete; call load first");
   run_experts_stage(self.plan, self.fc1.operand(), self.fc2.operand(), self.tactics, args);
 }
 
-void finalize(const Layer& layer, const FinalizeArgs& args) { run_finalize(layer.impl().plan, args); }
+void finalize(const Layer& layer, const FinalizeArgs& args) {
+  run_finalize(layer.impl().plan, args);
+}
 
 void prepare(const LayerConfig& config, const PrepareArgs& args) {
   run_prepare(make_plan(config, args.hidden_states.device), args);
@@ -318,7 +387,7 @@ void experts(const LayerConfig& config, const LayerWeights& weights, const Exper
   const auto operand = [&](const WeightSpec& spec, const GemmWeights& given,
                            const ActivationWeights& activation, std::string_view argument) {
     WeightOperand b{.spec = spec, .plain = normalize(spec, spec.experts, given, argument)};
-    check(std::string(argument) + ".weight", given.weight).on(plan.device);
+    check_in_place(plan.device, given, activation, argument);
     b.side = side_views(spec, spec.experts, b.plain, activation, argument);
     return b;
   };

@@ -13,15 +13,19 @@ namespace moesaic {
 
 std::size_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::kI64: return 8;
+    case DType::kI64:
+      return 8;
     case DType::kF32:
-    case DType::kI32: return 4;
+    case DType::kI32:
+      return 4;
     case DType::kF16:
-    case DType::kBF16: return 2;
+    case DType::kBF16:
+      return 2;
     case DType::kF8E4M3:
     case DType::kE8M0:
     case DType::kI8:
-    case DType::kU8: return 1;
+    case DType::kU8:
+      return 1;
   }
   return 0;
 }
@@ -45,7 +49,7 @@ Device parse_device(std::string_view text) {
 Tensor Tensor::contiguous(const void* data, DType dtype, const std::int64_t* shape, int rank,
                           Device device) {
   if (rank < 1 || rank > kMaxRank)
-    invalid(fmt::format("tensor: rank must be 1 to {}, got {}", kMaxRank, rank));
+    invalid(fmt::format("tensor: expected rank 1 to {}, got {}; reshape it", kMaxRank, rank));
   Tensor t{.data = const_cast<void*>(data), .dtype = dtype, .device = device, .rank = rank};
   std::int64_t stride = 1;
   for (int i = rank - 1; i >= 0; --i) {
@@ -79,7 +83,8 @@ bool Tensor::is_contiguous() const {
 
 Tensor Tensor::slice(std::int64_t begin, std::int64_t count) const {
   Tensor t = *this;
-  t.data = static_cast<char*>(data) + begin * strides[0] * static_cast<std::int64_t>(size_of(dtype));
+  t.data =
+      static_cast<char*>(data) + begin * strides[0] * static_cast<std::int64_t>(size_of(dtype));
   t.shape[0] = count;
   return t;
 }
@@ -99,8 +104,7 @@ Tensor Tensor::select(std::int64_t index) const {
 std::string to_string(const Tensor& tensor) {
   if (!tensor.defined()) return "nothing";
   std::string text = fmt::format("{}[", name(tensor.dtype));
-  for (int i = 0; i < tensor.rank; ++i)
-    text += fmt::format("{}{}", i ? ", " : "", tensor.shape[i]);
+  for (int i = 0; i < tensor.rank; ++i) text += fmt::format("{}{}", i ? ", " : "", tensor.shape[i]);
   return text + "] on " + to_string(tensor.device);
 }
 

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "divide.h"
 #include "weights.h"
 
 #include <fmt/format.h>
@@ -8,6 +7,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "divide.h"
 #include "numeric.h"
 
 namespace moesaic {
@@ -19,7 +19,8 @@ bool has_shape(const Tensor& t, std::initializer_list<std::int64_t> shape) {
 }
 
 // A view of `t` as [a, b, c] with the given strides.
-Tensor view3(const Tensor& t, std::array<std::int64_t, 3> shape, std::array<std::int64_t, 3> strides) {
+Tensor view3(const Tensor& t, std::array<std::int64_t, 3> shape,
+             std::array<std::int64_t, 3> strides) {
   Tensor v = t;
   v.rank = 3;
   for (int i = 0; i < 3; ++i) {
@@ -39,10 +40,12 @@ Tensor normalize_scale(const WeightSpec& spec, std::int64_t e, const Tensor& t,
     checked.dtype({DType::kF32, DType::kF16, DType::kBF16});
   const std::int64_t gn = spec.scale.grid_n, gk = spec.scale.grid_k;
   if (has_shape(t, {e, gn, gk})) return t;
-  if (gk == 1 && has_shape(t, {e, gn})) return view3(t, {e, gn, 1}, {t.strides[0], t.strides[1], 0});
+  if (gk == 1 && has_shape(t, {e, gn}))
+    return view3(t, {e, gn, 1}, {t.strides[0], t.strides[1], 0});
   if (gk == 1 && gn <= 2 && (has_shape(t, {e}) || has_shape(t, {e, 1}) || has_shape(t, {e, 1, 1})))
     return view3(t, {e, gn, 1}, {t.strides[0], 0, 0});
-  invalid(fmt::format("{}: expected shape [{}, {}, {}]{}, got {}", argument, e, gn, gk,
+  invalid(fmt::format("{}: expected shape [{}, {}, {}]{}, got {}; pass a view of that shape",
+                      argument, e, gn, gk,
                       gk == 1 ? fmt::format(" or [{}, {}]", e, gn) : std::string(), to_string(t)));
 }
 
@@ -54,8 +57,9 @@ Tensor normalize_zero(const WeightSpec& spec, std::int64_t e, const Tensor& t,
   if (has_shape(t, {e, rows, spec.scale.grid_k})) return t;
   if (has_shape(t, {e, rows}) || has_shape(t, {e, rows, 1}))
     return view3(t, {e, rows, spec.scale.grid_k}, {t.strides[0], t.strides[1], 0});
-  invalid(fmt::format("{}: expected shape [{}, {}, {}] or [{}, {}], got {}", argument, e, rows,
-                      spec.scale.grid_k, e, rows, to_string(t)));
+  invalid(
+      fmt::format("{}: expected shape [{}, {}, {}] or [{}, {}], got {}; pass a view of that shape",
+                  argument, e, rows, spec.scale.grid_k, e, rows, to_string(t)));
 }
 
 void check_float_if_given(const std::string& argument, const Tensor& t) {
@@ -84,17 +88,19 @@ GemmWeights normalize(const WeightSpec& spec, std::int64_t experts, const GemmWe
   if (spec.zero_points) {
     w.zero_point = normalize_zero(spec, experts, given.zero_point, arg + ".zero_point");
   } else if (given.zero_point.defined()) {
-    invalid(fmt::format("{}.zero_point: quant.zero_points is false, got {}; set it, or leave the "
-                        "tensor undefined",
-                        arg, to_string(given.zero_point)));
+    invalid(
+        fmt::format("{}.zero_point: quant.zero_points is false, got {}; set it, or leave the "
+                    "tensor undefined",
+                    arg, to_string(given.zero_point)));
   }
   if (given.bias.defined()) check(arg + ".bias", given.bias).shape({experts, spec.n});
   check_float_if_given(arg + ".bias", given.bias);
   if (given.prequant.defined()) {
     if (!may_have_prequant(spec.scheme))
-      unsupported(fmt::format("{}.prequant: only int4_w4a8_fp8 and int4_w4a8_int8 take it, not {}; fold "
-                              "the factors into the weights",
-                              arg, traits(spec.scheme).name));
+      unsupported(
+          fmt::format("{}.prequant: only int4_w4a8_fp8 and int4_w4a8_int8 take it, not {}; fold "
+                      "the factors into the weights",
+                      arg, traits(spec.scheme).name));
     Tensor& t = w.prequant;
     if (t.rank == 1) {  // [K]: shared by all experts
       check(arg + ".prequant", t).shape({spec.k});
@@ -111,18 +117,42 @@ GemmWeights normalize(const WeightSpec& spec, std::int64_t experts, const GemmWe
     if (given.input_scale.shape[0] != 1) c.shape({experts});
   }
   if (spec.act_scale == ActScale::kTensorStatic && !given.input_scale.defined())
-    invalid(fmt::format("{}.input_scale: quant.act_scale is tensor_static, which needs it; pass f32 [1] "
-                        "or [{}], or use a dynamic act_scale",
-                        arg, experts));
+    invalid(fmt::format(
+        "{}.input_scale: quant.act_scale is tensor_static, which needs it; pass f32 [1] "
+        "or [{}], or use a dynamic act_scale",
+        arg, experts));
   if (given.alpha.defined())
     check(arg + ".alpha", given.alpha).dtype({DType::kF32}).shape({experts});
   return w;
 }
 
+void check_in_place(Device device, const GemmWeights& given, const ActivationWeights& activation,
+                    std::string_view argument) {
+  const auto there = [&](std::string_view member, const Tensor& t) {
+    if (t.defined()) check(fmt::format("{}.{}", argument, member), t).on(device);
+  };
+  const auto dense = [&](std::string_view member, const Tensor& t) {
+    if (t.defined()) check(fmt::format("{}.{}", argument, member), t).on(device).contiguous();
+  };
+  there("weight", given.weight);
+  there("scale", given.scale);
+  there("zero_point", given.zero_point);
+  there("bias", given.bias);
+  there("prequant", given.prequant);
+  dense("input_scale", given.input_scale);
+  dense("alpha", given.alpha);
+  dense("activation.alpha", activation.alpha);
+  dense("activation.beta", activation.beta);
+  dense("activation.limit", activation.limit);
+}
+
 SideTensors side_views(const WeightSpec& spec, std::int64_t experts, const GemmWeights& w,
                        const ActivationWeights& activation, std::string_view argument) {
-  SideTensors side{.bias = w.bias, .input_scale = w.input_scale, .prequant = w.prequant,
-                   .alpha = w.alpha, .activation = activation};
+  SideTensors side{.bias = w.bias,
+                   .input_scale = w.input_scale,
+                   .prequant = w.prequant,
+                   .alpha = w.alpha,
+                   .activation = activation};
   if (spec.act_scale != ActScale::kTensorStatic) side.input_scale = {};
   const auto parameter = [&](std::string_view name, const Tensor& t) {
     if (t.defined())
@@ -138,9 +168,11 @@ std::vector<float> to_host_f32(const Backend& backend, const Tensor& t) {
   // One contiguous span covers every element; copy that, then pick. Side tensors are small.
   const std::size_t element = size_of(t.dtype);
   std::int64_t low = 0, high = t.numel() > 0 ? 1 : 0;  // strides may be negative
-  for (int i = 0; i < t.rank && high > 0; ++i) (t.strides[i] < 0 ? low : high) += (t.shape[i] - 1) * t.strides[i];
+  for (int i = 0; i < t.rank && high > 0; ++i)
+    (t.strides[i] < 0 ? low : high) += (t.shape[i] - 1) * t.strides[i];
   std::vector<char> raw(static_cast<std::size_t>(high - low) * element);
-  backend.copy(raw.data(), t.as<const char>() + low * static_cast<std::int64_t>(element), raw.size(), {});
+  backend.copy(raw.data(), t.as<const char>() + low * static_cast<std::int64_t>(element),
+               raw.size(), {});
   std::vector<float> out(static_cast<std::size_t>(t.numel()));
   std::array<std::int64_t, Tensor::kMaxRank> index{};
   for (float& value : out) {
@@ -179,12 +211,12 @@ void SideStore::load(std::int64_t expert, const SideTensors& one, std::string_vi
                 {.name = "activation.limit", .parameter = &ActivationWeights::limit}};
   }
   for (Entry& entry : entries_) {
-    const Tensor& given =
-        entry.tensor ? one.*entry.tensor : one.activation.*entry.parameter;
+    const Tensor& given = entry.tensor ? one.*entry.tensor : one.activation.*entry.parameter;
     if (!given.defined()) continue;
     Tensor& stored = slot(entry);
     if (!stored.defined()) {
-      const std::size_t size = static_cast<std::size_t>(spec_.experts * entry.width) * sizeof(float);
+      const std::size_t size =
+          static_cast<std::size_t>(spec_.experts * entry.width) * sizeof(float);
       memory_.push_back(backend_->allocate(size));
       bytes_ += size;
       const std::int64_t shape[2] = {spec_.experts, entry.width};
@@ -194,8 +226,9 @@ void SideStore::load(std::int64_t expert, const SideTensors& one, std::string_vi
     }
     const std::vector<float> values = to_host_f32(*backend_, given);
     if (static_cast<std::int64_t>(values.size()) != entry.width)
-      invalid(fmt::format("{}.{}: expected {} values for one expert, got {}", argument, entry.name,
-                          entry.width, to_string(given)));
+      invalid(
+          fmt::format("{}.{}: expected {} values for one expert, got {}; pass a view of that width",
+                      argument, entry.name, entry.width, to_string(given)));
     backend_->copy(stored.as<float>() + expert * entry.width, values.data(),
                    values.size() * sizeof(float), {});
     entry.seen[static_cast<std::size_t>(expert)] = true;
@@ -206,10 +239,11 @@ void SideStore::check_complete(std::string_view argument) const {
   for (const Entry& entry : entries_) {
     const auto missing = std::find(entry.seen.begin(), entry.seen.end(), false);
     if (missing != entry.seen.end())
-      throw Error(ErrorCode::kNotReady,
-                  fmt::format("{}.{}: was given for some experts and not for local expert {}; give it "
-                              "for all or for none",
-                              argument, entry.name, missing - entry.seen.begin()));
+      throw Error(
+          ErrorCode::kNotReady,
+          fmt::format("{}.{}: was given for some experts and not for local expert {}; give it "
+                      "for all or for none",
+                      argument, entry.name, missing - entry.seen.begin()));
   }
 }
 

@@ -5,6 +5,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
 
 #include "harness/compare.h"
 #include "harness/fixture.h"
@@ -113,16 +116,40 @@ TEST(Defect2, APerTensorWeightScaleIsItsOwnExperts) {
             std::string::npos);
 }
 
-TEST(Defect3, TheNumberOfPaddedRowsChangesNothing) {
+// There the configuration follows the padded rows, so that decode runs prefill's tiles. Here
+// neither the bits nor the work do: a product is cut into as many tasks, whatever the capacity. The
+// hook is asked for as many callers as there are tasks, as long as more threads are allowed.
+TEST(Defect3, TheNumberOfPaddedRowsChangesNeitherBitsNorTiles) {
   for (const Scheme scheme : {Scheme::kBF16, Scheme::kFp8Block, Scheme::kInt4W4A16}) {
-    const Fixture f(small_config(scheme));
-    const Batch batch = f.batch(6);
-    HostTensor first;
-    for (const std::int64_t capacity : {12, 64, 1024}) {
-      const HostTensor y = Batched(f.config, 6, capacity).run(f.layer, batch);
-      if (!first.defined()) first = y;
+    LayerConfig config = small_config(scheme);
+    config.hidden = 512;  // several tasks of columns
+    config.intermediate = 256;
+    const Fixture f(config);
+    const auto run = [&](std::int64_t tokens, std::int64_t capacity) {
+      const Batch batch = f.batch(tokens);
+      Batched b(f.config, tokens, capacity);
+      b.run_prepare(batch);
+      std::vector<int> tasks;
+      const int threads = num_threads();
+      set_num_threads(4096);
+      set_parallel_hook([&](int n, const std::function<void(int)>& body) {
+        tasks.push_back(n);
+        for (int i = 0; i < n; ++i) body(i);
+      });
+      b.run_experts(f.layer);
+      set_parallel_hook({});
+      set_num_threads(threads);
+      b.run_finalize(batch);
+      return std::pair{b.output.to_host(), tasks};
+    };
+    const auto [first, few] = run(6, 12);
+    EXPECT_FALSE(few.empty());
+    for (const std::int64_t capacity : {64, 1024}) {
+      const auto [y, tasks] = run(6, capacity);
       EXPECT_TRUE(same_bits(first, y)) << name(scheme) << " with capacity " << capacity;
+      EXPECT_EQ(tasks, few) << name(scheme) << " with capacity " << capacity;
     }
+    EXPECT_NE(run(600, 1024).second, few) << name(scheme) << ": the hook would see more work";
   }
 }
 

@@ -169,8 +169,8 @@ TEST(GroupedGemm, AScaleOfFloatRowsIsTheStaticOne) {
 }
 
 TEST(GroupedGemm, EveryGroupSizeWithAndWithoutZeroPoints) {
-  for (const Scheme scheme : {Scheme::kInt4W4A16, Scheme::kInt4W4A8Fp8, Scheme::kInt4W4A8Int8,
-                              Scheme::kInt8W8A16}) {
+  for (const Scheme scheme :
+       {Scheme::kInt4W4A16, Scheme::kInt4W4A8Fp8, Scheme::kInt4W4A8Int8, Scheme::kInt8W8A16}) {
     for (const std::int64_t group : {32, 64, 128, 0}) {  // 0: the whole of K
       for (const int zero_points : {0, 1}) {
         GroupedCase c;
@@ -202,7 +202,9 @@ TEST(GroupedGemm, RefusalsNameTheArgument) {
     }
     return std::string("nothing was thrown");
   };
-  EXPECT_NE(message().find("sorted / batched"), std::string::npos) << message();
+  EXPECT_NE(message().find("sorted, batched: expected exactly one of the two formats, got neither"),
+            std::string::npos)
+      << message();
   args.quant.scheme = Scheme::kInt4W4A16;  // "int4 without a group is meaningless: reject it"
   args.quant.weight_scale = WeightScale::kChannel;
   std::vector<std::int32_t> lists(64);
@@ -214,6 +216,41 @@ TEST(GroupedGemm, RefusalsNameTheArgument) {
   args.quant = {.scheme = Scheme::kBF16};
   args.c = Tensor::contiguous(c.data(), DType::kBF16, {4, 1, 8, 1});
   EXPECT_NE(message().find("c: expected rank 2 or 3"), std::string::npos) << message();
+}
+
+// Weights are read in place here: what lies elsewhere, or not densely, is refused before a kernel
+// reads it.
+TEST(GroupedGemm, WeightsInPlaceMustBeThereAndSmallTensorsDense) {
+  const LayerConfig config = small_config(Scheme::kFp8Tensor);
+  const WeightData weights =
+      make_weights(config, {.bias = Biases::kAll, .static_scales = StaticScales::kPerExpert});
+  HostTensor live(DType::kI32, {8}), rows(DType::kBF16, {8, 5, 64}), c(DType::kF32, {8, 5, 96});
+  GroupedGemmArgs good;
+  good.quant = config.quant;
+  good.quant.act_scale = ActScale::kTensorStatic;
+  good.a = rows.view();
+  good.b = weights.weights.fc1;
+  std::vector<float> scales(16, 0.5f);
+  good.b.input_scale = Tensor::contiguous(scales.data(), DType::kF32, {8});
+  good.batched.num_tokens = live.view();
+  good.c = c.view();
+  const WorkspaceBuffer workspace({}, grouped_gemm_workspace_bytes(good));
+  good.workspace = workspace.view();
+  EXPECT_EQ(complaint([&] { grouped_gemm(good); }), "");
+  const auto says = [&](const char* text, auto change) {
+    GroupedGemmArgs bad = good;
+    change(&bad);
+    const std::string got = complaint([&] { grouped_gemm(bad); });
+    EXPECT_TRUE(got.starts_with(text)) << got;
+  };
+  const Device elsewhere{DeviceType::kCuda, 0};
+  says("b.scale: expected on cpu, got", [&](auto* a) { a->b.scale.device = elsewhere; });
+  says("b.bias: expected on cpu, got", [&](auto* a) { a->b.bias.device = elsewhere; });
+  says("b.input_scale: expected on cpu", [&](auto* a) { a->b.input_scale.device = elsewhere; });
+  says("b.input_scale: must be contiguous", [&](auto* a) { a->b.input_scale.strides[0] = 2; });
+  says("c: is written, and its elements overlap", [&](auto* a) { a->c.strides[1] = 90; });
+  // A part of every expert's rows: they are no longer evenly apart.
+  says("a: the stride of the first dimension", [&](auto* a) { a->c.shape[1] = a->a.shape[1] = 4; });
 }
 
 TEST(Pieces, RefusalsNameTheArgument) {
@@ -234,6 +271,9 @@ TEST(Pieces, RefusalsNameTheArgument) {
   act.parameters.beta = view(x, {2, 2});
   act.row_expert = Tensor::contiguous(rows.data(), DType::kI32, {4});
   EXPECT_NE(complaint([&] { activate(act); }).find("parameters.beta: expected rank 1"),
+            std::string::npos);
+  act.parameters = {.alpha = view(x, {4}), .beta = view(x, {2})};
+  EXPECT_NE(complaint([&] { activate(act); }).find("parameters.beta: expected shape [4]"),
             std::string::npos);
   EXPECT_NE(complaint([&] { align_workspace_bytes(-1, 8); }).find("slot_count"), std::string::npos);
   EXPECT_NE(complaint([&] { parse_routing("hash"); }).find("topk_ids"), std::string::npos);

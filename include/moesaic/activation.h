@@ -52,6 +52,10 @@ struct ActivateArgs {
   Tensor output;      // [R, intermediate] f32, f16 or bf16
   Stream stream{};
 };
+// output[r] = act(input[r]), in fp32, rounded once. The gated forms are Shazeer's GLU variants
+// (arXiv:2002.05202), gelu is Hendrycks and Gimpel's (1606.08415), swiglu_oai GPT-OSS's, and
+// swiglu_clamp and swiglu_step SGLang's and FlashInfer's. Throws kInvalidArgument for shapes, dtypes
+// and strides that do not fit; NaN stays in its element.
 MOESAIC_API void activate(const ActivateArgs& args);
 
 }  // namespace moesaic

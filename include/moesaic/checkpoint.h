@@ -45,6 +45,8 @@ class MOESAIC_API TensorFile {
   // or alignment has no view (kMaxRank dimensions; dtypes of DType; aligned to its element).
   Tensor tensor(std::string_view name) const;
   const std::map<std::string, std::string>& metadata() const;  // of the first file
+  // Whether `path` names one of the mapped files, by whatever spelling or link: no place to write to.
+  bool is_mapped(const std::string& path) const;
   // Tells the system that the mapped bytes of a tensor are not needed any more (they are read again
   // from disk if they are).
   void release(const StoredTensor& tensor) const;
@@ -55,6 +57,7 @@ class MOESAIC_API TensorFile {
 };
 
 // Writes host tensors (made dense if they are not) to one file, which appears whole or not at all.
+// Throws kIo, and kInvalidArgument for a name twice or a tensor elsewhere.
 struct NamedTensor {
   std::string name;
   Tensor tensor;
@@ -165,7 +168,8 @@ class MOESAIC_API Checkpoint {
 
 // Converts layer `index` (16-bit or f32, or anything that can be dequantized) into `quant` and
 // writes it, router and shared experts included, in this library's own layout: one .safetensors
-// file that Checkpoint::open reads without a config.json. Streams expert by expert.
+// file that Checkpoint::open reads without a config.json. Streams expert by expert. Throws what open
+// and load throw, and kInvalidArgument where `out_path` is one of the checkpoint's own files.
 MOESAIC_API void quantize_layer(const Checkpoint& checkpoint, std::int64_t index,
                                 const QuantSpec& quant, const std::string& out_path,
                                 const LoadProgress& progress = {});

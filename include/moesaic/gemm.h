@@ -47,9 +47,12 @@ struct AlignArgs {
 // Length of `slots` that suffices for any routing of `slot_count` slots.
 MOESAIC_API std::int64_t align_capacity(std::int64_t slot_count, std::int64_t experts,
                                         std::int64_t block_rows);
+// Bytes of workspace for any routing of `slot_count` slots.
 MOESAIC_API std::size_t align_workspace_bytes(std::int64_t slot_count, std::int64_t experts,
                                               Device device = {});
-// Slots of one expert keep their order: the same ids give the same lists, always.
+// Slots of one expert keep their order: the same ids give the same lists, always. Ids may be anything
+// (seed 000's are not checked and its order varies). Throws kInvalidArgument for shapes, dtypes,
+// lists shorter than align_capacity, a workspace that is too small.
 MOESAIC_API void align(const AlignArgs& args);
 
 // --- the grouped GEMM -------------------------------------------------------------------------
@@ -72,13 +75,18 @@ struct GroupedGemmArgs {
   RowOrder c_order = RowOrder::kSlot;
   Tensor row_weights;  // optional f32 [T * k] by slot: multiplies after the bias (mul_routed_weight)
   Tensor c;            // out: [T, k, N], [T * k, N], [positions, N] when kSorted, [E, capacity, N]
-                       // batched; f32, f16 or bf16; any strides. Rows of filtered blocks become
-                       // zero; rows behind an expert's last token are not written.
+                       // batched; f32, f16 or bf16; any strides of rows and columns (rows evenly
+                       // apart: a rank-3 view, of `a` too, has strides[0] = shape[1] * strides[1]).
+                       // Rows of filtered blocks become zero; rows behind an expert's last token
+                       // are not written.
   Workspace workspace{};
   Stream stream{};
 };
+// Bytes of workspace from the call's shapes, dtypes and strides; tensors' contents are not read.
 MOESAIC_API std::size_t grouped_gemm_workspace_bytes(const GroupedGemmArgs& args);
-// Epilogue order: scale, bias, row weight, cast. fp32 accumulation in one fixed order of K.
+// Epilogue order: scale, bias, row weight, cast. fp32 accumulation in one fixed order of K. Throws
+// kInvalidArgument (shapes, dtypes, strides, tensors on another device, small tensors of `b` that are
+// not dense, workspace), kUnsupported (a scheme's option outside the matrix, by name).
 MOESAIC_API void grouped_gemm(const GroupedGemmArgs& args);
 
 // --- sum: moe_sum_reduce / finalize -----------------------------------------------------------
@@ -94,7 +102,7 @@ struct SumArgs {
   Tensor output;        // [T, H] f32, f16 or bf16
   Stream stream{};
 };
-// fp32 sum in slot order, one rounding at the end.
+// fp32 sum in slot order, one rounding at the end. Throws kInvalidArgument for what does not fit.
 MOESAIC_API void sum_slots(const SumArgs& args);
 
 }  // namespace moesaic

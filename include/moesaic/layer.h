@@ -38,7 +38,8 @@ struct LayerConfig {
   std::int64_t shared_experts = 0;    // always-on experts added to every token, scheme as above;
   std::int64_t shared_intermediate = 0;  // their (joint) width; 0: shared_experts * intermediate
   std::size_t workspace_cap = 0;      // bytes; above it forward runs in token chunks with the same
-                                      // bits (not for ActScale::kTensorDynamic). 0: no cap
+                                      // bits (not for ActScale::kTensorDynamic). One that max_tokens
+                                      // cannot keep, one at a time, is refused. 0: no cap
 };
 
 // fc1: N = intermediate, or 2 * intermediate when gated; K = hidden. fc2: N = hidden, K = intermediate.
@@ -75,7 +76,8 @@ struct TacticPair {
 // one workspace each.
 class MOESAIC_API Layer {
  public:
-  // Checks the configuration, refuses by name what the device cannot do. Allocates packed storage.
+  // Checks the configuration (throws kInvalidArgument), refuses by name what the device cannot do
+  // (kUnsupported). Allocates packed storage (kOutOfMemory).
   explicit Layer(const LayerConfig& config, Device device = {});
   ~Layer();
   Layer(Layer&&) noexcept;
@@ -84,7 +86,8 @@ class MOESAIC_API Layer {
   const LayerConfig& config() const;
   Device device() const;
 
-  // Attach weights. They are copied and packed; the caller's tensors may go away afterwards.
+  // Attach weights. They are copied and packed; the caller's tensors, host or device memory, may go
+  // away afterwards. Throws kInvalidArgument for tensors that do not fit, kOutOfMemory.
   void load(const LayerWeights& weights);  // every local expert, leading extent E_local
   // One expert (leading extent 1): nothing larger than one expert is ever held twice.
   void load_expert(std::int64_t local_expert, const LayerWeights& weights);
@@ -94,16 +97,23 @@ class MOESAIC_API Layer {
   // Leading extent 1, intermediate = shared_intermediate. `gate` (optional, [H] or [1, H], float):
   // the shared output is multiplied by sigmoid(x . gate), as in Qwen2-MoE.
   void load_shared(const LayerWeights& weights, const Tensor& gate = {});
+  // Copied, too. Throws kInvalidArgument for shapes and dtypes. Not while a forward runs.
   void set_router(const RouterWeights& router);
-  bool ready() const;
+  bool ready() const;                // every local expert, and the shared ones, have weights
   std::size_t weight_bytes() const;  // packed, on the device
 
-  // A pure function of the configuration and T (0 <= T <= max_tokens).
+  // Bytes: a pure function of the configuration and T (0 <= T <= max_tokens), never above
+  // workspace_cap.
   std::size_t workspace_bytes(std::int64_t tokens) const;
 
-  // Allocates nothing, synchronizes nothing, reads nothing back.
+  // Allocates nothing, synchronizes nothing, reads nothing back. Throws kNotReady (experts or a
+  // needed router are missing), kInvalidArgument and kUnsupported before any output is touched,
+  // kDevice when CUDA fails. Values never raise: ids outside contribute nothing, NaN and Inf stay in
+  // their token's row.
   void forward(const ForwardArgs& args) const;
 
+  // The ways each product can run here, as seed 003's runner lists them, and which to take. Not
+  // while a forward runs.
   std::vector<Tactic> tactics_gemm1() const;
   std::vector<Tactic> tactics_gemm2() const;
   void set_tactics(TacticPair pair);

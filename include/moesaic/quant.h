@@ -94,11 +94,15 @@ struct QuantizeArgs {
   Workspace workspace{};                      // quantize_workspace_bytes; dynamic per tensor, and batched
   Stream stream{};
 };
+// Bytes of workspace for `rows` plain rows (needed with kTensorDynamic only).
 MOESAIC_API std::size_t quantize_workspace_bytes(std::int64_t rows, Device device = {});
-// The same from the call's shapes: what the batched form needs.
+// The same from the call's shapes: what the batched form needs. Throws as quantize does.
 MOESAIC_API std::size_t quantize_workspace_bytes(const QuantizeArgs& args);
 // Scales: absmax / 448 (e4m3) or / 127 (int8), absmax clamped at 1e-10. The bits do not depend on
-// the other rows, kTensorDynamic excepted.
+// the other rows, kTensorDynamic excepted. e4m3 rounds to nearest even, int8 to nearest with halves
+// away from zero (docs/numerics.md). Seed 000 (SGLang) defines the plain forms, seed 001's
+// batched_moe_kernel_quantize_input the batched one. Throws kInvalidArgument for shapes, strides,
+// dtypes and a workspace that do not fit, kUnsupported for another `to`; values never raise.
 MOESAIC_API void quantize(const QuantizeArgs& args);
 
 }  // namespace moesaic

@@ -11,6 +11,9 @@ namespace moesaic {
 
 // z: logits [T, E] plus router bias; S: the selected set. A selection bias affects which experts
 // are chosen and never their weights. Ties: the lowest expert id first. NaN logits rank last.
+// Who defines them: DeepSeek-V2 (arXiv:2405.04434) and -V3 (2412.19437), sparsemixer (GRIN,
+// 2409.12136), the others the models' own code in the transformers library, which golden tests hold
+// the oracle to.
 enum class RoutingMethod : std::uint8_t {
   kSoftmaxTopK,    // softmax_topk    top-k softmax(z);                 weight: softmax over all E
   kRenormalize,    // renormalize     top-k z;                          weight: softmax over S
@@ -43,7 +46,8 @@ struct RoutingSpec {
 };
 
 struct RouterWeights {
-  Tensor weight;          // [E, H] any float dtype; z = x W^T accumulated in fp32
+  Tensor weight;          // [E, H] f32, f16 or bf16, whatever dtype x has; z = x W^T accumulated in fp32.
+                          // (Checkpoint makes f32 of routers that a file holds in fp8 or f64)
   Tensor bias;            // [E] f32/f16/bf16, added to z (GPT-OSS)
   Tensor selection_bias;  // [E] f32/f16/bf16, e_score_correction_bias
 };
@@ -58,8 +62,11 @@ struct RouteArgs {
   Workspace workspace{};  // route_workspace_bytes(...); only read when logits are computed here
   Stream stream{};
 };
-// Bytes that `route` needs for T tokens: the logits, when it computes them.
+// Bytes that `route` needs for T tokens: the f32 logits [T, E], when it computes them.
 MOESAIC_API std::size_t route_workspace_bytes(std::int64_t tokens, std::int64_t experts);
+// Chooses top_k experts for every token, and their weights. A token's ids and bits depend on its own
+// logits alone. Throws kInvalidArgument for shapes, dtypes, strides or a workspace that do not fit
+// and for options that contradict the number of experts (groups, top_k); values never raise.
 MOESAIC_API void route(const RouteArgs& args);
 
 }  // namespace moesaic

@@ -23,11 +23,12 @@ struct DeviceInfo {
   std::string kernels;   // "avx512_bf16" | "sm90a" | "sm80"
   std::string note;      // e.g. that the driver compiles PTX once on this part
 };
-MOESAIC_API std::vector<DeviceInfo> devices();
+MOESAIC_API std::vector<DeviceInfo> devices();  // the CPU first
 
 // --- CPU threads --------------------------------------------------------------------------------
 // Default: the MOESAIC_THREADS environment variable, else the cores this process may run on.
-MOESAIC_API void set_num_threads(int threads);  // >= 1
+// Throw kInvalidArgument for a count (or a variable) that is not 1 to 4096.
+MOESAIC_API void set_num_threads(int threads);
 MOESAIC_API int num_threads();
 // Run on a host program's own threads instead of Moesaic's pool: `hook` must call body(i) once for
 // every i in [0, n), concurrently or not, and return when all are done. An empty hook: own pool.
@@ -36,7 +37,8 @@ MOESAIC_API void set_parallel_hook(ParallelHook hook);
 
 // --- kernel overrides, for tests and timings ----------------------------------------------------
 // CPU: "scalar", "avx2", "avx512", "avx512_bf16", ... ; CUDA: "sm80", "sm90a"; "" : the best one.
-// Also MOESAIC_CPU_ISA and MOESAIC_CUDA_ARCH. Affects layers made afterwards.
+// Also MOESAIC_CPU_ISA and MOESAIC_CUDA_ARCH. Affects layers made afterwards. Throws kInvalidArgument
+// for a level this machine has not, kUnsupported in a build without CUDA.
 MOESAIC_API void set_kernels(DeviceType type, std::string_view level);
 MOESAIC_API std::vector<std::string> available_kernels(DeviceType type);  // best last
 

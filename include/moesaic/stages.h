@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Level 2: prepare, experts, finalize, usable apart so that a foreign dispatch / combine can sit
-// between them. Seed 001 (vLLM's modular kernel) defines the contract; `sorted` is seed 000's format.
+// between them. Seed 001 (vLLM's modular kernel) defines the contract; `sorted` is seed 000's format,
+// where rows stay where they are: its prepare is `align` (and `quantize`), its finalize `sum_slots`.
+// All throw kInvalidArgument for shapes, dtypes, strides and devices that do not fit, kUnsupported for
+// what the scheme has not, by name; values never raise.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +63,7 @@ struct FinalizeArgs {
   Stream stream{};
 };
 
-// With the packed weights of a layer.
+// With the packed weights of a layer. `experts` throws kNotReady before every expert is loaded.
 MOESAIC_API void prepare(const Layer& layer, const PrepareArgs& args);
 MOESAIC_API void experts(const Layer& layer, const ExpertsArgs& args);
 MOESAIC_API void finalize(const Layer& layer, const FinalizeArgs& args);

@@ -71,8 +71,9 @@ struct Stream {
 
 // --- tensors -------------------------------------------------------------------------------------
 // A non-owning, strided view. Strides count elements. An undefined tensor (rank 0, the default)
-// means "not given". An extent may be 0, and then `data` may be null. Tensors passed as inputs are
-// never written.
+// means "not given". An extent may be 0, and then `data` may be null. `data` is aligned to its
+// element. Tensors passed as inputs are never written; the elements of one that is written lie in
+// places of their own. Inputs and outputs of a call do not overlap, unless it says so.
 struct MOESAIC_API Tensor {
   static constexpr int kMaxRank = 4;
 
@@ -83,17 +84,19 @@ struct MOESAIC_API Tensor {
   std::array<std::int64_t, kMaxRank> shape{};
   std::array<std::int64_t, kMaxRank> strides{};
 
-  // A dense row-major view of `shape`.
+  // A dense row-major view of `shape`. Throws kInvalidArgument for a rank outside [1, kMaxRank] and
+  // for more elements than 64 bits count.
   static Tensor contiguous(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
                            Device device = {});
   static Tensor contiguous(const void* data, DType dtype, const std::int64_t* shape, int rank,
                            Device device = {});
 
   bool defined() const { return rank > 0; }
-  std::int64_t numel() const;
-  bool is_contiguous() const;
-  Tensor select(std::int64_t index) const;                            // t[index], one rank lower
-  Tensor slice(std::int64_t begin, std::int64_t count) const;         // t[begin : begin + count]
+  std::int64_t numel() const;  // 0 when undefined; throws as contiguous does
+  bool is_contiguous() const;  // dense, row-major
+  // Views of a part; not checked against the extent.
+  Tensor select(std::int64_t index) const;                     // t[index], one rank lower
+  Tensor slice(std::int64_t begin, std::int64_t count) const;  // t[begin : begin + count]
   template <typename T>
   T* as() const {
     return static_cast<T*>(data);
@@ -114,7 +117,7 @@ struct Workspace {
 class MOESAIC_API WorkspaceBuffer {
  public:
   WorkspaceBuffer() = default;
-  WorkspaceBuffer(Device device, std::size_t bytes);
+  WorkspaceBuffer(Device device, std::size_t bytes);  // throws kOutOfMemory, kUnsupported (no such device)
   ~WorkspaceBuffer();
   WorkspaceBuffer(WorkspaceBuffer&& other) noexcept;
   WorkspaceBuffer& operator=(WorkspaceBuffer&& other) noexcept;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arbitrary configurations and arguments for Layer, forward, route, align and quantize: an Error,
-// or a call that stays inside the tensors. The tensors' memory is real and poisoned around; their
-// shapes, dtypes, strides and presence are the fuzzer's. Values inside are hostile, too: ids,
-// counts, NaN.
+// Arbitrary configurations and arguments for Layer, forward, the stages, the grouped GEMM and the
+// pieces around it: an Error, or a call that stays inside the tensors. The tensors' memory is real
+// and poisoned around; their shapes, dtypes, strides and presence are the fuzzer's. Values inside
+// are hostile, too: ids, counts, NaN.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -130,8 +130,8 @@ LayerConfig make_config(Source& s) {
 }
 
 // Weights roughly as the configuration wants them, from the scheme's own description of itself.
-GemmWeights make_weights(const LayerConfig& c, std::int64_t n, std::int64_t k, Source& s,
-                         Memory& m) {
+GemmWeights make_weights(const LayerConfig& c, std::int64_t n, std::int64_t k, Source& s, Memory& m,
+                         std::int64_t experts = 1) {
   const Scheme scheme = c.quant.scheme;
   const bool four = scheme == Scheme::kInt4W4A16 || scheme == Scheme::kInt4W4A8Fp8 ||
                     scheme == Scheme::kInt4W4A8Int8 || scheme == Scheme::kMxfp4W4A16;
@@ -142,22 +142,22 @@ GemmWeights make_weights(const LayerConfig& c, std::int64_t n, std::int64_t k, S
                       : scheme >= Scheme::kFp8Tensor && scheme <= Scheme::kFp8W8A16 ? DType::kF8E4M3
                                                                                     : DType::kI8;
   GemmWeights w;
-  w.weight = m.tensor(dtype, {1, n, four ? k / 2 : k});
+  w.weight = m.tensor(dtype, {experts, n, four ? k / 2 : k});
   if (scheme <= Scheme::kBF16) {
   } else if (scheme == Scheme::kMxfp4W4A16) {
-    w.scale = m.tensor(DType::kU8, {1, n, (k + 31) / 32});
+    w.scale = m.tensor(DType::kU8, {experts, n, (k + 31) / 32});
   } else if (four) {
-    w.scale = m.tensor(DType::kF32, {1, n, (k + 15) / 16});
+    w.scale = m.tensor(DType::kF32, {experts, n, (k + 15) / 16});
   } else if (scheme == Scheme::kFp8Block || scheme == Scheme::kInt8Block) {
-    w.scale = m.tensor(DType::kF32, {1, (n + 15) / 16, (k + 15) / 16});
+    w.scale = m.tensor(DType::kF32, {experts, (n + 15) / 16, (k + 15) / 16});
   } else if (scheme == Scheme::kFp8Tensor) {
-    w.scale = m.tensor(DType::kF32, {1});
+    w.scale = m.tensor(DType::kF32, {experts});
   } else {
-    w.scale = m.tensor(DType::kF32, {1, n});
+    w.scale = m.tensor(DType::kF32, {experts, n});
   }
   if (c.quant.zero_points)
-    w.zero_point = m.tensor(DType::kU8, {1, four ? n / 2 : n, (k + 15) / 16});
-  if (s.rare()) w.bias = m.tensor(DType::kF32, {1, n});
+    w.zero_point = m.tensor(DType::kU8, {experts, four ? n / 2 : n, (k + 15) / 16});
+  if (s.rare()) w.bias = m.tensor(DType::kF32, {experts, n});
   if (c.quant.act_scale == ActScale::kTensorStatic) w.input_scale = m.tensor(DType::kF32, {1});
   return w;
 }
@@ -203,7 +203,7 @@ void fuzz_pieces(Source& s) {
   const std::int64_t tokens = s.below(9), experts = 1 + s.below(9), k = 1 + s.below(4),
                      hidden = 1 + s.below(64);
   const WorkspaceBuffer workspace({}, 1 << 16);
-  switch (s.below(4)) {
+  switch (s.below(5)) {
     case 0: {
       RouteArgs a;
       a.spec.method = s.choice<RoutingMethod>(kNumRoutingMethods);
@@ -245,6 +245,22 @@ void fuzz_pieces(Source& s) {
       if (!m.skip()) quantize(a);
       return;
     }
+    case 3: {
+      ActivateArgs a;
+      a.spec.kind = s.choice<Activation>(kNumActivations);
+      a.spec.order = s.choice<GateOrder>(2);
+      a.spec.layout = s.choice<GateLayout>(2);
+      const std::int64_t width = is_gated(a.spec.kind) ? 2 * hidden : hidden;
+      a.input = m.tensor(s.choice<DType>(3), {tokens, width});
+      if (s.below(2)) {
+        a.parameters.alpha = m.tensor(DType::kF32, {experts});
+        a.parameters.limit = m.tensor(DType::kF32, {experts});
+        a.row_expert = m.tensor(DType::kI32, {tokens});
+      }
+      a.output = m.tensor(s.choice<DType>(3), {tokens, hidden});
+      if (!m.skip()) activate(a);
+      return;
+    }
     default: {
       SumArgs a;
       a.input = m.tensor(DType::kF32, {tokens, k, hidden});
@@ -257,6 +273,94 @@ void fuzz_pieces(Source& s) {
   }
 }
 
+// Level 3 on weights in place, in either format. Lists hold anything.
+void fuzz_grouped(Source& s) {
+  LayerConfig c = make_config(s);
+  Memory m(s);
+  const std::int64_t experts = 1 + s.below(4), n = 2 * (1 + s.below(33)), k = 2 * (1 + s.below(33)),
+                     tokens = s.below(9);
+  GroupedGemmArgs a;
+  a.quant = c.quant;
+  a.top_k = s.rare() ? s.extent(1) : 1 + s.below(3);
+  c.activation.kind = Activation::kIdentity;
+  a.b = make_weights(c, n, k, s, m, experts);
+  if (s.below(2) == 0) {
+    const std::int64_t capacity = s.below(9);
+    a.a = m.tensor(c.input_dtype, {experts, capacity, k});
+    a.batched.num_tokens = m.tensor(DType::kI32, {experts});
+    if (s.rare()) a.a_scale = m.tensor(DType::kF32, {experts, capacity, 1});
+    a.c = m.tensor(DType::kF32, {experts, capacity, n});
+  } else {
+    constexpr std::int64_t kRows = 4;
+    const std::int64_t slots = tokens * std::clamp<std::int64_t>(a.top_k, 1, 4);
+    const std::int64_t capacity = align_capacity(slots, experts, kRows);
+    a.sorted = {.slots = m.tensor(DType::kI32, {capacity}),
+                .block_experts = m.tensor(DType::kI32, {(capacity + kRows - 1) / kRows}),
+                .num_padded = m.tensor(DType::kI32, {1}),
+                .block_rows = s.rare() ? s.extent(kRows) : kRows};
+    a.a_order = s.choice<RowOrder>(2);
+    a.c_order = s.choice<RowOrder>(2);
+    a.a = m.tensor(c.input_dtype, {a.a_order == RowOrder::kSorted ? capacity : tokens, k});
+    if (s.rare()) a.row_weights = m.tensor(DType::kF32, {slots});
+    a.c = m.tensor(DType::kF32, {a.c_order == RowOrder::kSorted ? capacity : slots, n});
+  }
+  if (m.skip()) return;
+  const WorkspaceBuffer workspace({}, grouped_gemm_workspace_bytes(a));
+  a.workspace = workspace.view();
+  if (s.rare()) a.workspace.bytes /= 2;
+  grouped_gemm(a);
+}
+
+// Level 2 through a batched buffer, each call with its own idea of the shapes.
+void fuzz_stages(Source& s) {
+  LayerConfig c = make_config(s);
+  Memory m(s);
+  const std::int64_t experts = std::clamp<std::int64_t>(
+                         c.local.count > 0 ? c.local.count : c.experts, 0, 8),
+                     tokens = s.below(9), capacity = s.below(9);
+  const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, Format::kBatched, tokens, capacity));
+  const bool scaled = c.quant.scheme > Scheme::kBF16;
+  PrepareArgs p;
+  p.hidden_states = m.tensor(c.input_dtype, {tokens, c.hidden});
+  p.topk_ids = m.tensor(DType::kI32, {tokens, c.top_k});
+  p.topk_weights = m.tensor(DType::kF32, {tokens, c.top_k});
+  if (s.rare()) p.expert_map = m.tensor(DType::kI32, {c.experts});
+  p.rows = m.tensor(s.below(2) ? c.input_dtype : s.choice<DType>(9), {experts, capacity, c.hidden});
+  if (scaled) p.row_scale = m.tensor(DType::kF32, {experts, capacity, 1});
+  p.num_tokens = m.tensor(DType::kI32, {experts});
+  if (s.below(2)) p.slot_row = m.tensor(DType::kI32, {tokens, c.top_k});
+  if (s.rare()) p.status = m.tensor(DType::kI32, {1});
+  p.workspace = workspace.view();
+  FinalizeArgs f;
+  f.expert_output = m.tensor(DType::kF32, {experts, capacity, c.hidden});
+  f.topk_ids = p.topk_ids;
+  f.topk_weights = p.topk_weights;
+  if (s.below(2)) f.slot_row = m.tensor(DType::kI32, {tokens, c.top_k});
+  f.output = m.tensor(c.output_dtype, {tokens, c.hidden});
+  f.workspace = workspace.view();
+  ExpertsArgs e;
+  e.rows = p.rows;
+  if (scaled) e.row_scale = p.row_scale;
+  e.batched.num_tokens = m.tensor(DType::kI32, {experts});
+  e.output = f.expert_output;
+  e.expected_tokens = s.extent(tokens);
+  e.workspace = workspace.view();
+  const std::int64_t n1 = (is_gated(c.activation.kind) ? 2 : 1) * c.intermediate;
+  const LayerWeights w{.fc1 = make_weights(c, n1, c.hidden, s, m, experts),
+                       .fc2 = make_weights(c, c.hidden, c.intermediate, s, m, experts),
+                       .activation = {}};
+  if (m.skip()) return;
+  const auto each = [](const auto& call) {
+    try {
+      call();
+    } catch (const Error&) {
+    }
+  };
+  each([&] { prepare(c, p); });
+  each([&] { moesaic::experts(c, w, e); });
+  each([&] { finalize(c, f); });
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
@@ -267,10 +371,19 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   static_cast<void>(once);
   Source source(data, size);
   try {
-    if (source.below(2) == 0)
-      fuzz_layer(source);
-    else
-      fuzz_pieces(source);
+    switch (source.below(4)) {
+      case 0:
+        fuzz_layer(source);
+        break;
+      case 1:
+        fuzz_pieces(source);
+        break;
+      case 2:
+        fuzz_grouped(source);
+        break;
+      default:
+        fuzz_stages(source);
+    }
   } catch (const Error&) {
   }
   return 0;

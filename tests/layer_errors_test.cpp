@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// What level 1 says when it is called wrongly: the argument, what was expected, what came, a way
+// out.
+#include <gtest/gtest.h>
+
+#include "harness/fixture.h"
+
+namespace moesaic::harness {
+namespace {
+
+TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
+  const Fixture f(small_config());
+  const Batch batch = f.batch(8);
+  HostTensor y(DType::kBF16, {8, 64});
+  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
+  ForwardArgs good;
+  good.hidden_states = batch.hidden_states.view();
+  good.topk_ids = batch.topk_ids.view();
+  good.topk_weights = batch.topk_weights.view();
+  good.output = y.view();
+  good.workspace = workspace.view();
+  EXPECT_EQ(complaint([&] { f.layer.forward(good); }), "");
+  const auto expect = [&](const char* what, const char* came, auto change) {
+    ForwardArgs bad = good;
+    change(&bad);
+    const std::string text = complaint([&] { f.layer.forward(bad); });
+    EXPECT_NE(text.find(what), std::string::npos) << "'" << text << "'";
+    EXPECT_NE(text.find(came), std::string::npos) << "'" << text << "'";
+  };
+  HostTensor wrong(DType::kF32, {8, 64}), narrow(DType::kBF16, {8, 63}),
+      many(DType::kBF16, {65, 64});
+  expect("hidden_states", "f32", [&](ForwardArgs* a) { a->hidden_states = wrong.view(); });
+  expect("hidden_states", "63", [&](ForwardArgs* a) { a->hidden_states = narrow.view(); });
+  expect("hidden_states", "65", [&](ForwardArgs* a) { a->hidden_states = many.view(); });
+  expect("topk_ids", "bf16", [&](ForwardArgs* a) { a->topk_ids = y.view(); });
+  expect("topk_weights", "", [&](ForwardArgs* a) { a->topk_weights = {}; });
+  expect("output", "f32", [&](ForwardArgs* a) { a->output = wrong.view(); });
+  expect("workspace", "", [&](ForwardArgs* a) { a->workspace.bytes = 1; });
+  expect("hidden_states", "cuda", [&](ForwardArgs* a) {
+    a->hidden_states.device = {DeviceType::kCuda, 0};
+  });
+  expect("router", "", [&](ForwardArgs* a) { a->topk_ids = a->topk_weights = {}; });
+}
+
+// What a message consists of: the argument, what was expected, what came, a way out.
+TEST(LayerErrors, OfferAWayOut) {
+  HostTensor narrow(DType::kBF16, {8, 63}), whole(DType::kBF16, {8, 64});
+  const Fixture f(small_config());
+  const Batch batch = f.batch(8);
+  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
+  ForwardArgs good;
+  good.hidden_states = batch.hidden_states.view();
+  good.topk_ids = batch.topk_ids.view();
+  good.topk_weights = batch.topk_weights.view();
+  good.output = whole.view();
+  good.workspace = workspace.view();
+  const auto says = [&](const char* text, auto change) {
+    ForwardArgs bad = good;
+    change(&bad);
+    EXPECT_EQ(complaint([&] { f.layer.forward(bad); }), text);
+  };
+  says("hidden_states: expected shape [*, 64], got bf16[8, 63] on cpu; pass a view of that shape",
+       [&](ForwardArgs* a) { a->hidden_states = narrow.view(); });
+  says("topk_ids: expected dtype i32 or i64, got f32[8, 2] on cpu; convert it",
+       [&](ForwardArgs* a) { a->topk_ids = batch.topk_weights.view(); });
+  says("output: is required and was not given; pass it", [&](ForwardArgs* a) { a->output = {}; });
+}
+
+// The gate reads the layer's input as a router does: both must be floats.
+TEST(LayerErrors, ASharedGateThatCannotBeReadIsRefused) {
+  const std::vector<std::int8_t> bytes(64, 1);
+  const std::vector<float> floats(64, 1.0f);
+  LayerConfig config = small_config(Scheme::kInt8Channel);
+  config.shared_experts = 1;
+  const WeightData one = make_experts(config, {}, 0, 1);
+  Layer layer(config);
+  EXPECT_NE(complaint([&] {
+              layer.load_shared(one.weights, Tensor::contiguous(bytes.data(), DType::kI8, {64}));
+            }).find("shared.gate: expected dtype"),
+            std::string::npos);
+  layer.load_shared(one.weights, Tensor::contiguous(floats.data(), DType::kF32, {64}));
+  config.input_dtype = DType::kI8;
+  Layer eight(config);
+  EXPECT_NE(complaint([&] {
+              eight.load_shared(one.weights, Tensor::contiguous(floats.data(), DType::kF32, {64}));
+            }).find("shared.gate: reads f32, f16 or bf16"),
+            std::string::npos);
+  eight.load_shared(one.weights);
+}
+
+TEST(LayerErrors, AnIncompleteLayerSaysWhichExpertIsMissing) {
+  const LayerConfig config = small_config();
+  Layer layer(config);
+  const WeightData one = make_experts(config, {}, 0, 1);
+  layer.load_expert(0, one.weights);
+  EXPECT_NE(complaint([&] { layer.forward({}); }).find("expert 1"), std::string::npos);
+}
+
+// Memory that cannot be what it is said to be: between two elements, or written in two places.
+TEST(LayerErrors, MisplacedAndOverlappingTensorsAreRefused) {
+  const Fixture f(small_config());
+  const Batch batch = f.batch(8);
+  HostTensor y(DType::kBF16, {8, 64});
+  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
+  ForwardArgs good;
+  good.hidden_states = batch.hidden_states.view();
+  good.topk_ids = batch.topk_ids.view();
+  good.topk_weights = batch.topk_weights.view();
+  good.output = y.view();
+  good.workspace = workspace.view();
+  const auto says = [&](const char* text, auto change) {
+    ForwardArgs bad = good;
+    change(&bad);
+    const std::string got = complaint([&] { f.layer.forward(bad); });
+    EXPECT_TRUE(got.starts_with(text)) << got;
+  };
+  says("hidden_states: bf16[8, 64] on cpu must be aligned to its elements of 2 bytes",
+       [](ForwardArgs* a) { a->hidden_states.data = a->hidden_states.as<char>() + 1; });
+  says("topk_weights: f32[8, 2] on cpu must be aligned",
+       [](ForwardArgs* a) { a->topk_weights.data = a->topk_weights.as<char>() + 2; });
+  for (const std::int64_t stride : {0, 1, 63, -63})
+    says("output: is written, and its elements overlap", [&](ForwardArgs* a) {
+      a->output.strides[0] = stride;
+      a->output.data = y.view().as<std::uint16_t>() + (stride < 0 ? 7 * 63 : 0);
+    });
+  says("", [](ForwardArgs* a) { a->hidden_states.strides[0] = 0; });  // one token, eight times
+  ForwardArgs backwards = good;
+  backwards.output.data = y.view().as<std::uint16_t>() + 7 * 64;
+  backwards.output.strides[0] = -64;
+  EXPECT_EQ(complaint([&] { f.layer.forward(backwards); }), "");
+}
+
+TEST(LayerErrors, ConfigurationsThatCannotBeAreRefusedByName) {
+  const auto refused = [](auto change) {
+    LayerConfig config = small_config();
+    change(&config);
+    return complaint([&] { Layer layer(config); });
+  };
+  EXPECT_NE(refused([](LayerConfig* c) { c->experts = 0; }).find("experts"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->top_k = 9; }).find("top_k"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->local = {6, 3}; }).find("local"), std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->input_dtype = DType::kF32; }).find("input_dtype"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) { c->output_dtype = DType::kI8; }).find("output_dtype"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->quant = {.scheme = Scheme::kInt4W4A16};
+              c->hidden = 63;
+            }).find("even"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->quant = {.scheme = Scheme::kFp8Block, .weight_scale = WeightScale::kGroup};
+            }).find("weight_scale"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->quant = {.scheme = Scheme::kFp8Channel, .zero_points = true};
+            }).find("zero_points"),
+            std::string::npos);
+  EXPECT_NE(refused([](LayerConfig* c) {
+              c->routing = {.method = RoutingMethod::kDeepSeekV3, .groups = 3};
+            }).find("groups"),
+            std::string::npos);
+}
+
+TEST(LayerErrors, WeightsThatDoNotFitAreRefusedByName) {
+  const LayerConfig config = small_config(Scheme::kInt4W4A16);
+  const WeightData good = make_weights(config, {});
+  Layer layer(config);
+  const auto refused = [&](auto change) {
+    LayerWeights w = good.weights;
+    change(&w);
+    return complaint([&] { layer.load(w); });
+  };
+  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.scale = {}; }).find("fc1.scale"),
+            std::string::npos);
+  const auto expect = [&](const char* argument, auto change) {
+    const std::string text = refused(change);
+    EXPECT_NE(text.find(argument), std::string::npos) << "'" << text << "'";
+  };
+  expect("fc2.weight", [](LayerWeights* w) { w->fc2.weight.shape[1] = 63; });
+  EXPECT_NE(
+      refused([](LayerWeights* w) { w->fc1.zero_point = w->fc1.weight; }).find("fc1.zero_point"),
+      std::string::npos);
+  expect("fc1.weight", [](LayerWeights* w) { w->fc1.weight.dtype = DType::kI8; });
+  EXPECT_NE(refused([](LayerWeights* w) { w->fc1.prequant = w->fc1.scale; }).find("fc1.prequant"),
+            std::string::npos);
+  EXPECT_EQ(refused([](LayerWeights*) {}), "");
+}
+
+}  // namespace
+}  // namespace moesaic::harness

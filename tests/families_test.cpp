@@ -1,132 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Finding layers and reading config.json, on checkpoints written here: every layout says the same
-// layer, overrides, the generic family, and refusals by name. Needs no Python; what real models
-// look like is checkpoint_transformers_test's business.
-#include <gtest/gtest.h>
-#include <unistd.h>
-
-#include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <functional>
-#include <nlohmann/json.hpp>
-#include <random>
-
-#include "moesaic/moesaic.h"
-#include "numeric.h"
+// layer, overrides, the generic family. Needs no Python; what real models look like is
+// checkpoint_transformers_test's business, refusals are families_errors_test's.
 #include "scheme.h"
+#include "written_model.h"
 
 namespace moesaic {
 namespace {
-
-namespace fs = std::filesystem;
-using Json = nlohmann::json;
-
-constexpr std::int64_t kExperts = 4, kHidden = 12, kWidth = 10;
-
-// A checkpoint under construction: tensors, config.json and a folder that goes away.
-class Model {
- public:
-  Model() {
-    std::string pattern = (fs::temp_directory_path() / "moesaic-families-XXXXXX").string();
-    path_ = ::mkdtemp(pattern.data());
-    config = {{"model_type", "qwen3_moe"}, {"num_experts", kExperts}, {"num_experts_per_tok", 2},
-              {"norm_topk_prob", true},    {"hidden_act", "silu"},    {"torch_dtype", "bfloat16"}};
-    for (auto* m : {&gate, &up}) fill(*m, kExperts * kWidth * kHidden);
-    fill(down, kExperts * kHidden * kWidth);
-  }
-  ~Model() { fs::remove_all(path_); }
-
-  // One tensor of bf16 in the given order of dimensions.
-  void put(const std::string& name, std::vector<std::int64_t> shape,
-           std::vector<std::uint16_t> data) {
-    storage_.push_back(std::make_unique<std::vector<std::uint16_t>>(std::move(data)));
-    tensors_.push_back({name, Tensor::contiguous(storage_.back()->data(), DType::kBF16,
-                                                 shape.data(), static_cast<int>(shape.size()))});
-  }
-  void put_zeros(const std::string& name, std::vector<std::int64_t> shape) {
-    std::int64_t n = 1;
-    for (const std::int64_t s : shape) n *= s;
-    put(name, shape, std::vector<std::uint16_t>(static_cast<std::size_t>(n)));
-  }
-  void per_expert(const std::string& block, const std::string& g, const std::string& u,
-                  const std::string& d) {
-    for (std::int64_t e = 0; e < kExperts; ++e) {
-      const std::string prefix = block + ".experts." + std::to_string(e) + ".";
-      if (!g.empty())
-        put(prefix + g + ".weight", {kWidth, kHidden}, part(gate, e, kWidth * kHidden));
-      put(prefix + u + ".weight", {kWidth, kHidden}, part(up, e, kWidth * kHidden));
-      put(prefix + d + ".weight", {kHidden, kWidth}, part(down, e, kHidden * kWidth));
-    }
-  }
-  // gate_up_proj and down_proj from what row r of fc1 (expert e) should be.
-  void fused(const std::string& block, const std::function<bool(std::int64_t r)>& is_gate,
-             const std::function<std::int64_t(std::int64_t r)>& row,
-             CheckpointOptions::FusedLayout layout) {
-    const bool nk = layout == CheckpointOptions::FusedLayout::kNK;
-    std::vector<std::uint16_t> one(static_cast<std::size_t>(kExperts * 2 * kWidth * kHidden)),
-        two(down.size());
-    for (std::int64_t e = 0; e < kExperts; ++e)
-      for (std::int64_t r = 0; r < 2 * kWidth; ++r)
-        for (std::int64_t h = 0; h < kHidden; ++h) {
-          const auto to =
-              nk ? (e * 2 * kWidth + r) * kHidden + h : (e * kHidden + h) * 2 * kWidth + r;
-          one[static_cast<std::size_t>(to)] =
-              (is_gate(r) ? gate
-                          : up)[static_cast<std::size_t>((e * kWidth + row(r)) * kHidden + h)];
-        }
-    for (std::int64_t e = 0; e < kExperts; ++e)
-      for (std::int64_t h = 0; h < kHidden; ++h)
-        for (std::int64_t i = 0; i < kWidth; ++i)
-          two[static_cast<std::size_t>(nk ? (e * kHidden + h) * kWidth + i
-                                          : (e * kWidth + i) * kHidden + h)] =
-              down[static_cast<std::size_t>((e * kHidden + h) * kWidth + i)];
-    using Shape = std::vector<std::int64_t>;
-    put(block + ".experts.gate_up_proj",
-        nk ? Shape{kExperts, 2 * kWidth, kHidden} : Shape{kExperts, kHidden, 2 * kWidth}, one);
-    put(block + ".experts.down_proj",
-        nk ? Shape{kExperts, kHidden, kWidth} : Shape{kExperts, kWidth, kHidden}, two);
-  }
-  void router(const std::string& name) { put_zeros(name, {kExperts, kHidden}); }
-  void remove(const std::string& name) {
-    std::erase_if(tensors_, [&](const NamedTensor& t) { return t.name == name; });
-  }
-
-  Checkpoint open(const CheckpointOptions& options = {}) {
-    save_safetensors((path_ / "model.safetensors").string(), tensors_);
-    if (!config.is_null()) std::ofstream(path_ / "config.json") << config.dump();
-    return Checkpoint::open(path_.string(), options);
-  }
-  // The complaint of open, or "".
-  std::string complaint(ErrorCode code, const CheckpointOptions& options = {}) {
-    try {
-      open(options);
-    } catch (const Error& e) {
-      EXPECT_EQ(e.code(), code) << e.what();
-      return e.what();
-    }
-    return "";
-  }
-  std::string path() const { return path_.string(); }
-
-  Json config;
-  std::vector<std::uint16_t> gate, up, down;  // [E, I, H], [E, I, H], [E, H, I]
-
- private:
-  static void fill(std::vector<std::uint16_t>& v, std::int64_t n) {
-    static std::mt19937 random(std::random_device{}());
-    v.resize(static_cast<std::size_t>(n));
-    for (auto& x : v) x = float_to_bf16(std::normal_distribution<float>()(random));
-  }
-  static std::vector<std::uint16_t> part(const std::vector<std::uint16_t>& v, std::int64_t e,
-                                         std::int64_t n) {
-    return {v.begin() + e * n, v.begin() + (e + 1) * n};
-  }
-
-  fs::path path_;
-  std::vector<NamedTensor> tensors_;
-  std::vector<std::unique_ptr<std::vector<std::uint16_t>>> storage_;
-};
 
 std::uint16_t at(const Tensor& t, std::int64_t n, std::int64_t k) {
   return t.as<const std::uint16_t>()[n * t.strides[1] + k * t.strides[2]];
@@ -279,147 +159,6 @@ TEST(Families, ConfigJsonSuppliesAndOverridesReplace) {
   EXPECT_THROW(c.layer_config(2), Error);
 }
 
-TEST(Families, RefusalsNameWhatToDo) {
-  const auto standard = [](Model& m) {
-    m.per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
-  };
-  const auto says = [](const std::string& text, const std::string& words) {
-    EXPECT_NE(text.find(words), std::string::npos) << "'" << text << "' lacks '" << words << "'";
-  };
-  {
-    Model m;
-    standard(m);
-    m.config["model_type"] = "llama";
-    says(m.complaint(ErrorCode::kUnsupported), "model_type 'llama' is not known");
-    m.config.erase("model_type");
-    says(m.complaint(ErrorCode::kUnsupported), "no model_type");
-    m.config["model_type"] = 7;
-    says(m.complaint(ErrorCode::kCorruptFile), "should be a string");
-    EXPECT_NO_THROW(m.open({.family = "qwen3_moe"}));
-    says(m.complaint(ErrorCode::kUnsupported, {.family = "qwen9"}), "known: mixtral");
-  }
-  {
-    Model m;  // a dense model
-    m.put_zeros("model.layers.0.mlp.gate_proj.weight", {4, 4});
-    says(m.complaint(ErrorCode::kUnsupported), "no tensors of experts");
-  }
-  {
-    Model m;
-    standard(m);
-    m.config["hidden_act"] = "mish";
-    const Checkpoint c = m.open();  // inspect works; running needs a word
-    EXPECT_THROW(c.layer_config(0), Error);
-    EXPECT_NO_THROW(c.layer_config(0, {.activation = Activation::kSwiglu}));
-  }
-  {
-    Model m;
-    standard(m);
-    m.config.update({{"model_type", "deepseek_v3"}, {"scoring_func", "sqrtsoftplus"}});
-    EXPECT_THROW(m.open().layer_config(0), Error);
-    EXPECT_NO_THROW(m.open().layer_config(0, {.routing = RoutingMethod::kSqrtSoftplus}));
-  }
-  {
-    Model m;
-    standard(m);
-    m.config["quantization_config"] = {{"quant_method", "bitsandbytes"}};
-    EXPECT_NO_THROW(m.open().layer_config(0)) << "the experts are plain bf16, whatever the rest is";
-    m.config["quantization_config"] = 3;
-    says(m.complaint(ErrorCode::kCorruptFile), "should be an object");
-  }
-  {
-    Model m;  // DeepSeek-V4's first layers: experts by token id
-    standard(m);
-    m.put_zeros("model.layers.0.mlp.gate.tid2eid", {16, 2});
-    const Checkpoint c = m.open();
-    try {
-      c.layer_config(0);
-      ADD_FAILURE() << "a hash-routed layer was not refused";
-    } catch (const Error& e) {
-      EXPECT_EQ(e.code(), ErrorCode::kUnsupported);
-      says(e.what(), "is hash-routed");
-    }
-    EXPECT_NO_THROW(c.layer_config(0, {.routing = RoutingMethod::kTopK}));
-  }
-  {
-    Model m;  // two stacks with the same numbers
-    standard(m);
-    m.per_expert("other.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
-    says(m.complaint(ErrorCode::kUnsupported), "both layer 0");
-  }
-}
-
-TEST(Families, IncompleteOrContradictoryFiles) {
-  const auto fresh = [] {
-    auto m = std::make_unique<Model>();
-    m->per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
-    return m;
-  };
-  const auto corrupt = [](Model& m, const std::string& words) {
-    const std::string text = m.complaint(ErrorCode::kCorruptFile);
-    EXPECT_NE(text.find(words), std::string::npos) << "'" << text << "' lacks '" << words << "'";
-  };
-  const std::string prefix = "model.layers.0.mlp.experts.";
-  {
-    auto m = fresh();
-    m->remove(prefix + "2.up_proj.weight");
-    corrupt(*m, "shard may be missing");
-  }
-  {
-    auto m = fresh();
-    for (const char* p : {"gate_proj", "up_proj", "down_proj"})
-      m->remove(prefix + "1." + p + ".weight");
-    corrupt(*m, "numbered up to 3");
-  }
-  {
-    auto m = fresh();
-    m->config["num_experts"] = 5;
-    corrupt(*m, "num_experts is 5");
-  }
-  {
-    auto m = fresh();
-    m->config["num_experts_per_tok"] = 9;
-    corrupt(*m, "9 experts per token");
-  }
-  for (const auto& shape : {std::vector<std::int64_t>{kWidth, kHidden + 1},
-                            {kWidth + 1, kHidden},
-                            {kWidth * kHidden},
-                            {0, kHidden}}) {
-    auto m = fresh();
-    m->remove(prefix + "3.up_proj.weight");
-    m->put_zeros(prefix + "3.up_proj.weight", shape);
-    corrupt(*m, "expert 0 has");
-  }
-  {
-    auto m = fresh();
-    for (int e = 0; e < kExperts; ++e) {
-      m->remove(prefix + std::to_string(e) + ".down_proj.weight");
-      m->put_zeros(prefix + std::to_string(e) + ".down_proj.weight", {kHidden, kWidth + 2});
-    }
-    corrupt(*m, "does not fit the second product");
-  }
-  {
-    auto m = fresh();
-    m->put_zeros("model.layers.0.mlp.gate.weight", {kExperts + 1, kHidden});
-    corrupt(*m, "gate.weight");
-  }
-  {
-    auto m = fresh();
-    m->put_zeros("model.layers.0.mlp.shared_expert.gate_proj.weight", {6, kHidden + 1});
-    m->put_zeros("model.layers.0.mlp.shared_expert.up_proj.weight", {6, kHidden + 1});
-    m->put_zeros("model.layers.0.mlp.shared_expert.down_proj.weight", {kHidden + 1, 6});
-    corrupt(*m, "shared experts do not fit");
-  }
-  {
-    auto m = fresh();
-    m->open();
-    std::ofstream(m->path() + "/config.json") << "{\"model_type\":";
-    EXPECT_THROW(Checkpoint::open(m->path()), Error);
-    std::ofstream(m->path() + "/config.json") << "[]";
-    EXPECT_THROW(Checkpoint::open(m->path()), Error);
-  }
-  EXPECT_THROW(Checkpoint::open("/nowhere/at/all"), Error);
-}
-
 // The format does not promise alignment; only the official writer does.
 TEST(Families, MisalignedTensorsAreCopied) {
   Model m;
@@ -444,57 +183,77 @@ TEST(Families, MisalignedTensorsAreCopied) {
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(router.weights.weight.data) % 2, 0u);
 }
 
-// What the native layout says about itself must fit its tensors.
-TEST(Families, NativeMetadataIsChecked) {
+// Quantized checkpoints mostly leave the router alone; where they do not, it becomes f32.
+TEST(Families, RoutersInEveryFloat) {
+  const std::string gate = "model.layers.0.mlp.gate.weight";
+  const auto fresh = [] {
+    auto m = std::make_unique<Model>();
+    m->per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
+    return m;
+  };
+  std::vector<std::uint8_t> bytes(kExperts * kHidden);
+  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::uint8_t>(i * 5 % 0x7e);
+  const std::vector<float> by_row = {0.5f, 2.0f, 3.0f, 0.25f}, whole = {0.75f};
+  for (const bool rows : {false, true}) {
+    auto m = fresh();
+    m->put_as(gate, DType::kF8E4M3, {kExperts, kHidden}, bytes);
+    if (rows)
+      m->put_as(gate + "_scale", DType::kF32, {kExperts, 1}, by_row);
+    else
+      m->put_as(gate + "_scale_inv", DType::kF32, {1}, whole);
+    const Checkpoint c = m->open();
+    ASSERT_TRUE(c.layer(0).has_router);
+    const HostRouter router = c.router(0);
+    ASSERT_EQ(router.weights.weight.dtype, DType::kF32);
+    for (std::size_t i = 0; i < bytes.size(); ++i)
+      ASSERT_EQ(router.weights.weight.as<float>()[i],
+                e4m3_to_float(bytes[i]) * (rows ? by_row[i / kHidden] : whole[0]));
+    Layer layer(c.layer_config(0));
+    c.load(0, layer);  // attaches it
+    EXPECT_TRUE(layer.ready());
+  }
+  {  // 64-bit floats, which no Tensor holds: written by hand
+    auto m = fresh();
+    m->put_as(gate, DType::kI64, {kExperts, kHidden},
+              std::vector<double>(static_cast<std::size_t>(kExperts * kHidden), 0.1));
+    EXPECT_NE(m->complaint(ErrorCode::kUnsupported).find("F8_E4M3 with a scale, not from I64"),
+              std::string::npos);
+    const std::string path = m->path() + "/model.safetensors";
+    std::ifstream in(path, std::ios::binary);
+    std::string file{std::istreambuf_iterator<char>(in), {}};
+    file.replace(file.find("I64"), 3, "F64");
+    std::ofstream(path, std::ios::binary) << file;
+    const HostRouter router = Checkpoint::open(m->path()).router(0);
+    EXPECT_EQ(router.weights.weight.as<float>()[5], 0.1f);
+  }
+  {
+    auto m = fresh();
+    m->put_as(gate, DType::kF8E4M3, {kExperts, kHidden}, bytes);
+    EXPECT_NE(m->complaint(ErrorCode::kCorruptFile).find("without its scale"), std::string::npos);
+    m->put_as(gate + "_scale", DType::kF32, {3}, std::vector<float>(3, 1.0f));
+    EXPECT_NE(m->complaint(ErrorCode::kCorruptFile).find("is no scale of"), std::string::npos);
+  }
+}
+
+// All other tensors of the file would be gone.
+TEST(Families, ALayerIsNotWrittenOverItsOwnCheckpoint) {
   Model m;
   m.per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
-  const std::string out = m.path() + "/native.safetensors";
-  quantize_layer(m.open(), 0, {.scheme = Scheme::kInt4W4A16, .group_size = 4, .zero_points = true},
-                 out);
-  const TensorFile file = TensorFile::open(out);
-  const Json good = Json::parse(file.metadata().at("moesaic"));
-  std::vector<NamedTensor> tensors;
-  for (const StoredTensor& t : file.tensors()) tensors.push_back({t.name, file.tensor(t.name)});
-  const auto with = [&](const std::string& key, const Json& value) {
-    Json j = good;
-    if (value.is_null())
-      j.erase(key);
-    else
-      j[key] = value;
-    const std::string path = m.path() + "/bad.safetensors";
-    save_safetensors(path, tensors, {{"moesaic", j.dump()}});
-    return Checkpoint::open(path);
-  };
-  EXPECT_NO_THROW(with("version", 1));
-  const std::pair<std::string, Json> bad[] = {{"version", 2},
-                                              {"version", "1"},
-                                              {"experts", 5},
-                                              {"experts", 0},
-                                              {"experts", -1},
-                                              {"experts", 1e300},
-                                              {"experts", nullptr},
-                                              {"hidden", 14},
-                                              {"hidden", 1ull << 62},
-                                              {"intermediate", 8},
-                                              {"top_k", 9},
-                                              {"group_size", 6},
-                                              {"group_size", -4},
-                                              {"zero_points", 1},
-                                              {"scheme", "int3"},
-                                              {"scheme", "bf16"},
-                                              {"scheme", "fp8_block"},
-                                              {"weight_scale", "row"},
-                                              {"routing", "dice"},
-                                              {"activation", "relu"},
-                                              {"dtype", "i8"},
-                                              {"shared_experts", 1},
-                                              {"groups", 0},
-                                              {"alpha", "x"}};
-  for (const auto& [key, value] : bad)
-    EXPECT_THROW(with(key, value), Error) << key << " = " << value;
-  const Checkpoint unknown = with("routing", nullptr);  // allowed: the caller must say
-  EXPECT_THROW(unknown.layer_config(0), Error);
-  EXPECT_NO_THROW(unknown.layer_config(0, {.routing = RoutingMethod::kTopK}));
+  const Checkpoint c = m.open();
+  const std::string own = m.path() + "/model.safetensors", link = m.path() + "/link.safetensors";
+  fs::create_symlink(own, link);
+  for (const std::string& out : {own, m.path() + "/./model.safetensors", link}) {
+    EXPECT_TRUE(c.files().is_mapped(out));
+    try {
+      quantize_layer(c, 0, {.scheme = Scheme::kInt8Channel}, out);
+      ADD_FAILURE() << out << " was overwritten";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ErrorCode::kInvalidArgument);
+      EXPECT_NE(std::string(e.what()).find("the checkpoint itself"), std::string::npos);
+    }
+  }
+  EXPECT_FALSE(c.files().is_mapped(m.path() + "/other.safetensors"));
+  expect_same_layer(m, Checkpoint::open(m.path()), 0);
 }
 
 }  // namespace

@@ -186,9 +186,10 @@ struct Checkpoint::Impl {
                       c.experts, c.hidden, c.intermediate, s.layer.index, s.layer.experts,
                       s.layer.hidden, s.layer.intermediate));
     if (is_gated(c.activation.kind) != s.experts.gated)
-      invalid(fmt::format("activation: {} is {}gated, the checkpoint's experts are {}",
+      invalid(fmt::format("activation: {} is {}gated, the checkpoint's experts are{}; name {} one",
                           name(c.activation.kind), is_gated(c.activation.kind) ? "" : "not ",
-                          s.experts.gated ? "gated" : "not"));
+                          s.experts.gated ? "" : " not",
+                          s.experts.gated ? "a gated" : "an ungated"));
   }
 };
 
@@ -281,7 +282,9 @@ LayerConfig Checkpoint::layer_config(std::int64_t index, const LayerOverrides& o
   c.workspace_cap = o.workspace_cap;
   if (o.shared == SharedExperts::kOn) {
     if (l.shared_experts == 0)
-      invalid(fmt::format("shared: layer {} has no shared experts", index));
+      invalid(fmt::format(
+          "shared: layer {} has no shared experts; leave --shared (SharedExperts::kOn) out",
+          index));
     c.shared_experts = l.shared_experts;
     c.shared_intermediate = l.shared_intermediate;
   }
@@ -355,6 +358,11 @@ void quantize_layer(const Checkpoint& checkpoint, std::int64_t index, const Quan
                     const std::string& out_path, const LoadProgress& progress) {
   const Checkpoint::Impl& impl = *checkpoint.impl_;
   const LayerSource& s = impl.source(index);
+  if (impl.files.is_mapped(out_path))
+    invalid(
+        fmt::format("out: '{}' is a file of the checkpoint itself, whose other tensors would be "
+                    "lost; name another",
+                    out_path));
   const DType dtype = dtype_for(quant, s.layer.dtype);
   NativeDescription description{.layer = s.layer, .model = s.model};
   description.layer.quant = quant;

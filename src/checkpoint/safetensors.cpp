@@ -12,6 +12,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "check.h"
@@ -272,6 +273,7 @@ std::string_view stored_name(DType dtype) {
 
 struct TensorFile::Impl {
   std::vector<std::unique_ptr<MappedFile>> maps;
+  std::vector<std::string> paths;     // of the maps
   std::vector<StoredTensor> tensors;  // sorted by name
   std::map<std::string, std::string> metadata;
 
@@ -283,6 +285,7 @@ struct TensorFile::Impl {
   }
   void map(const std::string& path) {
     maps.push_back(std::make_unique<MappedFile>(path));
+    paths.push_back(path);
     add(path, maps.back()->bytes());
   }
   void finish(const std::string& what) {
@@ -366,6 +369,12 @@ TensorFile TensorFile::from_bytes(std::span<const std::byte> bytes) {
 
 std::span<const StoredTensor> TensorFile::tensors() const { return impl_->tensors; }
 const std::map<std::string, std::string>& TensorFile::metadata() const { return impl_->metadata; }
+bool TensorFile::is_mapped(const std::string& path) const {
+  return std::any_of(impl_->paths.begin(), impl_->paths.end(), [&](const std::string& mapped) {
+    std::error_code missing;  // a path where nothing is yet names none of them
+    return std::filesystem::equivalent(mapped, path, missing);
+  });
+}
 const StoredTensor* TensorFile::find(std::string_view name) const { return impl_->find(name); }
 
 Tensor TensorFile::tensor(std::string_view name) const {

@@ -9,6 +9,8 @@
 #include "check.h"
 #include "checkpoint/dtypes.h"
 #include "checkpoint/files.h"
+#include "divide.h"
+#include "numeric.h"
 
 namespace moesaic {
 namespace {
@@ -103,13 +105,78 @@ Slice require_slice(const TensorFile& files, const ExpertNames& names, std::stri
       show_name(base_name(names, projection, expert)), kWhat[static_cast<int>(role)]));
 }
 
+namespace {
+
+template <typename T>
+T unaligned(const void* data, std::int64_t index) {
+  T value;
+  std::memcpy(&value,
+              static_cast<const std::byte*>(data) + static_cast<std::size_t>(index) * sizeof(T),
+              sizeof(T));
+  return value;
+}
+
+// e4m3 with the scale that lies beside it: of the tensor, of its rows, or of blocks of 128 x 128.
+Tensor read_fp8(const TensorFile& files, const StoredTensor& stored, Arena& arena) {
+  const std::int64_t columns = stored.shape.back();
+  const std::int64_t rows = columns == 0 ? 0 : static_cast<std::int64_t>(stored.bytes) / columns;
+  const std::string names[] = {stored.name + "_scale_inv", stored.name + "_scale"};
+  const StoredTensor* found = files.find(names[0]);
+  if (found == nullptr) found = files.find(names[1]);
+  if (found == nullptr)
+    corrupt(fmt::format("tensor {}: is F8_E4M3 without its scale ({} or {})",
+                        show_name(stored.name), show_name(names[0]), show_name(names[1])));
+  if (found->dtype == stored.dtype)
+    corrupt(fmt::format("tensor {}: expected a float scale, got F8_E4M3", show_name(found->name)));
+  const bool scalar = found->shape.empty() && found->dtype == "F32";
+  const Tensor scale = scalar ? Tensor::contiguous(found->data, DType::kF32, {1})
+                              : read_floats(files, found->name, arena);
+  const std::int64_t wide = ceil_div(columns, 128);
+  const bool one = scale.numel() == 1, by_row = scale.numel() == rows;
+  if (!one && !by_row && scale.numel() != ceil_div(rows, 128) * wide)
+    corrupt(
+        fmt::format("tensor {}: {} is no scale of [{}, {}] by tensor, row or block of 128 x 128",
+                    show_name(found->name), to_string(scale), rows, columns));
+  const auto scale_at = [&](std::int64_t r, std::int64_t c) {
+    const std::int64_t i = one ? 0 : by_row ? r : r / 128 * wide + c / 128;
+    if (scale.dtype == DType::kF32) return unaligned<float>(scale.data, i);
+    const auto half = unaligned<std::uint16_t>(scale.data, i);
+    return scale.dtype == DType::kBF16 ? bf16_to_float(half) : f16_to_float(half);
+  };
+  Tensor out = arena.tensor(DType::kF32, {rows, columns});
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t c = 0; c < columns; ++c)
+      out.as<float>()[r * columns + c] =
+          e4m3_to_float(unaligned<std::uint8_t>(stored.data, r * columns + c)) * scale_at(r, c);
+  // In the stored shape: whoever reads it compares that with what it should be.
+  return Tensor::contiguous(out.data, DType::kF32, stored.shape.data(),
+                            static_cast<int>(stored.shape.size()));
+}
+
+Tensor read_f64(const StoredTensor& stored, Arena& arena) {
+  const auto count = static_cast<std::int64_t>(stored.bytes / sizeof(double));
+  Tensor out = arena.tensor(DType::kF32, {count});
+  for (std::int64_t i = 0; i < count; ++i)
+    out.as<float>()[i] = static_cast<float>(unaligned<double>(stored.data, i));
+  return Tensor::contiguous(out.data, DType::kF32, stored.shape.data(),
+                            static_cast<int>(stored.shape.size()));
+}
+
+}  // namespace
+
 Tensor read_floats(const TensorFile& files, const std::string& name, Arena& arena) {
   const StoredTensor* stored = files.find(name);
+  if (stored->shape.empty() || stored->shape.size() > static_cast<std::size_t>(Tensor::kMaxRank))
+    corrupt(fmt::format("tensor {}: expected 1 to {} dimensions, got {}", show_name(name),
+                        Tensor::kMaxRank, stored->shape.size()));
+  if (stored->dtype == "F8_E4M3") return read_fp8(files, *stored, arena);
+  if (stored->dtype == "F64") return read_f64(*stored, arena);
   const auto dtype = find_stored_dtype(stored->dtype)->view;
-  if (!dtype || !is_float(*dtype) || stored->shape.empty() ||
-      stored->shape.size() > static_cast<std::size_t>(Tensor::kMaxRank))
-    corrupt(fmt::format("tensor {}: expected floats of up to {} dimensions, got {}",
-                        show_name(name), Tensor::kMaxRank, stored->dtype));
+  if (!dtype || !is_float(*dtype))
+    unsupported(fmt::format(
+        "tensor {}: routers, biases and gates are read from F32, F16, BF16, F64, and F8_E4M3 "
+        "with a scale, not from {}; store it as one of these",
+        show_name(name), stored->dtype));
   const std::byte* data = stored->data;
   if (reinterpret_cast<std::uintptr_t>(data) % size_of(*dtype) != 0) {
     std::byte* copy = arena.allocate(stored->bytes);

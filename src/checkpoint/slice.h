@@ -33,8 +33,9 @@ std::optional<Slice> find_slice(const TensorFile& files, const ExpertNames& name
 Slice require_slice(const TensorFile& files, const ExpertNames& names, std::string_view projection,
                     Role role, std::int64_t expert);
 
-// A whole tensor of floats: a view, or an aligned copy in `arena`. The safetensors library always
-// aligns; others may not.
+// A whole tensor of floats: a view, or a copy in `arena` where the bytes do not lie on a multiple of
+// their size (the safetensors library always aligns; others may not) and, in f32, of F64 and of
+// F8_E4M3 with the scale beside it.
 Tensor read_floats(const TensorFile& files, const std::string& name, Arena& arena);
 
 std::vector<std::int64_t> load_integers(const Slice& slice);  // I32 or I64; small tensors

@@ -261,6 +261,7 @@ std::vector<Case> product_cases(const CaseFilter& filter) {
             } while (!filter.shape && !filter.tokens &&
                      !is_affordable(shape, c.tokens, format, c.load));
             if (filter.scheme && v.quant.scheme != *filter.scheme) continue;
+            if (filter.variant && v.name != *filter.variant) continue;
             if (filter.format && format != *filter.format) continue;
             if (filter.activation && c.activation.kind != *filter.activation) continue;
             if (!makes_sense(v, shape)) continue;
@@ -274,6 +275,7 @@ std::vector<Case> product_cases(const CaseFilter& filter) {
   if (filter.shape || filter.tokens) return list;
   for (Case& c : special_cases()) {
     if (filter.scheme && c.variant.quant.scheme != *filter.scheme) continue;
+    if (filter.variant && c.variant.name != *filter.variant) continue;
     if (filter.format && c.format != *filter.format) continue;
     if (filter.activation && c.activation.kind != *filter.activation) continue;
     list.push_back(std::move(c));

@@ -21,12 +21,15 @@ const std::vector<Shape>& models() {
 
 const std::vector<Shape>& tests() {
   static const std::vector<Shape> list = {
-      {"small", 8, 64, 64, 2},    {"tp192", 8, 128, 192, 2},  // 192 = 768 / 4: a shard that no 128
-                                                              // divides
-      {"2880/8", 4, 360, 360, 4},                             // GPT-OSS's width, an eighth of it
-      {"ragged", 6, 100, 52, 3},                              // multiples of 4 and of nothing else
-      {"odd", 3, 75, 37, 2},  // not even that: 4-bit weights refuse it
-      {"top22", 32, 64, 48, 22},  {"single", 1, 64, 96, 1},  {"many", 512, 32, 32, 8},
+      {"small", 8, 64, 64, 2},
+      {"tp192", 8, 128, 192, 2},   // 192 = 768 / 4: a shard that no 128
+                                   // divides
+      {"2880/8", 4, 360, 360, 4},  // GPT-OSS's width, an eighth of it
+      {"ragged", 6, 100, 52, 3},   // multiples of 4 and of nothing else
+      {"odd", 3, 75, 37, 2},       // not even that: 4-bit weights refuse it
+      {"top22", 32, 64, 48, 22},
+      {"single", 1, 64, 96, 1},
+      {"many", 512, 32, 32, 8},
       {"blocks", 4, 256, 128, 2},  // whole 128 x 128 blocks
       {"deep", 4, 1160, 64, 2},    // a long K with a short last group
   };
@@ -110,9 +113,12 @@ std::vector<Variant> make_variants() {
   v.push_back(with_f16(grouped("+g128+zp+f16", kInt8W8A16, 128, kZero)));
   v.push_back(grouped("+whole", kInt8W8A16, 0, kNoZero));
   v.push_back(variant("", kInt4W4A16));
+  v.push_back(grouped("+g32", kInt4W4A16, 32, kNoZero));
   v.push_back(grouped("+g32+zp", kInt4W4A16, 32, kZero));
   v.push_back(with_f16(grouped("+g64+f16", kInt4W4A16, 64, kNoZero)));
+  v.push_back(grouped("+g64+zp", kInt4W4A16, 64, kZero));
   v.push_back(grouped("+g128+zp", kInt4W4A16, 128, kZero));
+  v.push_back(grouped("+whole", kInt4W4A16, 0, kNoZero));
   v.push_back(grouped("+whole+zp", kInt4W4A16, 0, kZero));
   v.push_back(variant("", kInt4W4A8Fp8));
   v.push_back(grouped("+g32+zp", kInt4W4A8Fp8, 32, kZero));
@@ -163,6 +169,19 @@ const Variant& default_variant(Scheme scheme) {
   for (const Variant& v : variants())
     if (v.quant.scheme == scheme) return v;
   invalid("scheme: has no variant");
+}
+
+const Variant& parse_variant(std::string_view text) {
+  const std::string_view scheme_name = text.substr(0, text.find('+'));
+  const Scheme scheme = parse_scheme(scheme_name);
+  std::string known;
+  for (const Variant& v : variants()) {
+    if (v.quant.scheme != scheme) continue;
+    if (v.name == text) return v;
+    known += (known.empty() ? "" : ", ") + v.name;
+  }
+  invalid("scheme: '" + std::string(text) + "' is no variant of " + std::string(scheme_name) +
+          "; known: " + known);
 }
 
 std::string name(const Case& c) {

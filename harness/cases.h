@@ -41,6 +41,9 @@ struct Variant {
 };
 std::span<const Variant> variants();  // the first of each scheme is its plain form
 const Variant& default_variant(Scheme scheme);
+// A variant's name, which may be a scheme's: that is its plain form. Throws kInvalidArgument and
+// lists the names.
+const Variant& parse_variant(std::string_view text);
 
 // --- cases --------------------------------------------------------------------------------------
 // Where a forward gets its routing from.
@@ -75,6 +78,7 @@ Support supported(const Case& c, Device device);
 // Undefined fields match everything.
 struct CaseFilter {
   std::optional<Scheme> scheme;
+  std::optional<std::string> variant;  // its name
   std::optional<Format> format;
   std::optional<Activation> activation;
   std::optional<Shape> shape;  // a test shape, or any: then only that shape is made

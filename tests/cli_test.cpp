@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The moesaic command as its users meet it: exit codes, one sentence per mistake, JSON fields, files
-// in and out. Runs the built command.
+// The moesaic command as its users meet it: exit codes, one sentence per mistake, JSON fields,
+// files in and out. Runs the built command.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -137,6 +137,24 @@ TEST_F(Cli, VerifyOfNothingFails) {
   if (!has_cuda) expect_usage("verify --backend cuda --limit 1", "cuda");
 }
 
+// A backend that is not there is said by every command, also by one that would not have used it.
+TEST_F(Cli, ABackendThatIsNotThereIsSaidByEveryCommand) {
+  for (const std::string& command :
+       {std::string("info"), "inspect " + kTiny, "run --checkpoint " + kTiny + " --layer 0",
+        std::string("verify --limit 1"), std::string("bench --shape 4,64,64,2 --tokens 1"),
+        "quantize " + kTiny + " " + file("q") + " --layer 0 --scheme bf16"})
+    expect_usage(command + " --backend cuda:93", "cuda:93");
+}
+
+TEST_F(Cli, VerifyTakesVariants) {
+  const json one = run_json("verify --scheme int4_w4a16+g64+zp --limit 2");
+  for (const json& c : one["cases"])
+    EXPECT_TRUE(c["name"].get<std::string>().starts_with("int4_w4a16+g64+zp/")) << c;
+  expect_usage("verify --scheme int4_w4a16+g65", "int4_w4a16+g64+zp");
+  expect_usage("bench --scheme fp8_block+1x1", "fp8_block+64x32");
+  expect_usage("verify --scheme int3+g64", "int4_w4a16");
+}
+
 TEST_F(Cli, WhatHasNoMeaningIsRefused) {
   expect_usage(
       "quantize " + kTiny + " " + file("q") + " --layer 0 --scheme int8_channel --group 32",
@@ -155,6 +173,21 @@ TEST_F(Cli, WhereTheJsonCannotGoIsSaidBeforeTheWork) {
       std::string(MOESAIC_COMMAND) + " info --json - >/dev/full 2>" + file("err");
   EXPECT_EQ(WEXITSTATUS(std::system(full.c_str())), 1);
   EXPECT_NE(read(file("err")).find("writ"), std::string::npos);
+}
+
+// Nor is anything written over what is being read.
+TEST_F(Cli, OutputsAreCheckedBeforeTheWork) {
+  const std::string run = "run --checkpoint " + file("copy") + " --layer 0 ";
+  fs::copy(kTiny, file("copy"));
+  const std::string before = read(file("copy/model.safetensors"));
+  expect_usage(run + "--output " + file("no/such/folder.safetensors"), "--output");
+  expect_usage(run + "--output " + file("copy"), "--output");
+  expect_usage(run + "--output " + file("copy/model.safetensors"), "of the checkpoint");
+  expect_usage("quantize " + file("copy") + " " + file("copy/../copy/model.safetensors") +
+                   " --layer 0 --scheme int8_channel",
+               "of the checkpoint");
+  EXPECT_EQ(read(file("copy/model.safetensors")), before);
+  EXPECT_FALSE(fs::exists(file("no")));
 }
 
 // Bytes of a stranger's file or path reach neither a terminal nor the JSON as they are.
@@ -186,22 +219,28 @@ TEST_F(Cli, VerifyListsItsCases) {
 }
 
 TEST_F(Cli, BenchRowsHoldEveryField) {
-  const json bench = run_json("bench --shape 4,64,64,2 --tokens 1,3 --seconds 0.01 --scheme int8_channel");
+  const json bench =
+      run_json("bench --shape 4,64,64,2 --tokens 1,3 --seconds 0.01 --scheme int8_channel");
   ASSERT_EQ(bench["rows"].size(), 2u);
   for (const json& row : bench["rows"]) {
-    for (const char* field :
-         {"backend", "device", "scheme", "format", "shape", "experts", "hidden", "intermediate",
-          "top_k", "tokens", "load", "ms_median", "ms_min", "ms_max", "runs", "active_experts",
-          "weight_bytes", "floor_ms", "floor_bound", "ratio_to_floor", "fraction_of_roof", "gflops",
-          "gbytes_s"})
+    for (const char* field : {"backend",        "device",         "scheme",
+                              "format",         "shape",          "experts",
+                              "hidden",         "intermediate",   "top_k",
+                              "tokens",         "load",           "ms_median",
+                              "ms_min",         "ms_max",         "runs",
+                              "active_experts", "weight_bytes",   "floor_ms",
+                              "floor_bound",    "ratio_to_floor", "fraction_of_roof",
+                              "gflops",         "gbytes_s"})
       EXPECT_TRUE(row.contains(field)) << field;
     EXPECT_LE(row["ms_min"], row["ms_median"]);
     EXPECT_LE(row["ms_median"], row["ms_max"]);
     EXPECT_GT(row["floor_ms"].get<double>(), 0);
     // One expert: fc1 [128, 64] and fc2 [64, 64] int8 with a scale per row.
     const double expert = 192.0 * 64 + 192.0 * 4;
-    EXPECT_DOUBLE_EQ(row["weight_bytes"].get<double>(), row["active_experts"].get<double>() * expert);
-    EXPECT_NEAR(row["ratio_to_floor"].get<double>() * row["fraction_of_roof"].get<double>(), 1, 1e-9);
+    EXPECT_DOUBLE_EQ(row["weight_bytes"].get<double>(),
+                     row["active_experts"].get<double>() * expert);
+    EXPECT_NEAR(row["ratio_to_floor"].get<double>() * row["fraction_of_roof"].get<double>(), 1,
+                1e-9);
   }
   EXPECT_GT(bench["machine"]["probes"]["before"]["read_gbytes_s"].get<double>(), 0);
   EXPECT_GT(bench["machine"]["probes"]["after"]["fma_gflops"].get<double>(), 0);
@@ -209,7 +248,9 @@ TEST_F(Cli, BenchRowsHoldEveryField) {
 
 TEST_F(Cli, EveryFormatCanBeTimed) {
   for (const char* format : {"sorted", "batched"}) {
-    const json bench = run_json(std::string("bench --shape 4,64,64,2 --tokens 5 --seconds 0.01 --load zipf --format ") + format);
+    const json bench = run_json(
+        std::string("bench --shape 4,64,64,2 --tokens 5 --seconds 0.01 --load zipf --format ") +
+        format);
     EXPECT_EQ(bench["rows"][0]["format"], format);
     EXPECT_EQ(bench["rows"][0]["load"], "zipf");
   }
@@ -259,7 +300,8 @@ TEST_F(Cli, RunTakesTensorsFromAFile) {
   const std::string base = "run --checkpoint " + kTiny + " --layer 0 --input ";
   run_json(base + file("x.safetensors") + " --output " + file("y.safetensors"));
   const TensorFile y = TensorFile::open(file("y.safetensors"));
-  const Tensor output = y.tensor("output"), ids = y.tensor("topk_ids"), weights = y.tensor("topk_weights");
+  const Tensor output = y.tensor("output"), ids = y.tensor("topk_ids"),
+               weights = y.tensor("topk_weights");
   EXPECT_EQ(output.dtype, DType::kF32);  // of hidden_states
   EXPECT_EQ(ids.as<std::int32_t>()[0], experts - 1);
   EXPECT_EQ(ids.as<std::int32_t>()[top_k], 0);
@@ -269,6 +311,14 @@ TEST_F(Cli, RunTakesTensorsFromAFile) {
   save_safetensors(file("z.safetensors"), again);
   run_json(base + file("z.safetensors") + " --output " + file("w.safetensors"));
   EXPECT_EQ(read(file("y.safetensors")), read(file("w.safetensors")));
+
+  // Two answers to one question.
+  const NamedTensor both[] = {named[0], named[1], again[1], again[2]};
+  save_safetensors(file("both.safetensors"), both);
+  expect_usage(base + file("both.safetensors"), "keep one");
+  const NamedTensor ids_alone[] = {named[0], again[1]};
+  save_safetensors(file("ids.safetensors"), ids_alone);
+  expect_usage(base + file("ids.safetensors"), "come together");
 
   const NamedTensor lonely[] = {{"router_logits", named[1].tensor}};
   save_safetensors(file("lonely.safetensors"), lonely);
@@ -335,7 +385,8 @@ TEST_F(Cli, QuantizedLayersRun) {
     const json made = run_json("quantize " + kTiny + " " + file("q.safetensors") +
                                " --layer 0 --scheme " + scheme);
     EXPECT_LT(made["bytes_after"].get<double>(), made["bytes_before"].get<double>());
-    const json ran = run_json("run --checkpoint " + file("q.safetensors") + " --layer 0 --tokens 4");
+    const json ran =
+        run_json("run --checkpoint " + file("q.safetensors") + " --layer 0 --tokens 4");
     EXPECT_EQ(ran["scheme"], made["scheme"]);
     EXPECT_LE(ran["bound_ratio"].get<double>(), 1) << ran;
   }

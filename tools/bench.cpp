@@ -24,12 +24,6 @@ struct BenchFlags {
   int tactic1 = -1, tactic2 = -1;
 };
 
-harness::Variant parse_variant(const std::string& text) {
-  for (const harness::Variant& variant : harness::variants())
-    if (variant.name == text) return variant;
-  return harness::default_variant(parse_scheme(text));
-}
-
 void print_machine(const Output& out, const harness::BenchMachine& m) {
   out.line(fmt::format("{}: {} [{}]{}", m.backend, m.device, m.kernels,
                        m.threads > 0 ? fmt::format(", {} threads", m.threads) : ""));
@@ -72,7 +66,7 @@ harness::BenchResult measure(const BenchFlags& flags, Device device) {
         harness::BenchResult part = harness::bench(
             {.shape = shape,
              .tokens = tokens,
-             .variant = parse_variant(scheme),
+             .variant = harness::parse_variant(scheme),
              .format = parse_format(format),
              .source = flags.route == "logits" ? harness::RoutingSource::kLogits
                                                : harness::RoutingSource::kIds,

@@ -24,7 +24,7 @@ void add_overrides(CLI::App& app, CheckpointFlags& flags) {
       ->check(CLI::Range(1, 1024));
   app.add_option("--routing", flags.routing, "routing method, instead of the checkpoint's");
   app.add_option("--activation", flags.activation, "activation, instead of the checkpoint's");
-  app.add_option("--scheme", flags.scheme, "scheme, instead of the checkpoint's");
+  app.add_option("--scheme", flags.scheme, "scheme or variant, instead of the checkpoint's");
   app.add_flag("--shared", flags.shared, "with the shared experts");
 }
 
@@ -55,11 +55,7 @@ LayerOverrides overrides(const CheckpointFlags& flags) {
   return out;
 }
 
-QuantSpec parse_quant(const std::string& text) {
-  for (const harness::Variant& variant : harness::variants())
-    if (variant.name == text) return variant.quant;
-  return harness::default_variant(parse_scheme(text)).quant;  // an unknown name lists the known
-}
+QuantSpec parse_quant(const std::string& text) { return harness::parse_variant(text).quant; }
 
 std::string shape_text(const CheckpointLayer& layer) {
   std::string text = fmt::format("{} experts, top {}, hidden {}, intermediate {}", layer.experts,

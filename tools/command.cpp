@@ -10,20 +10,25 @@
 #include <filesystem>
 #include <fstream>
 
+#include "backend.h"
+
 namespace moesaic::tool {
 
 void Output::line(std::string_view text) const {
   if (this->text()) fmt::print("{}\n", text);
 }
 
-Output::Output(const Common& common) : json_(common.json) {
-  if (json_.empty() || json_ == "-") return;
-  // Before the work, not behind it: a result of minutes must not be lost to a mistyped folder.
+void expect_writable(std::string_view flag, const std::string& path) {
   std::error_code error;
-  const bool existed = std::filesystem::exists(json_, error);
-  if (!std::ofstream(json_, std::ios::app))
-    throw UsageError(fmt::format("--json: '{}' cannot be written", json_));
-  if (!existed) std::filesystem::remove(json_, error);  // failed work leaves no empty result
+  const bool existed = std::filesystem::exists(path, error);
+  if (std::filesystem::is_directory(path, error) || !std::ofstream(path, std::ios::app))
+    throw UsageError(
+        fmt::format("{}: '{}' cannot be written; name a file in a folder that exists", flag, path));
+  if (!existed) std::filesystem::remove(path, error);  // failed work leaves no empty result
+}
+
+Output::Output(const Common& common) : json_(common.json) {
+  if (!json_.empty() && json_ != "-") expect_writable("--json", json_);
 }
 
 void Output::write_json(const nlohmann::json& value) const {
@@ -83,6 +88,7 @@ void add_common(CLI::App& app, Common& common) {
 Device apply(const Common& common) {
   if (common.threads > 0) set_num_threads(common.threads);
   const Device device = parse_device(common.backend);
+  backend(device);  // says so where there is none, also of a command that would not have used it
   if (!common.kernels.empty()) set_kernels(device.type, common.kernels);
   return device;
 }

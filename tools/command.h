@@ -74,7 +74,10 @@ struct Command {
   std::function<int()> run;
 };
 void add_common(CLI::App& app, Common& common);
-Device apply(const Common& common);  // sets threads and kernels; the device to use
+// Sets threads and kernels. The device to use: throws where this machine has none such.
+Device apply(const Common& common);
+// Before the work, not behind it: a result of minutes must not be lost to a mistyped folder.
+void expect_writable(std::string_view flag, const std::string& path);  // throws UsageError
 
 Command add_info(CLI::App& app);
 Command add_inspect(CLI::App& app);

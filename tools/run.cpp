@@ -70,7 +70,7 @@ RunInput read_input(const std::string& path, const CheckpointLayer& layer, std::
   };
   if (!in.file->find("hidden_states"))
     throw UsageError(
-        fmt::format("{}: holds no tensor `hidden_states` [T, {}]", path, layer.hidden));
+        fmt::format("{}: holds no tensor `hidden_states` [T, {}]; add it", path, layer.hidden));
   in.hidden_states = tensor_of("hidden_states", in);
   in.router_logits = optional("router_logits");
   in.topk_ids = optional("topk_ids");
@@ -82,6 +82,9 @@ RunInput read_input(const std::string& path, const CheckpointLayer& layer, std::
   const std::int64_t tokens = in.hidden_states.shape[0];
   if (in.topk_ids.defined() != in.topk_weights.defined())
     throw UsageError(path + ": topk_ids and topk_weights come together or not at all");
+  if (in.topk_ids.defined() && in.router_logits.defined())
+    throw UsageError(path +
+                     ": holds topk_ids and router_logits, and either says the routing; keep one");
   if (in.topk_ids.defined()) {
     expect(path, "topk_ids", in.topk_ids, tokens, top_k);
     expect(path, "topk_weights", in.topk_weights, tokens, top_k);
@@ -93,6 +96,9 @@ RunInput read_input(const std::string& path, const CheckpointLayer& layer, std::
                                    name(in.topk_weights.dtype)));
   } else if (in.router_logits.defined()) {
     expect(path, "router_logits", in.router_logits, tokens, layer.experts);
+    if (!is_float(in.router_logits.dtype))
+      throw UsageError(fmt::format("{}: router_logits is {}, but f32, f16 or bf16 is needed", path,
+                                   name(in.router_logits.dtype)));
   }
   return in;
 }
@@ -173,12 +179,18 @@ int run(const RunFlags& flags, const Common& common) {
   const Output out(common);
   Progress progress;
   const Checkpoint checkpoint = open(flags.checkpoint);
+  if (!flags.output.empty() && checkpoint.files().is_mapped(flags.output))
+    throw UsageError(
+        fmt::format("--output: '{}' is a file of the checkpoint; name another", flags.output));
+  if (!flags.output.empty()) expect_writable("--output", flags.output);
   const CheckpointLayer& stored = checkpoint.layer(flags.layer);
   LayerOverrides wanted = overrides(flags.checkpoint);
   RunInput in;
   std::int64_t tokens = flags.tokens;
   if (!flags.input.empty()) {
     in = read_input(flags.input, stored, wanted.top_k.value_or(stored.top_k));
+    if (!flags.output.empty() && in.file->is_mapped(flags.output))
+      throw UsageError(fmt::format("--output: '{}' is the input; name another file", flags.output));
     tokens = in.hidden_states.shape[0];
   }
   wanted.max_tokens = std::max<std::int64_t>(tokens, 1);

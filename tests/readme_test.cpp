@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// README.md tells the truth: its C++ example is examples/quickstart.cpp (which is compiled and run),
-// and its support matrix is the one that the command prints.
+// README.md tells the truth: its C++ example is examples/quickstart.cpp (which is compiled and
+// run), and its support matrix is the one that the command prints. So do the links of docs/, and
+// its table of environment variables.
 #include <gtest/gtest.h>
 
 #include <array>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <memory>
+#include <regex>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
 
 namespace {
+
+namespace fs = std::filesystem;
+const fs::path kRoot = MOESAIC_SOURCE_DIR;
 
 std::string read(const std::string& name) {
   std::ostringstream out;
@@ -88,7 +95,8 @@ TEST(Readme, MatrixIsWhatTheCodePrints) {
 #else
       constexpr int kColumns = 3;
 #endif
-      for (int c = 1; c <= kColumns; ++c) EXPECT_EQ(theirs[c], cells[c]) << cells[0] << ", column " << c;
+      for (int c = 1; c <= kColumns; ++c)
+        EXPECT_EQ(theirs[c], cells[c]) << cells[0] << ", column " << c;
     }
     EXPECT_TRUE(found) << "README.md's matrix lacks " << cells[0];
   }
@@ -97,9 +105,12 @@ TEST(Readme, MatrixIsWhatTheCodePrints) {
 
 // Every page that README.md and docs/ point to exists.
 TEST(Readme, LinksLeadSomewhere) {
-  for (const std::string page : {"README.md", "docs/layer.md", "docs/schemes.md", "docs/errors.md",
-                                 "docs/environment.md", "docs/design.md", "docs/performance.md",
-                                 "docs/adding_a_scheme.md"}) {
+  std::vector<std::string> pages{"README.md"};
+  for (const auto& entry : fs::directory_iterator(kRoot / "docs"))
+    if (entry.path().extension() == ".md")
+      pages.push_back("docs/" + entry.path().filename().string());
+  ASSERT_GT(pages.size(), 9u);
+  for (const std::string& page : pages) {
     const std::string text = read(page);
     ASSERT_FALSE(text.empty()) << page;
     const std::string folder = page.find('/') == std::string::npos ? "" : "docs/";
@@ -111,6 +122,26 @@ TEST(Readme, LinksLeadSomewhere) {
           << page << " points to " << target;
     }
   }
+}
+
+// Every variable that the sources read is in the table.
+TEST(Readme, EnvironmentTableIsComplete) {
+  const std::string table = read("docs/environment.md");
+  const std::regex reads(R"re((?:getenv\(|environ\.get\(|environ\[)"([A-Z_0-9]+)")re");
+  std::set<std::string> names;
+  for (const char* folder : {"src", "tools", "harness", "tests", "bench", "examples", "python"})
+    for (const auto& entry : fs::recursive_directory_iterator(kRoot / folder)) {
+      const std::string extension = entry.path().extension().string();
+      if (extension != ".cpp" && extension != ".h" && extension != ".cu" && extension != ".py")
+        continue;
+      const std::string text = read(fs::relative(entry.path(), kRoot).string());
+      for (std::sregex_iterator at(text.begin(), text.end(), reads), end; at != end; ++at)
+        names.insert((*at)[1]);
+    }
+  EXPECT_GE(names.size(), 8u);
+  for (const std::string& name : names)
+    EXPECT_NE(table.find("`" + name + "`"), std::string::npos)
+        << "docs/environment.md lacks " << name;
 }
 
 }  // namespace

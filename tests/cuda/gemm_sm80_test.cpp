@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "product_case.h"
+#include "product.h"
 #include "product_timing.h"
 
 namespace moesaic::test {

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <sstream>
 
-#include "product_case.h"
+#include "product.h"
 #include "product_timing.h"
 
 namespace moesaic::test {

@@ -5,7 +5,7 @@
 
 #include <cstdio>
 
-#include "product_case.h"
+#include "product.h"
 
 namespace moesaic::test {
 

@@ -320,6 +320,24 @@ TEST_F(Cli, RunTakesTensorsFromAFile) {
   save_safetensors(file("ids.safetensors"), ids_alone);
   expect_usage(base + file("ids.safetensors"), "come together");
 
+  // What cannot be: said with the file, the tensor and what is needed.
+  const NamedTensor flat[] = {
+      {"hidden_states", Tensor::contiguous(x.data(), DType::kF32, {2 * hidden})}};
+  save_safetensors(file("flat.safetensors"), flat);
+  expect_usage(base + file("flat.safetensors"), "hidden_states has 1 dimensions");
+  const NamedTensor bytes[] = {
+      {"hidden_states", Tensor::contiguous(x.data(), DType::kI8, {2, hidden})}};
+  save_safetensors(file("bytes.safetensors"), bytes);
+  expect_usage(base + file("bytes.safetensors"), "hidden_states is I8");
+  const NamedTensor short_logits[] = {named[0], {"router_logits", named[1].tensor.slice(0, 1)}};
+  save_safetensors(file("short.safetensors"), short_logits);
+  expect_usage(base + file("short.safetensors"), "router_logits is f32[1, ");
+  const NamedTensor one_column[] = {named[0],
+                                    {"topk_ids", Tensor::contiguous(ids.data, DType::kI32, {2, 1})},
+                                    {"topk_weights", weights}};
+  save_safetensors(file("column.safetensors"), one_column);
+  expect_usage(base + file("column.safetensors"), "topk_ids is i32[2, 1]");
+
   const NamedTensor lonely[] = {{"router_logits", named[1].tensor}};
   save_safetensors(file("lonely.safetensors"), lonely);
   expect_usage(base + file("lonely.safetensors"), "hidden_states");

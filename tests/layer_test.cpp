@@ -36,20 +36,49 @@ namespace moesaic::harness {
 namespace {
 
 TEST(Layer, TokenChunksUnderAWorkspaceCapGiveTheSameBits) {
-  for (int s = 0; s < kNumSchemes; ++s) {
-    LayerConfig config = small_config(static_cast<Scheme>(s));
+  for (const Variant& variant :
+       variants()) {  // 8-bit inputs with scales, static scales, factors ...
+    Case c;
+    c.variant = variant;
+    c.shape = {"chunks", 8, 64, 48, 2};
+    c.tokens = 64;
+    LayerConfig config = layer_config(c);
+    config.shared_experts = 1;
     if (config.quant.act_scale == ActScale::kTensorDynamic) {
       config.workspace_cap = 1 << 20;
       EXPECT_NE(complaint([&] { Layer layer(config); }).find("workspace_cap"), std::string::npos);
       continue;
     }
-    const Fixture whole(config);
-    const std::size_t all = whole.layer.workspace_bytes(64), one = whole.layer.workspace_bytes(1);
-    config.workspace_cap = one + (all - one) / 5;
-    const Fixture capped(config);
-    EXPECT_LE(capped.layer.workspace_bytes(64), config.workspace_cap);
-    const Batch batch = whole.batch(64, Load::kZipf);
-    EXPECT_TRUE(same_bits(whole.run(batch), capped.run(batch))) << name(static_cast<Scheme>(s));
+    const WeightData weights = make_weights(config, weight_options(c));
+    const WeightData shared = make_shared(config, weight_options(c));
+    const Batch batch =
+        make_batch(config, {.tokens = 64, .load = Load::kZipf, .id_dtype = DType::kI64, .seed = 3});
+    HostTensor outputs[2], counts[2];
+    std::size_t all = 0, one = 0;
+    for (const int capped : {0, 1}) {
+      config.workspace_cap = capped == 0 ? 0 : one + (all - one) / 5;
+      Layer layer(config);
+      layer.load(weights.weights);
+      layer.load_shared(shared.weights);
+      all = layer.workspace_bytes(64);
+      one = layer.workspace_bytes(1);
+      if (capped == 1) EXPECT_LE(all, config.workspace_cap);
+      HostTensor& y = outputs[capped] = HostTensor(config.output_dtype, {64, 64});
+      for (std::int64_t i = 0; i < y.numel(); ++i)  // a residual that is added to
+        store_element(y.bytes().data(), y.dtype(), i, 0.01 * static_cast<double>(i % 101));
+      HostTensor& count = counts[capped] = HostTensor(DType::kI32, {8});
+      const WorkspaceBuffer workspace({}, all);
+      layer.forward({.hidden_states = batch.hidden_states.view(),
+                     .hidden_scale = batch.hidden_scale.view(),
+                     .topk_ids = batch.topk_ids.view(),
+                     .topk_weights = batch.topk_weights.view(),
+                     .output = y.view(),
+                     .accumulate = Accumulate::kAdd,
+                     .tokens_per_expert = count.view(),
+                     .workspace = workspace.view()});
+    }
+    EXPECT_TRUE(same_bits(outputs[0], outputs[1])) << variant.name;
+    EXPECT_TRUE(same_bits(counts[0], counts[1])) << variant.name;
   }
 }
 

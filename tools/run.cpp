@@ -39,21 +39,27 @@ struct RunInput {
 };
 
 // A view of the mapped bytes; of a copy where they do not lie on a multiple of their element's
-// size, which the format does not ask of a writer.
-Tensor tensor_of(std::string_view name, RunInput& in) {
+// size, which the format does not ask of a writer. Matrices of the dtypes that any input may have.
+Tensor tensor_of(const std::string& path, std::string_view name, RunInput& in) {
   static constexpr std::pair<std::string_view, DType> kDTypes[] = {{"F32", DType::kF32},
                                                                    {"F16", DType::kF16},
                                                                    {"BF16", DType::kBF16},
                                                                    {"I32", DType::kI32},
                                                                    {"I64", DType::kI64}};
   const StoredTensor& stored = *in.file->find(name);
+  if (stored.shape.size() != 2)
+    throw UsageError(fmt::format("{}: {} has {} dimensions, but 2 are needed; reshape it", path,
+                                 name, stored.shape.size()));
   for (const auto& [spelled, dtype] : kDTypes) {
+    if (stored.dtype != spelled) continue;
     const bool aligned = reinterpret_cast<std::uintptr_t>(stored.data) % size_of(dtype) == 0;
-    if (stored.dtype != spelled || aligned || stored.shape.size() != 2) continue;
-    in.copies.emplace_back(stored.data, stored.data + stored.bytes);
-    return Tensor::contiguous(in.copies.back().data(), dtype, {stored.shape[0], stored.shape[1]});
+    if (!aligned) in.copies.emplace_back(stored.data, stored.data + stored.bytes);
+    return Tensor::contiguous(aligned ? stored.data : in.copies.back().data(), dtype,
+                              {stored.shape[0], stored.shape[1]});
   }
-  return in.file->tensor(name);
+  throw UsageError(
+      fmt::format("{}: {} is {}, but F32, F16 or BF16 (ids: I32 or I64) is needed; convert it",
+                  path, name, stored.dtype));
 }
 
 void expect(const std::string& path, std::string_view what, const Tensor& t, std::int64_t rows,
@@ -66,12 +72,12 @@ void expect(const std::string& path, std::string_view what, const Tensor& t, std
 RunInput read_input(const std::string& path, const CheckpointLayer& layer, std::int64_t top_k) {
   RunInput in{.file = TensorFile::open(path)};
   const auto optional = [&](std::string_view tensor) {
-    return in.file->find(tensor) ? tensor_of(tensor, in) : Tensor{};
+    return in.file->find(tensor) ? tensor_of(path, tensor, in) : Tensor{};
   };
   if (!in.file->find("hidden_states"))
     throw UsageError(
         fmt::format("{}: holds no tensor `hidden_states` [T, {}]; add it", path, layer.hidden));
-  in.hidden_states = tensor_of("hidden_states", in);
+  in.hidden_states = tensor_of(path, "hidden_states", in);
   in.router_logits = optional("router_logits");
   in.topk_ids = optional("topk_ids");
   in.topk_weights = optional("topk_weights");

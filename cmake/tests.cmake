@@ -38,11 +38,13 @@ if(MOESAIC_CUDA)
 endif()
 
 # The C interface, from C and against the library as it is shipped.
-add_executable(c_api_test tests/c_api_test.c)
-set_target_properties(c_api_test PROPERTIES C_STANDARD 99 C_STANDARD_REQUIRED ON C_EXTENSIONS OFF)
-target_compile_options(c_api_test PRIVATE -Wall -Wextra -pedantic)
-target_link_libraries(c_api_test PRIVATE moesaic::moesaic m)
-add_test(NAME c_api_test COMMAND c_api_test)
+foreach(stem c_api_test c_api_errors_test)
+  add_executable(${stem} tests/${stem}.c)
+  set_target_properties(${stem} PROPERTIES C_STANDARD 99 C_STANDARD_REQUIRED ON C_EXTENSIONS OFF)
+  target_compile_options(${stem} PRIVATE -Wall -Wextra -pedantic)
+  target_link_libraries(${stem} PRIVATE moesaic::moesaic m)
+  add_test(NAME ${stem} COMMAND ${stem})
+endforeach()
 
 # The installed package, found by an external project.
 add_test(NAME install_test COMMAND ${CMAKE_COMMAND} -DBUILD=${PROJECT_BINARY_DIR} -DSOURCE=${PROJECT_SOURCE_DIR}

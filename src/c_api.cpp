@@ -163,6 +163,13 @@ moesaic_status moesaic_layer_load_expert(moesaic_layer* layer, int64_t local_exp
   return guarded(
       [&] { needed("layer", layer).layer.load_expert(local_expert, to_layer_weights(weights)); });
 }
+moesaic_status moesaic_layer_unpack_expert(const moesaic_layer* layer, int64_t local_expert,
+                                           const moesaic_tensor* fc1, const moesaic_tensor* fc2) {
+  return guarded([&] {
+    needed("layer", layer)
+        .layer.unpack_expert(local_expert, to_tensor("fc1", fc1), to_tensor("fc2", fc2));
+  });
+}
 moesaic_status moesaic_layer_load_shared(moesaic_layer* layer, const moesaic_layer_weights* weights,
                                          const moesaic_tensor* gate) {
   return guarded([&] {

@@ -1,130 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The C interface from C: one small layer at all three levels against a loop that says what a layer
- * is, and the promises of the header (sizes, statuses, messages). */
-#include "moesaic/c_api.h"
-
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-enum { T = 6, E = 5, H = 12, I = 7, K = 2, CAPACITY = T * K, BLOCK = 4 };
-
-static int failures = 0;
-#define EXPECT(condition)                                                                      \
-  do {                                                                                         \
-    if (!(condition)) {                                                                        \
-      ++failures;                                                                              \
-      printf("line %d: %s\n    last error: %s\n", __LINE__, #condition, moesaic_last_error()); \
-    }                                                                                          \
-  } while (0)
-#define EXPECT_OK(call) EXPECT((call) == MOESAIC_OK)
-
-static const moesaic_device kCpu = {MOESAIC_CPU, 0};
-
-static moesaic_tensor view(void* data, moesaic_dtype dtype, int rank, int64_t a, int64_t b,
-                           int64_t c) {
-  const int64_t shape[3] = {a, b, c};
-  return moesaic_tensor_dense(data, dtype, shape, rank, kCpu);
-}
-
-/* Numbers without a pattern in [-1, 1). */
-static uint64_t random_state = 88172645463325252u;
-static float random_number(void) {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  random_state ^= random_state << 17;
-  return (float)(int32_t)(random_state >> 32) / 2147483648.0f;
-}
-static void fill(float* x, size_t n) {
-  for (size_t i = 0; i < n; ++i) x[i] = random_number();
-}
-
-static float x[T][H], router[E][H], fc1[E][2 * I][H], fc2[E][H][I], bias1[E][2 * I], bias2[E][H];
-static int32_t ids[T][K];
-static float weights[T][K];
-static double expected[T][H];
-
-/* --- the layer as a loop ---------------------------------------------------------------------- */
-
-static void choose(int t) {
-  double z[E], sum = 0;
-  for (int e = 0; e < E; ++e) {
-    z[e] = 0;
-    for (int h = 0; h < H; ++h) z[e] += (double)x[t][h] * router[e][h];
-  }
-  for (int j = 0; j < K; ++j) {
-    int best = -1;
-    for (int e = 0; e < E; ++e)
-      if ((j == 0 || e != ids[t][0]) && (best < 0 || z[e] > z[best])) best = e;
-    ids[t][j] = best;
-    sum += exp(z[best]);
-  }
-  for (int j = 0; j < K; ++j) weights[t][j] = (float)(exp(z[ids[t][j]]) / sum);
-}
-
-static void run_naively(void) {
-  memset(expected, 0, sizeof expected);
-  for (int t = 0; t < T; ++t) {
-    choose(t);
-    for (int j = 0; j < K; ++j) {
-      const int e = ids[t][j];
-      double inner[2 * I], act[I];
-      for (int n = 0; n < 2 * I; ++n) {
-        inner[n] = bias1[e][n];
-        for (int h = 0; h < H; ++h) inner[n] += (double)x[t][h] * fc1[e][n][h];
-      }
-      for (int i = 0; i < I; ++i) act[i] = inner[i] / (1 + exp(-inner[i])) * inner[I + i];
-      for (int h = 0; h < H; ++h) {
-        double y = bias2[e][h];
-        for (int i = 0; i < I; ++i) y += act[i] * fc2[e][h][i];
-        expected[t][h] += weights[t][j] * y;
-      }
-    }
-  }
-}
+ * is. What the header promises about sizes, statuses and messages: c_api_errors_test.c. */
+#include "c_fixture.h"
 
 static int is_expected(float y[T][H]) {
   for (int t = 0; t < T; ++t)
     for (int h = 0; h < H; ++h)
       if (!(fabs(y[t][h] - expected[t][h]) <= 1e-5)) return 0;
   return 1;
-}
-
-/* --- shared descriptions ---------------------------------------------------------------------- */
-
-static moesaic_tensor x_view, ids_view, weights_view, router_view;
-static moesaic_tensor fc1_view, fc2_view, bias1_view, bias2_view;
-static moesaic_quant_spec f32_spec = MOESAIC_QUANT_SPEC;
-static moesaic_layer_config config = MOESAIC_LAYER_CONFIG;
-static moesaic_gemm_weights gemm1 = MOESAIC_GEMM_WEIGHTS, gemm2 = MOESAIC_GEMM_WEIGHTS;
-static moesaic_layer_weights layer_weights = MOESAIC_LAYER_WEIGHTS;
-
-static void describe(void) {
-  x_view = view(x, MOESAIC_F32, 2, T, H, 0);
-  ids_view = view(ids, MOESAIC_I32, 2, T, K, 0);
-  weights_view = view(weights, MOESAIC_F32, 2, T, K, 0);
-  router_view = view(router, MOESAIC_F32, 2, E, H, 0);
-  fc1_view = view(fc1, MOESAIC_F32, 3, E, 2 * I, H);
-  fc2_view = view(fc2, MOESAIC_F32, 3, E, H, I);
-  bias1_view = view(bias1, MOESAIC_F32, 2, E, 2 * I, 0);
-  bias2_view = view(bias2, MOESAIC_F32, 2, E, H, 0);
-  f32_spec.scheme = MOESAIC_SCHEME_F32;
-  config.experts = E;
-  config.hidden = H;
-  config.intermediate = I;
-  config.top_k = K;
-  config.max_tokens = T;
-  config.quant = &f32_spec;
-  config.input_dtype = config.output_dtype = MOESAIC_F32;
-  gemm1.weight = &fc1_view;
-  gemm1.bias = &bias1_view;
-  gemm2.weight = &fc2_view;
-  gemm2.bias = &bias2_view;
-  layer_weights.fc1 = &gemm1;
-  layer_weights.fc2 = &gemm2;
 }
 
 /* --- level 1 ---------------------------------------------------------------------------------- */
@@ -182,6 +65,48 @@ static void test_layer(void) {
   moesaic_layer_destroy(layer);
   moesaic_layer_destroy(NULL);
   moesaic_workspace_destroy(NULL);
+}
+
+/* Expert by expert and back again, and an expert that every token visits. */
+static void test_loading(void) {
+  moesaic_layer* layer = NULL;
+  moesaic_layer_config with_shared = config;
+  moesaic_gemm_weights one1 = MOESAIC_GEMM_WEIGHTS, one2 = MOESAIC_GEMM_WEIGHTS;
+  moesaic_layer_weights one = MOESAIC_LAYER_WEIGHTS;
+  moesaic_tensor w1, w2, b1, b2;
+  float back1[2 * I][H], back2[H][I];
+  const moesaic_tensor to1 = view(back1, MOESAIC_F32, 3, 1, 2 * I, H);
+  const moesaic_tensor to2 = view(back2, MOESAIC_F32, 3, 1, H, I);
+  int32_t ready = -1;
+  with_shared.shared_experts = 1;
+  EXPECT_OK(moesaic_layer_create(&with_shared, kCpu, &layer));
+  if (layer == NULL) return;
+  one.fc1 = &one1;
+  one.fc2 = &one2;
+  one1.weight = &w1;
+  one1.bias = &b1;
+  one2.weight = &w2;
+  one2.bias = &b2;
+  for (int e = E - 1; e >= 0; --e) {
+    w1 = view(fc1[e], MOESAIC_F32, 3, 1, 2 * I, H);
+    w2 = view(fc2[e], MOESAIC_F32, 3, 1, H, I);
+    b1 = view(bias1[e], MOESAIC_F32, 2, 1, 2 * I, 0);
+    b2 = view(bias2[e], MOESAIC_F32, 2, 1, H, 0);
+    EXPECT(moesaic_layer_unpack_expert(layer, e, &to1, &to2) == MOESAIC_NOT_READY);
+    EXPECT_OK(moesaic_layer_load_expert(layer, e, &one));
+  }
+  EXPECT(moesaic_layer_load_expert(layer, E, &one) == MOESAIC_INVALID_ARGUMENT);
+  EXPECT_OK(moesaic_layer_ready(layer, &ready));
+  EXPECT(ready == 0); /* the shared expert is missing */
+  EXPECT_OK(moesaic_layer_load_shared(layer, &one, NULL));
+  EXPECT_OK(moesaic_layer_ready(layer, &ready));
+  EXPECT(ready == 1);
+  EXPECT_OK(moesaic_layer_unpack_expert(layer, 2, &to1, &to2));
+  EXPECT(memcmp(back1, fc1[2], sizeof back1) == 0);
+  EXPECT(memcmp(back2, fc2[2], sizeof back2) == 0);
+  EXPECT(moesaic_layer_unpack_expert(layer, 2, &to1, NULL) == MOESAIC_INVALID_ARGUMENT);
+  EXPECT(strstr(moesaic_last_error(), "fc2") != NULL);
+  moesaic_layer_destroy(layer);
 }
 
 /* --- level 2 ---------------------------------------------------------------------------------- */
@@ -370,98 +295,7 @@ static void test_quantize_batched(void) {
   moesaic_workspace_destroy(workspace);
 }
 
-/* --- what the header promises ----------------------------------------------------------------- */
-
-static void test_struct_sizes(void) {
-  moesaic_layer* layer = NULL;
-  moesaic_layer_config old_config = config;
-  struct {
-    moesaic_layer_config config;
-    int64_t from_the_future;
-  } newer;
-  memset(&newer, 0, sizeof newer);
-
-  /* An older caller's struct ends earlier; what lies behind is not read. */
-  old_config.struct_size = offsetof(moesaic_layer_config, shared_experts);
-  old_config.shared_experts = -12345;
-  old_config.workspace_cap = 1;
-  EXPECT_OK(moesaic_layer_create(&old_config, kCpu, &layer));
-  moesaic_layer_destroy(layer);
-
-  newer.config = config;
-  newer.config.struct_size = sizeof newer;
-  layer = NULL;
-  EXPECT_OK(moesaic_layer_create(&newer.config, kCpu, &layer));
-  moesaic_layer_destroy(layer);
-  newer.from_the_future = 1;
-  EXPECT(moesaic_layer_create(&newer.config, kCpu, &layer) == MOESAIC_UNSUPPORTED);
-  EXPECT(layer == NULL);
-  EXPECT(strstr(moesaic_last_error(), "newer header") != NULL);
-
-  newer.config.struct_size = 0; /* nobody initialized it */
-  EXPECT(moesaic_layer_create(&newer.config, kCpu, &layer) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(strstr(moesaic_last_error(), "struct_size") != NULL);
-}
-
-static void test_errors(void) {
-  moesaic_layer* layer = NULL;
-  moesaic_layer_config wrong = config;
-  moesaic_quant_spec no_scheme = MOESAIC_QUANT_SPEC;
-  moesaic_sum_args sum = MOESAIC_SUM_ARGS;
-  moesaic_scheme scheme = MOESAIC_SCHEME_F32;
-  moesaic_format format = MOESAIC_STANDARD;
-  int32_t supported = -1;
-  moesaic_tensor bad = x_view;
-
-  EXPECT(moesaic_layer_create(NULL, kCpu, &layer) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(moesaic_layer_create(&config, kCpu, NULL) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(moesaic_layer_load(NULL, &layer_weights) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(moesaic_layer_forward(NULL, NULL) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(moesaic_sum(&sum) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(strlen(moesaic_last_error()) > 0);
-  wrong.top_k = E + 1;
-  EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(strstr(moesaic_last_error(), "top_k") != NULL);
-  wrong = config;
-  no_scheme.scheme = 99;
-  wrong.quant = &no_scheme;
-  EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(strstr(moesaic_last_error(), "scheme") != NULL);
-  wrong = config;
-  wrong.input_dtype = MOESAIC_I64;
-  EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_UNSUPPORTED);
-  EXPECT_OK(moesaic_supports(&wrong, MOESAIC_STANDARD, kCpu, &supported));
-  EXPECT(supported == 0 && strstr(moesaic_last_error(), "input_dtype") != NULL);
-  EXPECT_OK(moesaic_supports(&config, MOESAIC_BATCHED, kCpu, &supported));
-  EXPECT(supported == 1);
-  bad.rank = 7;
-  sum.input = &bad;
-  EXPECT(moesaic_sum(&sum) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(strstr(moesaic_last_error(), "input.rank") != NULL);
-  bad = x_view;
-  bad.data = NULL;
-  EXPECT(moesaic_sum(&sum) == MOESAIC_INVALID_ARGUMENT);
-
-  EXPECT_OK(moesaic_parse_scheme("int4_w4a16", &scheme));
-  EXPECT(scheme == MOESAIC_SCHEME_INT4_W4A16);
-  EXPECT(strcmp(moesaic_scheme_name(MOESAIC_SCHEME_MXFP4_W4A16), "mxfp4_w4a16") == 0);
-  EXPECT(strcmp(moesaic_routing_name(MOESAIC_ROUTING_SOFTMAX_BIAS), "softmax_bias") == 0);
-  EXPECT(strcmp(moesaic_activation_name(MOESAIC_SWIGLU_STEP), "swiglu_step") == 0);
-  EXPECT(strcmp(moesaic_dtype_name(MOESAIC_I64), "i64") == 0);
-  EXPECT(strcmp(moesaic_format_name(MOESAIC_BATCHED), "batched") == 0);
-  EXPECT(strcmp(moesaic_status_name(MOESAIC_INTERNAL), "internal") == 0);
-  EXPECT_OK(moesaic_parse_format("sorted", &format));
-  EXPECT(format == MOESAIC_SORTED);
-  EXPECT(strcmp(moesaic_scheme_name((moesaic_scheme)99), "?") == 0);
-  EXPECT(strcmp(moesaic_dtype_name((moesaic_dtype)256), "?") == 0); /* not 256 modulo a byte */
-  EXPECT(strcmp(moesaic_activation_name((moesaic_activation)-1), "?") == 0);
-  EXPECT(strcmp(moesaic_routing_name((moesaic_routing)12), "?") == 0);
-  EXPECT(strcmp(moesaic_format_name((moesaic_format)3), "?") == 0);
-  EXPECT(strcmp(moesaic_status_name((moesaic_status)77), "?") == 0);
-  EXPECT(moesaic_parse_scheme("fp3", &scheme) == MOESAIC_INVALID_ARGUMENT);
-  EXPECT(strstr(moesaic_last_error(), "int4_w4a16") != NULL); /* lists what there is */
-  EXPECT(moesaic_parse_scheme(NULL, &scheme) == MOESAIC_INVALID_ARGUMENT);
-}
+/* --- the process ------------------------------------------------------------------------------ */
 
 static int hook_calls = 0;
 static void serial_hook(void* user, int32_t n, moesaic_parallel_body body, void* body_context) {
@@ -496,23 +330,13 @@ static void test_process(void) {
 }
 
 int main(void) {
-  EXPECT(strcmp(moesaic_last_error(), "") == 0);
-  fill(&x[0][0], sizeof x / sizeof(float));
-  fill(&router[0][0], sizeof router / sizeof(float));
-  fill(&fc1[0][0][0], sizeof fc1 / sizeof(float));
-  fill(&fc2[0][0][0], sizeof fc2 / sizeof(float));
-  fill(&bias1[0][0], sizeof bias1 / sizeof(float));
-  fill(&bias2[0][0], sizeof bias2 / sizeof(float));
-  run_naively();
-  describe();
+  start();
   test_layer();
+  test_loading();
   test_stages();
   test_grouped_gemm();
   test_quantize();
   test_quantize_batched();
-  test_struct_sizes();
-  test_errors();
   test_process();
-  if (failures == 0) printf("c_api_test: passed\n");
-  return failures == 0 ? 0 : 1;
+  return finish("c_api_test");
 }

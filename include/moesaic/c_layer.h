@@ -64,6 +64,11 @@ MOESAIC_C_API moesaic_status moesaic_layer_load(moesaic_layer* layer,
 /* ... or one by one (leading extent 1), which never holds more than one expert twice. */
 MOESAIC_C_API moesaic_status moesaic_layer_load_expert(moesaic_layer* layer, int64_t local_expert,
                                                        const moesaic_layer_weights* weights);
+/* The way back, bit for bit, into the caller's [1, N, K]. UNSUPPORTED for weights of four bits. */
+MOESAIC_C_API moesaic_status moesaic_layer_unpack_expert(const moesaic_layer* layer,
+                                                         int64_t local_expert,
+                                                         const moesaic_tensor* fc1,
+                                                         const moesaic_tensor* fc2);
 /* Leading extent 1. gate: optional [H]; the shared output is multiplied by sigmoid(x . gate). */
 MOESAIC_C_API moesaic_status moesaic_layer_load_shared(moesaic_layer* layer,
                                                        const moesaic_layer_weights* weights,

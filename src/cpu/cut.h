@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/numa.h"
+#include "moesaic/runtime.h"
+
 namespace moesaic {
 
 class GuidedCut {
@@ -56,6 +59,44 @@ class GuidedCut {
   std::int64_t pieces_;
   int threads_;
   std::int64_t widest_;
+};
+
+// Column tiles of some rows of them, dealt to nodes and cut into tasks: all of the first row's, then the next one's.
+class NodeCut {
+ public:
+  // `columns`: which lie at which node.
+  NodeCut(const NodeRuns& columns, std::int64_t rows) : columns_(columns), rows_(rows) {
+    tasks_.nodes = columns.nodes;
+    for (int n = 0; n < columns.nodes; ++n)
+      tasks_.begin[static_cast<std::size_t>(n) + 1] = tasks_.first(n) + of_node(n).tasks();
+  }
+  const NodeRuns& tasks() const { return tasks_; }
+
+  // Calls body(row, first column, number of columns).
+  template <typename Body>
+  void for_each_part(std::int64_t task, const Body& body) const {
+    const int node = tasks_.node_of(task);
+    const std::int64_t width = columns_.count(node);
+    for (auto [at, end] = of_node(node).range(task - tasks_.first(node)); at < end;) {
+      const std::int64_t first = at % width, count = std::min(end - at, width - first);
+      body(at / width, columns_.first(node) + first, count);
+      at += count;
+    }
+  }
+
+ private:
+  GuidedCut of_node(int node) const {
+    const std::int64_t width = columns_.count(node);
+    const int threads =
+        columns_.nodes == 1 ? threads_ : threads_of_node(machine_, threads_, node);
+    return {rows_ * width, std::max(threads, 1), width};
+  }
+
+  const Topology& machine_ = topology();
+  const int threads_ = num_threads();  // once: somebody may change it meanwhile
+  const NodeRuns& columns_;
+  const std::int64_t rows_;
+  NodeRuns tasks_;
 };
 
 }  // namespace moesaic

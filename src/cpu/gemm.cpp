@@ -7,10 +7,8 @@
 
 #include "cpu/cut.h"
 #include "cpu/kernels.h"
-#include "cpu/numa.h"
 #include "cpu/pack.h"
 #include "cpu/thread_pool.h"
-#include "moesaic/runtime.h"
 
 namespace moesaic {
 namespace {
@@ -55,20 +53,6 @@ void gemm_cpu(const GemmStage& stage) {
   const std::int64_t tiles = std::clamp<std::int64_t>(*stage.rows.num_tiles, 0, stage.rows.max_tiles);
   if (tiles == 0 || layout.tiles == 0) return;
 
-  // Each node has its column tiles of every expert: all of the first row tile's, then the next one's, cut into
-  // tasks. The bits do not depend on where.
-  const NodeRuns nodes = packed != nullptr ? packed->nodes() : NodeRuns(layout.tiles);
-  const Topology& machine = topology();
-  const int threads = num_threads();
-  const auto cut_of = [&](int node) {
-    const std::int64_t width = nodes.count(node);
-    const int here = nodes.nodes == 1 ? threads : threads_of_node(machine, threads, node);
-    return GuidedCut(tiles * width, std::max(here, 1), width);
-  };
-  NodeRuns tasks;
-  tasks.nodes = nodes.nodes;
-  for (int n = 0; n < nodes.nodes; ++n)
-    tasks.begin[static_cast<std::size_t>(n) + 1] = tasks.first(n) + cut_of(n).tasks();
   const std::int64_t columns = spec.gated ? kTileCols / 2 : kTileCols;
   const auto run_strip = [&](const Tile& tile, std::int64_t first, std::int64_t count) {
     Strip strip{.expert = tile.expert, .first_tile = first, .tiles = count};
@@ -84,14 +68,13 @@ void gemm_cpu(const GemmStage& stage) {
       }
     }
   };
-  parallel_for(tasks, [&](std::int64_t task) {
-    const int node = tasks.node_of(task);
-    const std::int64_t width = nodes.count(node);
-    for (auto [at, end] = cut_of(node).range(task - tasks.first(node)); at < end;) {
-      const std::int64_t first = at % width, count = std::min(end - at, width - first);
-      run_strip(stage.rows.tiles[at / width], nodes.first(node) + first, count);
-      at += count;
-    }
+  // The bits do not depend on where the work is cut.
+  const NodeRuns columns_of_nodes = packed != nullptr ? packed->nodes() : NodeRuns(layout.tiles);
+  const NodeCut cut(columns_of_nodes, tiles);
+  parallel_for(cut.tasks(), [&](std::int64_t task) {
+    cut.for_each_part(task, [&](std::int64_t row, std::int64_t first, std::int64_t count) {
+      run_strip(stage.rows.tiles[row], first, count);
+    });
   });
 }
 

@@ -106,6 +106,8 @@ class PackedCpu final : public PackedWeights {
   const std::byte* tile(std::int64_t expert, std::int64_t tile) const;
 
  private:
+  void load_tile(std::int64_t local_expert, std::int64_t tile, const GemmWeights& one);
+
   struct Free {
     void operator()(std::byte* data) const;
   };

@@ -2,10 +2,12 @@
 // The moesaic command as its users meet it: exit codes, one sentence per mistake, JSON fields,
 // files in and out. Runs the built command.
 #include <gtest/gtest.h>
+#include <pty.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
@@ -408,6 +410,31 @@ TEST_F(Cli, QuantizedLayersRun) {
     EXPECT_EQ(ran["scheme"], made["scheme"]);
     EXPECT_LE(ran["bound_ratio"].get<double>(), 1) << ran;
   }
+}
+
+// On a terminal (of its own): one line of progress that comes and goes, and bars of blocks.
+TEST_F(Cli, ProgressAndBlocksOnATerminal) {
+  int terminal = -1;
+  const pid_t child = forkpty(&terminal, nullptr, nullptr, nullptr);
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    setenv("LC_ALL", "C.UTF-8", 1);
+    execl(MOESAIC_COMMAND, "moesaic", "run", "--checkpoint", kTiny.c_str(), "--layer", "0",
+          "--tokens", "3", nullptr);
+    _exit(127);
+  }
+  std::string seen;
+  std::array<char, 4096> buffer;
+  for (ssize_t n; (n = ::read(terminal, buffer.data(), buffer.size())) > 0;)
+    seen.append(buffer.data(), static_cast<std::size_t>(n));
+  int status = -1;
+  waitpid(child, &status, 0);
+  close(terminal);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << seen;
+  EXPECT_NE(seen.find("\r\x1b[Kloading expert 16 of 16"), std::string::npos) << seen;
+  EXPECT_NE(seen.find("\u2588"), std::string::npos) << seen;
+  for (const char* part : {"16 experts", "bf16", "error", "time", "x the floor", "load per expert"})
+    EXPECT_NE(seen.find(part), std::string::npos) << part;
 }
 
 TEST_F(Cli, NoColourAndNoProgressInAPipe) {

@@ -168,6 +168,25 @@ TEST(GroupedGemm, AScaleOfFloatRowsIsTheStaticOne) {
   }
 }
 
+// "With a w8a8 flag and A in f32/f16/bf16 the function quantizes A itself."
+TEST(GroupedGemm, EveryFloatRowIsQuantizedHere) {
+  for (const Scheme scheme : {Scheme::kFp8Tensor, Scheme::kFp8Channel, Scheme::kFp8Block,
+                              Scheme::kInt8Channel, Scheme::kInt8Block, Scheme::kInt4W4A8Fp8,
+                              Scheme::kInt4W4A8Int8}) {
+    for (const DType a : {DType::kF32, DType::kF16, DType::kBF16}) {
+      for (const Format format : {Format::kSorted, Format::kBatched}) {
+        GroupedCase c;
+        c.variant = default_variant(scheme);
+        c.a = a;
+        c.c = DType::kF32;
+        c.format = format;
+        c.bias = Biases::kAll;
+        EXPECT_EQ(check_grouped(c), "") << describe(c) << " a " << name(a);
+      }
+    }
+  }
+}
+
 TEST(GroupedGemm, EveryGroupSizeWithAndWithoutZeroPoints) {
   for (const Scheme scheme :
        {Scheme::kInt4W4A16, Scheme::kInt4W4A8Fp8, Scheme::kInt4W4A8Int8, Scheme::kInt8W8A16}) {

@@ -2,10 +2,10 @@
 // A strip: some rows of one expert against a few tiles of its weights. The same walk for every level;
 // `Level` brings the dot products:
 //   static constexpr bool has_b16();
-//   template <Compute> static constexpr std::int64_t panel_rows();     // that one call takes at most
+//   template <Compute> static constexpr std::int64_t panel_rows(Code);  // that one call takes at most
+//   template <Compute> static constexpr std::int64_t streamed_rows();  // a panel of these reads weights once
 //   template <Compute> static constexpr std::int64_t readable_rows();  // A's room is a multiple of it
 //   template <Compute> static constexpr bool can_fuse();               // unpacks in registers
-//   static constexpr bool keeps(Code);     // fused: leaves what it unpacked behind for other panels
 //   static constexpr bool can_fold_e8m0(); // has Code::kE2M1Scaled
 //   template <Compute> static void native(const Panel&, const Segments&);  // units ready in memory
 //   template <Compute> static void fused(const Panel&, const Segments&);   // packed
@@ -14,9 +14,9 @@
 // A's rows are read where they lie, if they are what is multiplied and keep one distance; else they are
 // converted once, for as much of K as fits (for all of it, unless K is very long): a chunk.
 // A tile's chunk is multiplied with all rows piece by piece, so that the piece stays in the cache from one
-// panel of rows to the next: the first panel unpacks it in registers and leaves it behind for the others,
-// or, where unpacking is next to nothing, every panel unpacks it again. (Unpacking before the first panel
-// lost 10 to 20%: stores that nothing hides.)
+// panel of rows to the next. A level that can unpacks it in registers, in each panel again, in the shadow of
+// the products. (Unpacking before the first panel lost 10 to 20%, leaving it behind in the first panel 3 to
+// 8%: stores take the products' time.) Other levels unpack it to memory before the first panel.
 // Sums that are not finished stay in fp32 (or int32) between pieces, so the order of additions of an
 // element is that of K, wherever the cuts lie.
 #pragma once
@@ -86,7 +86,8 @@ class StripRun {
     grouped_rows_ =
         call_.spec->act_scale == ActScale::kGroup && stage_.a_scale.data != nullptr;
     set_code();
-    panels_ = (strip.rows + kPanelRows - 1) / kPanelRows;
+    const std::int64_t most = Level::template panel_rows<kCompute>(code_);
+    panels_ = (strip.rows + most - 1) / most;
   }
 
   void run() {
@@ -116,7 +117,6 @@ class StripRun {
   }
 
  private:
-  static constexpr std::int64_t kPanelRows = Level::template panel_rows<kCompute>();
   static constexpr bool kFuses = Level::template can_fuse<kCompute>();
 
   void set_code() {
@@ -211,14 +211,17 @@ class StripRun {
 
   PieceLimit limit_of_pieces() const {
     if (call_.packed == nullptr) return kPlainPiece;
-    if (panels_ == 1 && (kFuses || is_native<kCompute>(code_))) return kStreamedPiece;
-    return is_native<kCompute>(code_) || unpacks_each_time() ? kNativePiece : kUnpackedPiece;
+    if (!kFuses && !is_native<kCompute>(code_)) return kUnpackedPiece;
+    return streams() ? kStreamedPiece : kNativePiece;
   }
 
   void run_tile(const Chunk& chunk, std::int64_t t, std::int64_t slot) {
     for_each_piece(chunk, limit_of_pieces(),
                    [&](const Chunk& piece) { run_piece(chunk, piece, t, slot); });
   }
+
+  // Whether weights are read once.
+  bool streams() const { return strip_.rows <= Level::template streamed_rows<kCompute>(); }
 
   // The packed segments of a piece: in the layer, or made here from the caller's views.
   const std::uint8_t* packed_segments(const Chunk& piece, std::int64_t tile, std::int64_t* stride) {
@@ -274,7 +277,7 @@ class StripRun {
       rows = reinterpret_cast<const Unit*>(
           a_[0] + (piece.segment * layout_.segment_k + piece.first_step * layout_.step_k) * element_);
     const std::int64_t units = ((piece.segments - 1) * piece.steps + segments.last_steps) * per_step_;
-    if (panels_ > 1) look_ahead(chunk, piece, t, &panel);
+    if (!streams()) look_ahead(chunk, piece, t, &panel);
     for (std::int64_t p = 0, row = 0; p < panels_; ++p) {
       panel.rows = (strip_.rows - row + panels_ - p - 1) / (panels_ - p);  // even shares
       panel.a = rows + row * a_stride_;
@@ -293,23 +296,16 @@ class StripRun {
 
   bool folded() const { return code_ == Code::kE2M1Scaled; }
 
-  bool unpacks_each_time() const { return kFuses && !Level::keeps(code_); }
-
   void multiply(Panel* panel, Segments* segments, std::int64_t p) {
-    if (is_native<kCompute>(code_) || (p > 0 && !unpacks_each_time()))
-      return Level::template native<kCompute>(*panel, *segments);
     if constexpr (kFuses) {
-      const bool keeps = panels_ > 1 && !unpacks_each_time();
-      panel->keep = keeps ? b_.unpacked : nullptr;
-      Level::template fused<kCompute>(*panel, *segments);
-      if (keeps) view_unpacked(segments);
-    } else {
+      if (!is_native<kCompute>(code_)) return Level::template fused<kCompute>(*panel, *segments);
+    } else if (p == 0 && !is_native<kCompute>(code_)) {
       const std::int64_t bytes = segments->steps * per_step_ * 256;
       for (std::int64_t i = 0; i < segments->count; ++i)
         Level::template unpack<kCompute>(segments->at(i), b_.unpacked + i * bytes);
       view_unpacked(segments);
-      Level::template native<kCompute>(*panel, *segments);
     }
+    Level::template native<kCompute>(*panel, *segments);
   }
 
   void view_unpacked(Segments* segments) const {

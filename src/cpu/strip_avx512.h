@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The AVX-512 levels: one register block of 1 to 6 rows x 64 columns, with weights either ready in
-// memory or unpacked in registers on the way (strip_avx512_read.h). Compiled at three levels:
+// The AVX-512 levels: register blocks of 1 to 6 rows x 64 columns or 7 to 12 rows x 32, with weights
+// either ready in memory or unpacked in registers on the way (strip_avx512_read.h). Compiled at three levels:
 // F/BW/VL/DQ, +VNNI/VBMI, +BF16.
 #pragma once
 
@@ -59,7 +59,11 @@ struct Dot<Compute::kByte> {
 #endif
   }
   static void store(float* p, Sum sum) { _mm512_storeu_si512(p, sum); }
-  static __m512 value(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+  static __m512 value(Sum sum) {
+    // Opaque, or GCC 12 converts all sums in front of a segment's several ends and keeps them in memory.
+    asm volatile("" : "+v"(sum));
+    return _mm512_cvtepi32_ps(sum);
+  }
 };
 
 // How far in front of a single panel its stream is fetched.
@@ -74,11 +78,9 @@ struct Finish {
   const float* row_scale;  // at row_stride, or none
   std::int64_t row_stride;
 
-  inline __attribute__((always_inline)) void add(std::int64_t r, std::int64_t c, __m512 v,
-                                                 __m512 row) const {
+  inline __attribute__((always_inline)) void add(std::int64_t r, std::int64_t c, __m512 v) const {
     float* to = total + r * c_stride + c;
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_mul_ps(v, row), _mm512_loadu_ps(scale + c),
-                                         _mm512_loadu_ps(to)));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(v, _mm512_loadu_ps(scale + c), _mm512_loadu_ps(to)));
   }
   inline __attribute__((always_inline)) void operator()(std::int64_t r, std::int64_t c,
                                                         __m512 v) const {
@@ -90,20 +92,18 @@ struct Finish {
   }
 };
 
-enum class Keep : std::uint8_t { kNo, kUnpacked };
-
-// kRows rows x 64 columns over a run of segments. Every loop over sums is unrolled by name: GCC 12
-// would otherwise keep them in memory around the main loop.
-template <Compute kCompute, int kRows, typename Unpack, Keep kKeep>
-__attribute__((noinline)) void block(const Panel& p, const Segments& s) {
+// kRows rows x 16 kRegs columns, from column 32 `half` on, over a run of segments. Every loop over sums is
+// unrolled by name: GCC 12 would otherwise keep them in memory around the main loop.
+template <Compute kCompute, int kRows, int kRegs, typename Unpack>
+__attribute__((noinline)) void block(const Panel& p, const Segments& s, std::int64_t half) {
   using D = Dot<kCompute>;
-  const Unit* a[kRows];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) a[r] = p.a + r * p.a_stride;
-  const std::uint8_t* ahead = p.ahead;
-  const std::int64_t ahead_step = p.ahead_step;
-  std::uint8_t* keep = p.keep;
-  typename D::Sum sums[kRows][4];
+  constexpr int kUnits = Unpack::kUnits;
+  const std::int64_t column = kHalf * half;
+  // Rows by fours behind one pointer: twelve pointers would not fit the registers.
+  std::int64_t stride = p.a_stride * 4, stride3 = p.a_stride * 12;
+  const std::int64_t ahead_step = p.ahead_step, ahead_line = ahead_step * kRegs / 8;
+  const std::uint8_t* ahead = p.ahead != nullptr ? p.ahead + half * 2 * ahead_line : nullptr;
+  typename D::Sum sums[kRows][kRegs];
   for (std::int64_t segment = 0; segment < s.count; ++segment) {
     const std::uint8_t* data = s.data + segment * s.data_stride;
     if (ahead == nullptr && s.count > 1) {  // the lines of a header, which no step below asks for
@@ -111,49 +111,57 @@ __attribute__((noinline)) void block(const Panel& p, const Segments& s) {
       for (std::int64_t line = 0; line < header; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(data + kStreamAhead - header + line), _MM_HINT_T0);
     }
-    const Unpack unpack(s, segment);
+    data += half * Unpack::kHalfBytes;
+    const Unpack unpack(s, segment, half);
     if (segment == 0 || p.sums == Sums::kPerSegment) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sums[r][i] = D::begin(p, segment, r, 16 * i);
+        for (int i = 0; i < kRegs; ++i) sums[r][i] = D::begin(p, segment, r, column + 16 * i);
     }
     const std::int64_t steps = s.steps_of(segment);
-    std::int64_t u = segment * p.segment_units;
+    const auto* a0 = reinterpret_cast<const char*>(p.a + segment * p.segment_units);
+    const char* a4 = a0 + 4 * stride;
+    const char* a8 = a4 + 4 * stride;
     for (std::int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 2
-      for (int which = 0; which < Unpack::kUnits; ++which, ++u) {
-        __m512i b[4];
-        unpack.template unit<kRows>(data, which, b);
-        if constexpr (kKeep == Keep::kUnpacked) {
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) _mm512_store_si512(keep + 64 * i, b[i]);
-          keep += 256;
-        }
+      for (int which = 0; which < kUnits; ++which) {
+        __m512i b[kRegs];
+        unpack.template unit<kRows, kRegs>(data, which, b);
         if (ahead != nullptr) {
           _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-          _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_step / 2), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_line), _MM_HINT_T1);
           ahead += ahead_step;
         } else if (which == 0) {
 #pragma GCC unroll 4
           for (int line = 0; line < Unpack::kBytes; line += 64)
             _mm_prefetch(reinterpret_cast<const char*>(data + kStreamAhead + line), _MM_HINT_T0);
         }
-#pragma GCC unroll 6
+        // Opaque, or the compiler would count with a pointer for each row.
+        asm("" : "+r"(a0), "+r"(a4), "+r"(a8), "+r"(stride), "+r"(stride3));
+#pragma GCC unroll 12
         for (int r = 0; r < kRows; ++r) {
-          const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r][u]));
+          const char* from = r < 4 ? a0 : r < 8 ? a4 : a8;
+          from += r % 4 == 0 ? 0 : r % 4 == 1 ? stride : r % 4 == 2 ? 2 * stride : stride3;
+          Unit unit;
+          std::memcpy(&unit, from, sizeof(unit));
+          const __m512i x = _mm512_set1_epi32(static_cast<int>(unit));
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) sums[r][i] = D::add(sums[r][i], b[i], x);
+          for (int i = 0; i < kRegs; ++i) sums[r][i] = D::add(sums[r][i], b[i], x);
         }
+        a0 += 4;
+        a4 += 4;
+        a8 += 4;
       }
       data += Unpack::kBytes;
     }
     if (p.sums == Sums::kThroughout && segment + 1 < s.count) continue;
     if (p.end == End::kRaw) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) D::store(p.raw + r * p.c_stride + 16 * i, sums[r][i]);
+        for (int i = 0; i < kRegs; ++i)
+          D::store(p.raw + r * p.c_stride + column + 16 * i, sums[r][i]);
       continue;
     }
     const Finish finish{.total = p.total,
@@ -162,33 +170,57 @@ __attribute__((noinline)) void block(const Panel& p, const Segments& s) {
                         .scale = p.scale != nullptr ? p.scale + segment * p.scale_stride : nullptr,
                         .row_scale = p.row_scale != nullptr ? p.row_scale + segment : nullptr,
                         .row_stride = p.row_stride};
-    if (finish.end == End::kAdd && finish.scale != nullptr) {
-      // Groups along K end here, every few hundred products: what is the same for all is asked once.
-#pragma GCC unroll 6
+    // Groups along K end here, every few hundred products: what is the same for all is asked once.
+    if (finish.end == End::kAdd && finish.scale != nullptr && finish.row_scale != nullptr) {
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        const __m512 row = _mm512_set1_ps(
-            finish.row_scale != nullptr ? finish.row_scale[r * finish.row_stride] : 1.0f);
+        const __m512 row = _mm512_set1_ps(finish.row_scale[r * finish.row_stride]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) finish.add(r, 16 * i, D::value(sums[r][i]), row);
+        for (int i = 0; i < kRegs; ++i)
+          finish.add(r, column + 16 * i, _mm512_mul_ps(D::value(sums[r][i]), row));
       }
       continue;
     }
-#pragma GCC unroll 6
+    if (finish.end == End::kAdd && finish.scale != nullptr) {
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < kRegs; ++i) finish.add(r, column + 16 * i, D::value(sums[r][i]));
+      continue;
+    }
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) finish(r, 16 * i, D::value(sums[r][i]));
+      for (int i = 0; i < kRegs; ++i) finish(r, column + 16 * i, D::value(sums[r][i]));
   }
 }
 
+// Up to six rows take all 64 columns at once, so that weights are read once. Where unpacking takes more than
+// the six products of a register hide, up to twelve rows take the columns by halves.
+inline constexpr std::int64_t kWholeRows = 6, kHalfRows = 12;
+
 template <Compute kCompute, typename Unpack>
-void blocks(const Panel& p, const Segments& s) {
+void whole_blocks(const Panel& p, const Segments& s) {
   switch (p.rows) {
-    case 1: return block<kCompute, 1, Unpack, Keep::kNo>(p, s);
-    case 2: return block<kCompute, 2, Unpack, Keep::kNo>(p, s);
-    case 3: return block<kCompute, 3, Unpack, Keep::kNo>(p, s);
-    case 4: return block<kCompute, 4, Unpack, Keep::kNo>(p, s);
-    case 5: return block<kCompute, 5, Unpack, Keep::kNo>(p, s);
-    case 6: return block<kCompute, 6, Unpack, Keep::kNo>(p, s);
+    case 1: return block<kCompute, 1, 4, Unpack>(p, s, 0);
+    case 2: return block<kCompute, 2, 4, Unpack>(p, s, 0);
+    case 3: return block<kCompute, 3, 4, Unpack>(p, s, 0);
+    case 4: return block<kCompute, 4, 4, Unpack>(p, s, 0);
+    case 5: return block<kCompute, 5, 4, Unpack>(p, s, 0);
+    case 6: return block<kCompute, 6, 4, Unpack>(p, s, 0);
+  }
+}
+template <Compute kCompute, typename Unpack>
+void half_blocks(const Panel& p, const Segments& s) {
+  for (std::int64_t half = 0; half < 2; ++half) {
+    switch (p.rows) {
+      case 7: block<kCompute, 7, 2, Unpack>(p, s, half); break;
+      case 8: block<kCompute, 8, 2, Unpack>(p, s, half); break;
+      case 9: block<kCompute, 9, 2, Unpack>(p, s, half); break;
+      case 10: block<kCompute, 10, 2, Unpack>(p, s, half); break;
+      case 11: block<kCompute, 11, 2, Unpack>(p, s, half); break;
+      case 12: block<kCompute, 12, 2, Unpack>(p, s, half); break;
+    }
   }
 }
 
@@ -231,9 +263,17 @@ struct Level {
 #endif
   }
 
+  template <Compute kCompute>
+  static std::int64_t panel_rows(Code code) {
+    std::int64_t rows = kWholeRows;
+    with_unpacker<kCompute>(code, [&]<typename Unpack>(std::type_identity<Unpack>) {
+      if (Unpack::kTakesHalves) rows = kHalfRows;
+    });
+    return rows;
+  }
   template <Compute>
-  static constexpr std::int64_t panel_rows() {
-    return 6;
+  static constexpr std::int64_t streamed_rows() {
+    return kWholeRows;
   }
   template <Compute>
   static constexpr std::int64_t readable_rows() {
@@ -243,29 +283,19 @@ struct Level {
   static constexpr bool can_fuse() {
     return true;
   }
-  // A lookup or a mask per register hides behind the products of four rows; what costs more does not.
-  static constexpr bool keeps(Code code) {
-    return code != Code::kNibble && code != Code::kNibbleQuad;
-  }
   static constexpr bool can_fold_e8m0() { return true; }
 
   template <Compute kCompute>
   static void native(const Panel& p, const Segments& s) {
-    blocks<kCompute, ReadUnits>(p, s);
+    whole_blocks<kCompute, ReadUnits>(p, s);
   }
 
-  // With several panels (of four rows and more each) the first one keeps what it unpacks.
   template <Compute kCompute>
   static void fused(const Panel& p, const Segments& s) {
     with_unpacker<kCompute>(s.code, [&]<typename Unpack>(std::type_identity<Unpack>) {
-      if (p.keep == nullptr)
-        blocks<kCompute, Unpack>(p, s);
-      else if (p.rows == 4)
-        block<kCompute, 4, Unpack, Keep::kUnpacked>(p, s);
-      else if (p.rows == 5)
-        block<kCompute, 5, Unpack, Keep::kUnpacked>(p, s);
-      else
-        block<kCompute, 6, Unpack, Keep::kUnpacked>(p, s);
+      if constexpr (Unpack::kTakesHalves)
+        if (p.rows > kWholeRows) return half_blocks<kCompute, Unpack>(p, s);
+      whole_blocks<kCompute, Unpack>(p, s);
     });
   }
   template <Compute kCompute>

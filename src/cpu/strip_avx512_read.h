@@ -13,13 +13,23 @@ namespace {
 // --- unpackers: one packed step -> the 64 columns' units ------------------------------------------
 // pairs(): two bf16 per column. Every code's values are exact in bf16.
 struct ReadB16 {
-  static constexpr std::int64_t kBytes = 256;
-  ReadB16(const Segments&, std::int64_t) {}
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
+  static constexpr bool kTakesHalves = false;
+  static constexpr std::int64_t kBytes = 256, kHalfBytes = 128;
+  ReadB16(const Segments&, std::int64_t, std::int64_t) {}
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+    for (int i = 0; i < kRegs; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
   }
 };
+
+// By way of fp32, whose conversions and additions run beside the products.
+inline __m512i bytes_to_bf16(__m512i words, __m512 zero) {
+  const __m512i even = _mm512_castps_si512(_mm512_sub_ps(
+      _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff))), zero));
+  const __m512i odd = _mm512_castps_si512(
+      _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 16)), zero));
+  return _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
+}
 
 #if defined(__AVX512VBMI__)
 // Tables that the compiler keeps in registers over a loop push the sums of four and more rows out of
@@ -49,12 +59,27 @@ constexpr ByteTable byte_table(int first, int shift, F value) {
 
 constexpr float e4m3_value(int i) { return exact_e4m3(static_cast<std::uint8_t>(i)); }
 constexpr ByteTable kE4M3Tables[2] = {byte_table(0, 0, e4m3_value), byte_table(0, 8, e4m3_value)};
+// What beside_products adds, by place: low bytes, then high bytes.
+constexpr ByteTable e4m3_added() {
+  ByteTable table{};
+  for (int place = 0; place < 64; ++place) {
+    const int magnitude = place == 0 ? 0x7f : place - 1;
+    const int added =
+        static_cast<int>(std::bit_cast<std::uint32_t>(e4m3_value(magnitude)) >> 16) - (magnitude << 4);
+    table.bytes[place] = static_cast<std::uint8_t>(added);
+    table.bytes[64 + place] = static_cast<std::uint8_t>(added >> 8);
+  }
+  return table;
+}
+constexpr ByteTable kE4M3Added = e4m3_added();
 struct ReadE4M3 {
-  static constexpr std::int64_t kBytes = 128;
-  ReadE4M3(const Segments&, std::int64_t) {}
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    for (int half = 0; half < 2; ++half) {
+  static constexpr bool kTakesHalves = true;
+  static constexpr std::int64_t kBytes = 128, kHalfBytes = 64;
+  ReadE4M3(const Segments&, std::int64_t, std::int64_t) {}
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+    if constexpr (kRegs == 2) return beside_products(_mm512_loadu_si512(p), b);
+    for (int half = 0; half < kRegs / 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
       const ByteTable* tables = table_for<kRows>(kE4M3Tables);
       const __m512i lo = tables[0][v];
@@ -64,18 +89,45 @@ struct ReadE4M3 {
       b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
     }
   }
+  // Lookups of 128 bytes take time from the products; more, but simpler instructions do not. The exponent and
+  // mantissa are moved to their place, and something is added: the difference of the exponents' offsets for
+  // a normal number, another word for NaN (place 0) and for magnitudes 0 to 7 (places 1 to 8).
+  static void beside_products(__m512i v, __m512i* b) {
+    const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi8(0x7f));
+    const __m512i place = _mm512_min_epi8(_mm512_add_epi8(magnitude, _mm512_set1_epi8(1)),
+                                          _mm512_set1_epi8(63));
+    const ByteTable* words = table_for<12>(&kE4M3Added);
+    const __m512i lo = _mm512_permutexvar_epi8(place, _mm512_load_si512(words->bytes));
+    const __m512i hi = _mm512_permutexvar_epi8(place, _mm512_load_si512(words->bytes + 64));
+    const __m512i none = _mm512_setzero_si512();
+    const __m512i kept = _mm512_set1_epi16(static_cast<short>(0x87f0));
+    b[0] = _mm512_add_epi16(
+        _mm512_and_si512(_mm512_srai_epi16(_mm512_unpacklo_epi8(none, v), 4), kept),
+        _mm512_unpacklo_epi8(lo, hi));
+    b[1] = _mm512_add_epi16(
+        _mm512_and_si512(_mm512_srai_epi16(_mm512_unpackhi_epi8(none, v), 4), kept),
+        _mm512_unpackhi_epi8(lo, hi));
+  }
 };
 
 constexpr float byte_value(int i) { return static_cast<float>(i - 128); }
 constexpr ByteTable kByteTables[4] = {byte_table(0, 0, byte_value), byte_table(128, 0, byte_value),
                                       byte_table(0, 8, byte_value), byte_table(128, 8, byte_value)};
 struct ReadByte {
-  static constexpr std::int64_t kBytes = 128;
-  ReadByte(const Segments&, std::int64_t) {}
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    for (int half = 0; half < 2; ++half) {
+  static constexpr bool kTakesHalves = true;
+  static constexpr std::int64_t kBytes = 128, kHalfBytes = 64;
+  ReadByte(const Segments&, std::int64_t, std::int64_t) {}
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+    for (int half = 0; half < kRegs / 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
+      if constexpr (kRegs == 2) {
+        const __m512i none = _mm512_setzero_si512();
+        const __m512 zero = _mm512_set1_ps(128.0f);
+        b[0] = bytes_to_bf16(_mm512_unpacklo_epi8(v, none), zero);
+        b[1] = bytes_to_bf16(_mm512_unpackhi_epi8(v, none), zero);
+        return;
+      }
       const ByteTable* tables = table_for<kRows>(kByteTables);
       const __mmask64 upper = _mm512_movepi8_mask(v);
       const __m512i lo = _mm512_mask_mov_epi8(tables[0][v], upper, tables[1][v]);
@@ -87,11 +139,12 @@ struct ReadByte {
 };
 #else
 struct ReadE4M3 {
-  static constexpr std::int64_t kBytes = 128;
-  ReadE4M3(const Segments&, std::int64_t) {}
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    for (int half = 0; half < 2; ++half) {
+  static constexpr bool kTakesHalves = true;
+  static constexpr std::int64_t kBytes = 128, kHalfBytes = 64;
+  ReadE4M3(const Segments&, std::int64_t, std::int64_t) {}
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+    for (int half = 0; half < kRegs / 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
       b[2 * half] = e4m3_words_to_bf16(_mm512_unpacklo_epi8(v, _mm512_setzero_si512()));
       b[2 * half + 1] = e4m3_words_to_bf16(_mm512_unpackhi_epi8(v, _mm512_setzero_si512()));
@@ -100,13 +153,6 @@ struct ReadE4M3 {
 };
 #endif
 
-// Words of -255 .. 255 -> bf16.
-inline __m512i words_to_bf16(__m512i words) {
-  const __m512i even = _mm512_castps_si512(
-      _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16)));
-  const __m512i odd = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16)));
-  return _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
-}
 // A column's zero point in both words of its pair.
 inline void read_zero_words(const std::uint8_t* zero, __m512i out[4]) {
   for (int i = 0; i < 4; ++i) {
@@ -117,24 +163,24 @@ inline void read_zero_words(const std::uint8_t* zero, __m512i out[4]) {
 }
 
 struct ReadByteZero {
-  static constexpr std::int64_t kBytes = 128;
-  __m512i zero[4];
-  ReadByteZero(const Segments& s, std::int64_t segment) {
-    if (s.code == Code::kByteZero) {
-      read_zero_words(s.zero + segment * s.data_stride, zero);
-    } else {
-      for (__m512i& z : zero) z = _mm512_set1_epi16(128);
-    }
+  static constexpr bool kTakesHalves = true;
+  static constexpr std::int64_t kBytes = 128, kHalfBytes = 64;
+  __m512 zero[4];
+  ReadByteZero(const Segments& s, std::int64_t segment, std::int64_t half) {
+    const std::uint8_t* from = s.zero + segment * s.data_stride + kHalf * half;
+    for (int i = 0; i < 4; ++i)
+      zero[i] = s.code != Code::kByteZero
+                    ? _mm512_set1_ps(128.0f)
+                    : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i))));
   }
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    for (int half = 0; half < 2; ++half) {
-      const __m512i v = _mm512_loadu_si512(p + 64 * half);
-      const __m512i none = _mm512_setzero_si512();
-      b[2 * half] =
-          words_to_bf16(_mm512_sub_epi16(_mm512_unpacklo_epi8(v, none), zero[2 * half]));
-      b[2 * half + 1] =
-          words_to_bf16(_mm512_sub_epi16(_mm512_unpackhi_epi8(v, none), zero[2 * half + 1]));
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+#pragma GCC unroll 2
+    for (int half = 0; half < kRegs / 2; ++half) {
+      const __m512i v = _mm512_loadu_si512(p + 64 * half), none = _mm512_setzero_si512();
+      b[2 * half] = bytes_to_bf16(_mm512_unpacklo_epi8(v, none), zero[2 * half]);
+      b[2 * half + 1] = bytes_to_bf16(_mm512_unpackhi_epi8(v, none), zero[2 * half + 1]);
     }
   }
 };
@@ -154,44 +200,57 @@ constexpr WordTable word_table(F value) {
   return table;
 }
 
+// The words of a kU4Pair step with the columns' nibbles lowest; above them is what follows.
+struct Nibbles {
+  static constexpr std::int64_t kBytes = 64, kHalfBytes = 0;
+  __m512i first;
+  explicit Nibbles(std::int64_t half) : first(_mm512_set1_epi16(static_cast<short>(8 * half))) {}
+  template <int kRegs>
+  void split(const std::uint8_t* p, __m512i* q) const {
+    const __m512i v = _mm512_loadu_si512(p);
+    q[0] = kRegs == 4 ? v : _mm512_srlv_epi16(v, first);
+    q[1] = _mm512_srli_epi16(q[0], 4);
+    if constexpr (kRegs == 4) {
+      q[2] = _mm512_srli_epi16(v, 8);
+      q[3] = _mm512_srli_epi16(v, 12);
+    }
+  }
+};
+
 // vpermw looks at five bits of an index. Sixteen values are there twice, so the fifth bit (the next
 // nibble's) does not matter and no mask is needed.
 constexpr WordTable kInt4Words = word_table([](int i) { return kNibbleInt4[i % 16]; });
 constexpr WordTable kE2M1Words = word_table([](int i) { return kE2M1[i % 16]; });
-struct ReadNibble {
-  static constexpr std::int64_t kBytes = 64;
+struct ReadNibble : Nibbles {
+  static constexpr bool kTakesHalves = false;
   __m512i table;
-  ReadNibble(const Segments& s, std::int64_t)
-      : table(_mm512_load_si512(s.e2m1 ? kE2M1Words.words : kInt4Words.words)) {}
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    const __m512i v = _mm512_loadu_si512(p);
-    b[0] = _mm512_permutexvar_epi16(v, table);
-    b[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), table);
-    b[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), table);
-    b[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), table);
+  ReadNibble(const Segments& s, std::int64_t, std::int64_t half)
+      : Nibbles(half), table(_mm512_load_si512(s.e2m1 ? kE2M1Words.words : kInt4Words.words)) {}
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+    split<kRegs>(p, b);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegs; ++i) b[i] = _mm512_permutexvar_epi16(b[i], table);
   }
 };
 
 // q - zero is -15 .. 15: five bits of two's complement, which index a table of 32.
 constexpr WordTable kSignedWords =
     word_table([](int i) { return static_cast<float>(i < 16 ? i : i - 32); });
-struct ReadNibbleZero {
-  static constexpr std::int64_t kBytes = 64;
+struct ReadNibbleZero : Nibbles {
+  static constexpr bool kTakesHalves = true;
   __m512i table, zero[4];
-  ReadNibbleZero(const Segments& s, std::int64_t segment)
-      : table(_mm512_load_si512(kSignedWords.words)) {
-    read_zero_words(s.zero + segment * s.data_stride, zero);
+  ReadNibbleZero(const Segments& s, std::int64_t segment, std::int64_t half)
+      : Nibbles(half), table(_mm512_load_si512(kSignedWords.words)) {
+    read_zero_words(s.zero + segment * s.data_stride + kHalf * half, zero);
   }
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    const __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi16(15);
-    const __m512i q[4] = {_mm512_and_si512(v, mask),
-                          _mm512_and_si512(_mm512_srli_epi16(v, 4), mask),
-                          _mm512_and_si512(_mm512_srli_epi16(v, 8), mask),
-                          _mm512_srli_epi16(v, 12)};
-    for (int i = 0; i < 4; ++i)
-      b[i] = _mm512_permutexvar_epi16(_mm512_sub_epi16(q[i], zero[i]), table);
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+    split<kRegs>(p, b);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegs; ++i)
+      b[i] = _mm512_permutexvar_epi16(
+          _mm512_sub_epi16(_mm512_and_si512(b[i], _mm512_set1_epi16(15)), zero[i]), table);
   }
 };
 
@@ -210,12 +269,12 @@ constexpr WordTable e2m1_words_at_252() {
   return table;
 }
 constexpr WordTable kE2M1WordsAt252 = e2m1_words_at_252();
-struct ReadE2M1Scaled {
-  static constexpr std::int64_t kBytes = 64;
+struct ReadE2M1Scaled : Nibbles {
+  static constexpr bool kTakesHalves = true;
   __m512i table, lacks[4];
-  ReadE2M1Scaled(const Segments& s, std::int64_t segment)
-      : table(_mm512_load_si512(kE2M1WordsAt252.words)) {
-    const std::uint8_t* scales = s.zero + segment * s.data_stride;
+  ReadE2M1Scaled(const Segments& s, std::int64_t segment, std::int64_t half)
+      : Nibbles(half), table(_mm512_load_si512(kE2M1WordsAt252.words)) {
+    const std::uint8_t* scales = s.zero + segment * s.data_stride + kHalf * half;
     for (int i = 0; i < 4; ++i) {  // column c's, times 2^7, in both words of its pair
       const __m128i e = _mm_max_epu8(
           _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16 * i)), _mm_set1_epi8(2));
@@ -223,13 +282,17 @@ struct ReadE2M1Scaled {
       lacks[i] = _mm512_or_si512(_mm512_slli_epi32(wide, 7), _mm512_slli_epi32(wide, 23));
     }
   }
-  template <int kRows>
-  void pairs(const std::uint8_t* p, __m512i b[4]) const {
-    const __m512i v = _mm512_loadu_si512(p);
-    const __m512i q[4] = {v, _mm512_srli_epi16(v, 4), _mm512_srli_epi16(v, 8),
-                          _mm512_srli_epi16(v, 12)};
-    for (int i = 0; i < 4; ++i)
-      b[i] = _mm512_subs_epu16(_mm512_permutexvar_epi16(q[i], table), lacks[i]);
+  template <int kRows, int kRegs>
+  void pairs(const std::uint8_t* p, __m512i* b) const {
+    split<kRegs>(p, b);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegs; ++i) {
+      b[i] = _mm512_permutexvar_epi16(b[i], table);
+      if constexpr (kRows <= 2)  // one instruction, but on a port of the products
+        b[i] = _mm512_subs_epu16(b[i], lacks[i]);
+      else
+        b[i] = _mm512_sub_epi16(_mm512_max_epu16(b[i], lacks[i]), lacks[i]);
+    }
   }
 };
 
@@ -238,51 +301,54 @@ template <typename Read>
 struct AsPairs : Read {  // Compute::kB16
   using Read::Read;
   static constexpr int kUnits = 1;
-  template <int kRows>
-  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
-    Read::template pairs<kRows>(p, b);
+  template <int kRows, int kRegs>
+  void unit(const std::uint8_t* p, int, __m512i* b) const {
+    Read::template pairs<kRows, kRegs>(p, b);
   }
 };
 template <typename Read>
 struct AsFloats : Read {  // Compute::kF32: the pair's first, then its second
   using Read::Read;
   static constexpr int kUnits = 2;
-  template <int kRows>
-  void unit(const std::uint8_t* p, int which, __m512i b[4]) const {
-    Read::template pairs<kRows>(p, b);
-    for (int i = 0; i < 4; ++i)
+  template <int kRows, int kRegs>
+  void unit(const std::uint8_t* p, int which, __m512i* b) const {
+    Read::template pairs<kRows, kRegs>(p, b);
+    for (int i = 0; i < kRegs; ++i)
       b[i] = which == 0 ? _mm512_slli_epi32(b[i], 16)
                         : _mm512_and_si512(b[i], _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
   }
 };
 struct ReadF16 {  // Compute::kF32
-  static constexpr std::int64_t kBytes = 128;
+  static constexpr bool kTakesHalves = false;
+  static constexpr std::int64_t kBytes = 128, kHalfBytes = 64;
   static constexpr int kUnits = 1;
-  ReadF16(const Segments&, std::int64_t) {}
-  template <int kRows>
-  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
-    for (int i = 0; i < 4; ++i)
+  ReadF16(const Segments&, std::int64_t, std::int64_t) {}
+  template <int kRows, int kRegs>
+  void unit(const std::uint8_t* p, int, __m512i* b) const {
+    for (int i = 0; i < kRegs; ++i)
       b[i] = _mm512_castps_si512(
           _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * i))));
   }
 };
 struct ReadUnits {  // ready in memory
-  static constexpr std::int64_t kBytes = 256;
+  static constexpr bool kTakesHalves = false;
+  static constexpr std::int64_t kBytes = 256, kHalfBytes = 128;
   static constexpr int kUnits = 1;
-  ReadUnits(const Segments&, std::int64_t) {}
-  template <int kRows>
-  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
-    for (int i = 0; i < 4; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
+  ReadUnits(const Segments&, std::int64_t, std::int64_t) {}
+  template <int kRows, int kRegs>
+  void unit(const std::uint8_t* p, int, __m512i* b) const {
+    for (int i = 0; i < kRegs; ++i) b[i] = _mm512_loadu_si512(p + 64 * i);
   }
 };
 struct ReadNibbleQuad {  // Compute::kByte
-  static constexpr std::int64_t kBytes = 128;
+  static constexpr bool kTakesHalves = false;
+  static constexpr std::int64_t kBytes = 128, kHalfBytes = 64;
   static constexpr int kUnits = 1;
-  ReadNibbleQuad(const Segments&, std::int64_t) {}
-  template <int kRows>
-  void unit(const std::uint8_t* p, int, __m512i b[4]) const {
+  ReadNibbleQuad(const Segments&, std::int64_t, std::int64_t) {}
+  template <int kRows, int kRegs>
+  void unit(const std::uint8_t* p, int, __m512i* b) const {
     const __m512i mask = _mm512_set1_epi8(15);
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kRegs / 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
       b[2 * half] = _mm512_and_si512(v, mask);
       b[2 * half + 1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);

@@ -103,7 +103,11 @@ void block(const Panel& p, const std::uint8_t* b, std::int64_t units, std::int64
 struct Level {
   static constexpr bool has_b16() { return kHasB16; }
   template <Compute>
-  static constexpr std::int64_t panel_rows() {
+  static constexpr std::int64_t panel_rows(Code) {
+    return 6;
+  }
+  template <Compute>
+  static constexpr std::int64_t streamed_rows() {
     return 6;
   }
   template <Compute>
@@ -114,7 +118,6 @@ struct Level {
   static constexpr bool can_fuse() {
     return false;
   }
-  static constexpr bool keeps(Code) { return true; }
   static constexpr bool can_fold_e8m0() { return false; }
   template <Compute kCompute>
   static void fused(const Panel&, const Segments&) {}

@@ -85,7 +85,6 @@ struct Panel {
   const std::int32_t* row_begin = nullptr;
   std::int64_t row_stride = 0;
   const std::int32_t* zero = nullptr;      // kByte: [segments][64] zero points, or none
-  std::uint8_t* keep = nullptr;            // fused: the unpacked units are stored here, too
   const std::uint8_t* ahead = nullptr;     // weights that are needed next, to be fetched meanwhile:
   std::int64_t ahead_step = 0;             // bytes per unit
 

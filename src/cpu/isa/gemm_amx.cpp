@@ -93,8 +93,12 @@ void two_rows_of_tiles(const Operands& o) {
 
 struct AmxLevel : Level {
   template <Compute kCompute>
-  static constexpr std::int64_t panel_rows() {
-    return kCompute == Compute::kF32 ? Level::panel_rows<kCompute>() : 2 * kTileRows;
+  static std::int64_t panel_rows(Code code) {
+    return kCompute == Compute::kF32 ? Level::panel_rows<kCompute>(code) : 2 * kTileRows;
+  }
+  template <Compute kCompute>
+  static constexpr std::int64_t streamed_rows() {
+    return kCompute == Compute::kF32 ? Level::streamed_rows<kCompute>() : 2 * kTileRows;
   }
   template <Compute kCompute>
   static constexpr std::int64_t readable_rows() {
@@ -108,7 +112,7 @@ struct AmxLevel : Level {
   template <Compute kCompute>
   static void unpack(const Segments& s, void* out) {
     with_unpacker<kCompute>(s.code, [&]<typename Unpack>(std::type_identity<Unpack>) {
-      const Unpack unpack(s, 0);
+      const Unpack unpack(s, 0, 0);
       auto* to = static_cast<std::uint8_t*>(out);
       const std::uint8_t* data = s.data;
       for (std::int64_t step = 0; step < s.steps; ++step, data += Unpack::kBytes) {
@@ -116,7 +120,7 @@ struct AmxLevel : Level {
           _mm_prefetch(reinterpret_cast<const char*>(data + kStreamAhead + line), _MM_HINT_T0);
         for (int which = 0; which < Unpack::kUnits; ++which, to += 256) {
           __m512i b[4];
-          unpack.template unit<1>(data, which, b);
+          unpack.template unit<1, 4>(data, which, b);
           for (int i = 0; i < 4; ++i) _mm512_store_si512(to + 64 * i, b[i]);
         }
       }

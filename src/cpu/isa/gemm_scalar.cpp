@@ -17,7 +17,11 @@ struct Level {
   }
 
   template <Compute>
-  static constexpr std::int64_t panel_rows() {
+  static constexpr std::int64_t panel_rows(Code) {
+    return 6;
+  }
+  template <Compute>
+  static constexpr std::int64_t streamed_rows() {
     return 6;
   }
   template <Compute>
@@ -28,7 +32,6 @@ struct Level {
   static constexpr bool can_fuse() {
     return false;
   }
-  static constexpr bool keeps(Code) { return true; }
   static constexpr bool can_fold_e8m0() { return false; }
   template <Compute kCompute>
   static void fused(const Panel&, const Segments&) {}

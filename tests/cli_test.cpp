@@ -185,6 +185,9 @@ TEST_F(Cli, OutputsAreCheckedBeforeTheWork) {
   expect_usage(run + "--output " + file("no/such/folder.safetensors"), "--output");
   expect_usage(run + "--output " + file("copy"), "--output");
   expect_usage(run + "--output " + file("copy/model.safetensors"), "of the checkpoint");
+  expect_usage(run + "--output /dev/null", "no regular file");
+  expect_usage("quantize " + kTiny + " /dev/null --layer 0 --scheme bf16", "no regular file");
+  EXPECT_TRUE(fs::is_character_file("/dev/null"));
   expect_usage("quantize " + file("copy") + " " + file("copy/../copy/model.safetensors") +
                    " --layer 0 --scheme int8_channel",
                "of the checkpoint");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The safetensors reader and writer: round trips, sharded files, and every way a file can lie.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -107,6 +108,15 @@ TEST(Safetensors, WriterRefusesDuplicatesAndBadPaths) {
   const NamedTensor one[] = {{"a", t}};
   EXPECT_THROW(save_safetensors(dir / "missing/x", one), Error);
   EXPECT_TRUE(fs::is_empty(dir.str()));
+  // What is there is replaced only if it is a file: not a device (as root, /dev/null!), pipe, folder.
+  ASSERT_EQ(::mkfifo((dir / "pipe").c_str(), 0600), 0);
+  fs::create_directory(dir / "folder");
+  for (const std::string& path : {dir / "pipe", dir / "folder", std::string("/dev/null")})
+    EXPECT_THROW(save_safetensors(path, one), Error) << path;
+  EXPECT_TRUE(fs::is_fifo(dir / "pipe"));
+  EXPECT_TRUE(fs::is_character_file("/dev/null"));
+  save_safetensors(dir / "x", one);
+  save_safetensors(dir / "x", one);
 }
 
 TEST(Safetensors, AcceptsWhatTheFormatAllows) {
@@ -233,6 +243,8 @@ TEST(Safetensors, FilesThatAreNotThere) {
   EXPECT_EQ(open_error(dir / "nothing.safetensors"), ErrorCode::kIo);
   EXPECT_EQ(open_error(dir.str()), ErrorCode::kIo);
   EXPECT_EQ(open_error("/dev/null"), ErrorCode::kIo);
+  ASSERT_EQ(::mkfifo((dir / "pipe").c_str(), 0600), 0);
+  EXPECT_EQ(open_error(dir / "pipe"), ErrorCode::kIo);  // and nobody waits for a writer
   write_text(dir / "empty.safetensors", "");
   EXPECT_EQ(open_error(dir / "empty.safetensors"), ErrorCode::kCorruptFile);
 }

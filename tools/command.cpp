@@ -20,8 +20,12 @@ void Output::line(std::string_view text) const {
 
 void expect_writable(std::string_view flag, const std::string& path) {
   std::error_code error;
-  const bool existed = std::filesystem::exists(path, error);
-  if (std::filesystem::is_directory(path, error) || !std::ofstream(path, std::ios::app))
+  const std::filesystem::file_status there = std::filesystem::status(path, error);
+  const bool existed = std::filesystem::exists(there);
+  // Opening a pipe to try it would be the end of file for who reads it.
+  if (existed && !std::filesystem::is_regular_file(there) && !std::filesystem::is_directory(there))
+    return;
+  if (std::filesystem::is_directory(there) || !std::ofstream(path, std::ios::app))
     throw UsageError(
         fmt::format("{}: '{}' cannot be written; name a file in a folder that exists", flag, path));
   if (!existed) std::filesystem::remove(path, error);  // failed work leaves no empty result

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <filesystem>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -188,7 +189,14 @@ int run(const RunFlags& flags, const Common& common) {
   if (!flags.output.empty() && checkpoint.files().is_mapped(flags.output))
     throw UsageError(
         fmt::format("--output: '{}' is a file of the checkpoint; name another", flags.output));
-  if (!flags.output.empty()) expect_writable("--output", flags.output);
+  if (!flags.output.empty()) {
+    std::error_code ignored;
+    const auto there = std::filesystem::status(flags.output, ignored);
+    if (std::filesystem::exists(there) && !std::filesystem::is_regular_file(there))
+      throw UsageError(fmt::format(
+          "--output: '{}' is no regular file, and would be replaced; name another", flags.output));
+    expect_writable("--output", flags.output);
+  }
   const CheckpointLayer& stored = checkpoint.layer(flags.layer);
   LayerOverrides wanted = overrides(flags.checkpoint);
   RunInput in;

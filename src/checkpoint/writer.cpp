@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "check.h"
@@ -80,6 +81,11 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Entry>
   }
   while (text.size() % 8 != 0) text += ' ';
 
+  // The file takes the place of what is there: never that of a folder, a device or a pipe.
+  std::error_code ignored;
+  const std::filesystem::file_status there = std::filesystem::status(path_, ignored);
+  if (std::filesystem::exists(there) && !std::filesystem::is_regular_file(there))
+    io_error(fmt::format("{}: cannot be replaced, it is no regular file; name another", path_));
   fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   if (fd_ < 0) io_error(fmt::format("{}: cannot be written: {}", path_, std::strerror(errno)));
   const std::uint64_t length = text.size();

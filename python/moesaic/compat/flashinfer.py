@@ -37,15 +37,19 @@ _KINDS = {ActivationType.Gelu: "gelu", ActivationType.Relu: "relu", ActivationTy
 _NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8_e4m3"}
 
 
-def _refuse(name, value, why):
-    if value:
-        raise NotOffered(f"{name}={value}: {why}")
-
-
 def _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scaling):
     """(quant, fc1 tensors, fc2 tensors, hidden_scale) of the modes that quant_scales stands for."""
     scales = list(quant_scales or [])
+    if fc1.dtype not in (*_NAMES, torch.uint8):
+        raise NotOffered(f"fc1_expert_weights: {fc1.dtype} weights are not offered; known: "
+                         f"{', '.join(map(str, _NAMES))}, torch.uint8 (two 4-bit values)")
+    if len(scales) in (5, 6):
+        raise NotOffered(f"quant_scales: {len(scales)} tensors (NVFP4, or MXFP4 with fp8 rows) are not offered; use fp8 "
+                         "block scales, or MXFP4 with bf16 rows")
     if use_deepseek_fp8_block_scale:
+        if fc1.dtype != torch.float8_e4m3fn:
+            raise ValueError("use_deepseek_fp8_block_scale=True: expected float8_e4m3fn weights, got "
+                             f"{fc1.dtype}; quantize them, or leave the flag off")
         if len(scales) != 2:
             raise ValueError(f"quant_scales: fp8 block scaling takes [fc1_scales, fc2_scales], got {len(scales)}")
         return dict(scheme="fp8_block"), dict(scale=scales[0]), dict(scale=scales[1]), None
@@ -90,7 +94,40 @@ def _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scali
                 input_dequant[:1].contiguous() if x.dtype == torch.float8_e4m3fn else None)
     if scales:
         raise ValueError(f"quant_scales: {len(scales)} tensors do not fit {fc1.dtype} weights")
+    if fc1.dtype == torch.uint8:
+        raise ValueError("quant_scales: 4-bit weights need [fc1_scales, fc2_scales], got none")
     return dict(scheme=_NAMES[fc1.dtype]), {}, {}, None
+
+
+def _name(argument, dtype):
+    if dtype not in _NAMES:
+        raise ValueError(f"{argument}: {dtype} is not offered; known: {', '.join(map(str, _NAMES))}")
+    return _NAMES[dtype]
+
+
+# What is refused when it is not this value, and what to do instead.
+_REFUSED = {
+    "min_latency_mode": (False, "there is one mode; decode is fast without it"),
+    "enable_alltoall": (False, "exchange tokens around moesaic.prepare and moesaic.finalize instead"),
+    "use_mxfp8_act_scaling": (False, "use fp8 block scales, or MXFP4 weights with bf16 activations"),
+    "cluster_size": (1, "expected 1; use ep_size for expert parallelism"),
+    "use_wfp4afp8_humming": (False, "use MXFP4 weights with bf16 activations (use_w4_group_scaling, two scales)"),
+    "situ_beta": (None, "the activation Situ is not offered"),
+    "situ_linear_beta": (None, "the activation Situ is not offered"),
+}
+
+
+def _refuse(given, later):
+    for name in later:
+        if "lora" in name:
+            raise NotOffered(f"{name}: adapters are not run here; merge them into the weights")
+        if name not in _REFUSED:
+            raise TypeError(f"cutlass_fused_moe() got an unexpected keyword argument '{name}'")
+    for name, (expected, why) in _REFUSED.items():
+        value = given[name] if name in given else later.get(name, expected)
+        if value is not expected and value != expected:
+            shown = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+            raise NotOffered(f"{name}={shown}: {why}")
 
 
 def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_expert_weights,
@@ -101,25 +138,21 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
                       use_deepseek_fp8_block_scale=False, use_w4_group_scaling=False,
                       use_mxfp8_act_scaling=False, min_latency_mode=False, use_packed_weights=False,
                       tune_max_num_tokens=8192, enable_pdl=None,
-                      activation_type=ActivationType.Swiglu, **hints):
+                      activation_type=ActivationType.Swiglu, swizzled_input_sf=True, use_fused_finalize=True,
+                      profile_ids=None, workspace_buffer=None, **later):
     """y [T, H] = sum_j scale_j * (FC2(act(FC1 x)) + b2), local experts only; fc1 order is [up; gate].
 
     input [T, H]; token_selected_experts i32 [T, k] (global ids; others than this rank's contribute
     nothing); fc1_expert_weights [E_l, 2I or I, H]; fc2_expert_weights [E_l, H, I]. quant_scales as in the
     modes of FlashInfer. tune_max_num_tokens, enable_pdl, swizzled_input_sf, use_fused_finalize,
-    profile_ids and workspace_buffer are hints: accepted, and never change bits.
+    profile_ids and workspace_buffer are hints: accepted, and never change bits. `later`: what releases
+    after 0.7.2 added, refused by name like every mode that is not run here.
     """
-    unknown = set(hints) - {"swizzled_input_sf", "use_fused_finalize", "profile_ids", "workspace_buffer",
-                            "use_wfp4afp8_humming", "situ_beta", "situ_linear_beta"}
-    if unknown:
-        raise TypeError(f"cutlass_fused_moe() got unexpected arguments {sorted(unknown)}")
-    for name in ("use_wfp4afp8_humming", "situ_beta", "situ_linear_beta"):
-        _refuse(name, hints.get(name) is not None and hints.get(name) is not False, "not offered here")
-    _refuse("min_latency_mode", min_latency_mode, "there is one mode; decode is fast without it")
-    _refuse("enable_alltoall", enable_alltoall, "exchange tokens around prepare and finalize instead")
-    _refuse("use_mxfp8_act_scaling", use_mxfp8_act_scaling, "use fp8_block, or mxfp4_w4a16 for MXFP4 weights")
-    _refuse("use_packed_weights", use_packed_weights and not use_w4_group_scaling, "pass the weights as [E, N, K]")
-    _refuse("cluster_size", cluster_size if cluster_size != 1 else 0, "expected 1; use ep_size for expert parallelism")
+    _refuse(dict(min_latency_mode=min_latency_mode, enable_alltoall=enable_alltoall, cluster_size=cluster_size,
+                 use_mxfp8_act_scaling=use_mxfp8_act_scaling), later)
+    if use_packed_weights and not use_w4_group_scaling:
+        raise NotOffered("use_packed_weights=True: only W4A8 (use_w4_group_scaling) has packed weights; pass them as [E, N, K]")
+    del swizzled_input_sf, use_fused_finalize, profile_ids, workspace_buffer, cluster_rank
     del tune_max_num_tokens, enable_pdl, tp_size
     x, fc1, fc2 = input, fc1_expert_weights, fc2_expert_weights
     tokens, top_k = token_selected_experts.shape
@@ -140,7 +173,7 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
     config = dict(experts=local * ep_size, hidden=hidden, intermediate=intermediate, top_k=top_k, max_tokens=tokens,
                   local_first=ep_rank * local, local_count=local, quant=quant,
                   activation={"kind": kind, "order": "up_first"},
-                  input_dtype=_NAMES[x.dtype], output_dtype=_NAMES[output_dtype])
+                  input_dtype=_name("input", x.dtype), output_dtype=_name("output_dtype", output_dtype))
     weights = dict(fc1=dict(weight=fc1, bias=fc1_expert_biases, **one),
                    # The bias of FC2 belongs to one rank of a tensor-parallel group.
                    fc2=dict(weight=fc2, bias=fc2_expert_biases if tp_rank == 0 else None, **two),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import gemm as _gemm
-from ._common import activation_spec, quant_spec
+from ._common import NotOffered, activation_spec, quant_spec
 
 
 def invoke_fused_moe_kernel(A, B, bias, C, A_scale, B_scale, B_zp, topk_weights, topk_ids,
@@ -75,37 +75,54 @@ def static_quant_fp8(x, x_s, repeat_scale=False):
     return q.view(x.shape), x_s.float().expand(flat.shape[0], 1).contiguous() if repeat_scale else x_s
 
 
-def per_token_quant_int8(x):
+def per_token_quant_int8(x, scale_dtype=torch.float32, cal_sum=False):
     """int8 rows and scales [..., 1]: absmax / 127, rounded half away from zero."""
+    if cal_sum:
+        raise NotOffered("cal_sum=True: not offered here; no product of this library needs the rows' sums")
     flat = x.reshape(-1, x.shape[-1])
     q, s = _gemm.quantize(flat, to="i8", granularity="token")
-    return q.view(x.shape), s.view(*x.shape[:-1], 1)
+    return q.view(x.shape), s.view(*x.shape[:-1], 1).to(scale_dtype)
 
 
-def per_token_group_quant_fp8(x, group_size, eps=1e-10):
-    """e4m3 rows and scales [..., ceil(K / group_size)]."""
-    _check_eps(eps)
-    flat = x.reshape(-1, x.shape[-1])
-    q, s = _gemm.quantize(flat, granularity="group", group_size=group_size)
-    return q.view(x.shape), s.view(*x.shape[:-1], -1)
+def per_token_group_quant_fp8(x, group_size, eps=1e-10, column_major_scales=False, scale_tma_aligned=False,
+                              scale_ue8m0=False, fuse_silu_and_mul=False, masked_m=None, enable_v2=None):
+    """e4m3 rows and scales [..., ceil(K / group_size)]. The scales of rows [T, K] are also to be had as columns
+    (column_major_scales), those with padding to a multiple of four rows (scale_tma_aligned). enable_v2 is a hint."""
+    del enable_v2
+    if scale_ue8m0:
+        raise NotOffered("scale_ue8m0=True: activation scales are float32 here; leave it False")
+    if fuse_silu_and_mul:
+        raise NotOffered("fuse_silu_and_mul=True: call silu_and_mul first")
+    if masked_m is not None:
+        raise NotOffered("masked_m: use moesaic.quantize(x, granularity='group', num_tokens=masked_m)")
+    q, s = _groups(x, group_size, eps, "fp8_e4m3")
+    if not column_major_scales:
+        return q, s
+    if s.dim() != 2:
+        raise NotOffered(f"column_major_scales=True: expected x of shape [T, K], got {tuple(x.shape)}")
+    rows, groups = s.shape
+    columns = torch.empty((groups, -(-rows // 4) * 4 if scale_tma_aligned else rows), dtype=s.dtype, device=s.device)
+    return q, columns.t()[:rows].copy_(s)
 
 
-def per_token_group_quant_int8(x, group_size, eps=1e-10, *, int8_rounding="nearest"):
+def per_token_group_quant_int8(x, group_size, eps=1e-10, dtype=torch.int8, enable_v2=None, *, int8_rounding="nearest"):
     """int8 rows and scales per group. The original truncates toward zero: int8_rounding="truncate"."""
-    _check_eps(eps)
-    flat = x.reshape(-1, x.shape[-1])
-    q, s = _gemm.quantize(flat, to="i8", granularity="group", group_size=group_size,
+    del enable_v2
+    if dtype != torch.int8:
+        raise NotOffered(f"dtype={dtype}: expected torch.int8; per_token_group_quant_fp8 makes float8_e4m3fn")
+    return _groups(x, group_size, eps, "i8", int8_rounding)
+
+
+def _groups(x, group_size, eps, to, int8_rounding="nearest"):
+    if eps != 1e-10:
+        raise NotOffered(f"eps={eps}: the absmax is clamped at 1e-10; leave the default")
+    q, s = _gemm.quantize(x.reshape(-1, x.shape[-1]), to=to, granularity="group", group_size=group_size,
                           int8_rounding=int8_rounding)
     return q.view(x.shape), s.view(*x.shape[:-1], -1)
 
 
 sglang_per_token_group_quant_fp8 = per_token_group_quant_fp8
 sglang_per_token_group_quant_int8 = per_token_group_quant_int8
-
-
-def _check_eps(eps):
-    if eps != 1e-10:
-        raise ValueError(f"eps: the absmax is clamped at 1e-10, got {eps}; leave the default")
 
 
 def silu_and_mul(input, out=None):

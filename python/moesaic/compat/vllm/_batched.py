@@ -128,13 +128,19 @@ def finalize(layer, output, expert_output, topk_weights, topk_ids, expert_map, a
 
 
 def dequant(quant, t, scale):
-    """Float32 values of quantized ones: scalar, per row, or per block scales."""
+    """Float32 values of quantized rows t [N, K]: scalar, per row [N, 1], or per block scales. Multiplied by the one
+    kernel that has such a product, the sum over slots, with a slot for every group of a row."""
+    rows, columns = t.shape
+    group = columns
     if quant.is_per_act_token or quant.is_per_tensor:
-        return t.to(torch.float32) * scale
-    full = scale
-    for dim, (n, s) in enumerate(zip(t.shape, scale.shape)):
-        full = full.repeat_interleave(-(-n // s), dim=dim).narrow(dim, 0, n)
-    return t.to(torch.float32) * full
+        scale = scale.reshape(-1, 1).expand(rows, 1)
+    else:
+        (block, group), (down, across) = quant.block_shape, scale.shape
+        scale = scale[:, None].expand(down, block, across).reshape(-1, across)[:rows]
+    groups = scale.shape[1]
+    values = torch.nn.functional.pad(t.to(torch.float32), (0, groups * group - columns))
+    full = _gemm.sum_slots(values.view(-1, 1, group), scale.float().reshape(-1, 1).contiguous())
+    return full.view(rows, -1)[:, :columns]
 
 
 def batched_moe_kernel_quantize_input(A, A_scale, num_tokens, E, N, expert_num_tokens, qtype,

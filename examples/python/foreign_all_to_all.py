@@ -15,7 +15,12 @@ import moesaic
 RANKS, EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS, CAPACITY = 4, 8, 64, 48, 2, 10, 16
 LOCAL = EXPERTS // RANKS
 rng = np.random.default_rng(0)
-normal = lambda *shape: (rng.standard_normal(shape) * 0.2).astype(np.float32)  # noqa: E731
+
+
+def normal(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.2)
+
+
 fc1, fc2 = normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN), normal(EXPERTS, HIDDEN, INTERMEDIATE)
 shape: dict[str, Any] = dict(experts=EXPERTS, hidden=HIDDEN, intermediate=INTERMEDIATE, top_k=TOP_K, scheme="f32")
 

@@ -9,7 +9,12 @@ import moesaic
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS = 8, 64, 96, 2, 5
 rng = np.random.default_rng(0)
-normal = lambda *shape: (rng.standard_normal(shape) * 0.2).astype(np.float32)  # noqa: E731
+
+
+def normal(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.2)
+
+
 fc1, fc2 = normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN), normal(EXPERTS, HIDDEN, INTERMEDIATE)  # [E, 2I, H], [E, H, I]
 x, logits = normal(TOKENS, HIDDEN), normal(TOKENS, EXPERTS)
 

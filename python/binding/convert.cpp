@@ -16,7 +16,11 @@ constexpr Choice<Renormalize> kRenormalize[] = {
     {"default", Renormalize::kDefault}, {"never", Renormalize::kNever}, {"always", Renormalize::kAlways}};
 constexpr Choice<WeightOn> kWeightOn[] = {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}};
 
-DType dtype_of(const DLDataType& t) {
+[[noreturn]] void refuse(std::string_view argument, const std::string& what) {
+  throw Error(ErrorCode::kInvalidArgument, std::string(argument) + ": " + what);
+}
+
+DType dtype_of(const DLDataType& t, std::string_view argument) {
   if (t.lanes == 1) {
     if (t.code == kDLFloat && t.bits == 32) return DType::kF32;
     if (t.code == kDLFloat && t.bits == 16) return DType::kF16;
@@ -27,30 +31,38 @@ DType dtype_of(const DLDataType& t) {
     if (t.code == kDLUInt && t.bits == 8) return DType::kU8;
     if (t.code == kDLInt && t.bits == 32) return DType::kI32;
     if (t.code == kDLInt && t.bits == 64) return DType::kI64;
+    if (t.code == kDLUInt && t.bits == 16)
+      refuse(argument, "dtype uint16 is not supported; bits of bf16 go in as moesaic.typed(array, 'bf16')");
   }
-  throw Error(ErrorCode::kInvalidArgument,
-              "tensor: dtype " + std::string(ffi::DLDataTypeToString(t)) +
-                  " is not one of f32, f16, bf16, fp8_e4m3, e8m0, i8, u8, i32, i64");
+  std::string text;
+  try {
+    text = ffi::DLDataTypeToString(t);
+  } catch (const ffi::Error&) {  // it has no name for complex numbers, for one
+    text = "of DLPack code " + std::to_string(t.code);
+  }
+  refuse(argument, "dtype " + text +
+                       " is not supported; convert it to one of f32, f16, bf16, fp8_e4m3, e8m0, i8, u8, i32, i64");
 }
 
-Tensor view_of(const DLTensor& t, const std::string& dtype) {
+Tensor view_of(const DLTensor& t, const std::string& dtype, std::string_view argument) {
   Tensor view;
   if (t.device.device_type == kDLCUDA) {
     view.device = {DeviceType::kCuda, t.device.device_id};
   } else if (t.device.device_type != kDLCPU && t.device.device_type != kDLCUDAHost) {
-    throw Error(ErrorCode::kInvalidArgument, "tensor: lies on neither the CPU nor a CUDA device");
+    refuse(argument, "lies on neither the CPU nor a CUDA device; move it to one");
   }
   if (dtype.empty()) {
-    view.dtype = dtype_of(t.dtype);
+    view.dtype = dtype_of(t.dtype, argument);
   } else {
     view.dtype = parse_dtype(dtype);
     if (size_of(view.dtype) * 8 != t.dtype.bits)
-      throw Error(ErrorCode::kInvalidArgument, "dtype: " + dtype + " has another width than the array's elements");
+      refuse(argument, "is to be read as " + dtype + ", but its elements have " + std::to_string(t.dtype.bits) +
+                           " bits; pass an array whose elements are as wide");
   }
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   view.rank = std::max(t.ndim, 1);  // a 0-d scalar is [1]
   if (t.ndim > Tensor::kMaxRank)
-    throw Error(ErrorCode::kInvalidArgument, "tensor: rank above 4");
+    refuse(argument, "expected at most 4 dimensions, got " + std::to_string(t.ndim) + "; pass a view with fewer");
   view.shape[0] = view.strides[0] = 1;
   std::int64_t stride = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
@@ -61,15 +73,34 @@ Tensor view_of(const DLTensor& t, const std::string& dtype) {
   return view;
 }
 
+// What Python calls the type of a value.
+std::string type_of(const ffi::AnyView& value) {
+  const std::string key = value.GetTypeKey();
+  if (key == "ffi.SmallStr" || key == "ffi.String") return "str";
+  if (key == "ffi.Map") return "dict";
+  if (key == "ffi.Array") return "list";
+  if (key == "ffi.BigInt") return "an int beyond 64 bits";
+  if (key == "ffi.Tensor" || key == "DLTensor*") return "an array";
+  if (key == "ffi.OpaquePyObject") return "another object";
+  return key;
+}
+
+[[noreturn]] void mistyped(const std::string& argument, std::string_view expected, const ffi::AnyView& value) {
+  throw ffi::Error("TypeError", argument + ": expected " + std::string(expected) + ", got " + type_of(value), "");
+}
+
 }  // namespace
 
-Tensor tensor_of(const ffi::AnyView& value) {
+Tensor tensor_of(const ffi::AnyView& value, std::string_view argument) {
   if (value == nullptr) return {};
-  if (const auto pair = value.as<ffi::Array<ffi::Any>>()) {
-    const auto view = (*pair)[0].cast<ffi::Tensor>();
-    return view_of(*view.GetDLTensorPtr(), (*pair)[1].cast<ffi::String>());
+  if (const auto pair = value.as<ffi::Array<ffi::Any>>(); pair && pair->size() == 2) {
+    const auto array = (*pair)[0].try_cast<ffi::Tensor>();
+    const auto dtype = (*pair)[1].try_cast<ffi::String>();
+    if (array && dtype) return view_of(*array->GetDLTensorPtr(), *dtype, argument);
   }
-  return view_of(*value.cast<DLTensor*>(), {});
+  const auto array = value.try_cast<DLTensor*>();
+  if (!array) mistyped(std::string(argument), "an array", value);
+  return view_of(**array, {}, argument);
 }
 
 Stream current_stream(const Tensor& tensor) {
@@ -77,93 +108,163 @@ Stream current_stream(const Tensor& tensor) {
   return {TVMFFIEnvGetStream(kDLCUDA, tensor.device.index)};
 }
 
+Reader::Reader(std::string what, const ffi::AnyView& options) : what_(std::move(what)) {
+  const auto given = options.try_cast<Options>();
+  if (!given) mistyped(what_, "a dict", options);
+  options_ = *given;
+}
+std::string Reader::path(const char* key) const {
+  const auto dot = what_.find('.');
+  return dot == std::string::npos ? key : what_.substr(dot + 1) + "." + key;
+}
 std::optional<ffi::Any> Reader::find(const char* key) {
   used_.insert(key);
   const auto it = options_.find(key);
   if (it == options_.end() || (*it).second == nullptr) return std::nullopt;
   return (*it).second;
 }
+template <typename T>
+std::optional<T> Reader::value(const char* key, std::string_view expected) {
+  const auto v = find(key);
+  if (!v) return std::nullopt;
+  const auto cast = v->try_cast<T>();
+  if (!cast) mistyped(path(key), expected, *v);
+  return *cast;
+}
 void Reader::integer(const char* key, std::int64_t& into) {
-  if (const auto v = find(key)) into = v->cast<std::int64_t>();
+  if (const auto v = value<std::int64_t>(key, "an integer")) into = *v;
 }
 void Reader::integer(const char* key, int& into) {
-  if (const auto v = find(key)) into = static_cast<int>(v->cast<std::int64_t>());
-}
-void Reader::number(const char* key, float& into) {
-  if (const auto v = find(key)) into = static_cast<float>(v->cast<double>());
-}
-void Reader::flag(const char* key, bool& into) {
-  if (const auto v = find(key)) into = v->cast<bool>();
-}
-void Reader::text(const char* key, const std::function<void(std::string_view)>& into) {
-  if (const auto v = find(key)) into(std::string(v->cast<ffi::String>()));
-}
-void Reader::options(const char* key, const std::function<void(Reader&)>& into) {
-  if (const auto v = find(key)) {
-    Reader inner(what_ + "." + key, v->cast<Options>());
-    into(inner);
-    inner.finish();
+  if (const auto v = value<std::int64_t>(key, "an integer")) {
+    into = static_cast<int>(*v);
+    if (into != *v) refuse(path(key), "expected an integer of 32 bits, got " + std::to_string(*v));
   }
 }
+void Reader::number(const char* key, float& into) {
+  if (const auto v = value<double>(key, "a number")) into = static_cast<float>(*v);
+}
+void Reader::flag(const char* key, bool& into) {
+  if (const auto v = value<bool>(key, "True or False")) into = *v;
+}
+std::optional<std::string> Reader::text(const char* key) {
+  if (const auto v = value<ffi::String>(key, "a name")) return std::string(*v);
+  return std::nullopt;
+}
+std::optional<Reader> Reader::nested(const char* key) {
+  if (const auto v = value<Options>(key, "a dict")) return Reader(what_ + "." + key, *v);
+  return std::nullopt;
+}
 void Reader::tensor(const char* key, Tensor& into) {
-  if (const auto v = find(key)) into = tensor_of(ffi::AnyView(*v));
+  if (const auto v = find(key)) into = tensor_of(ffi::AnyView(*v), path(key));
 }
 void Reader::finish() const {
   for (const auto& [key, value] : options_) {
-    if (used_.count(std::string(key)) == 0)
-      throw Error(ErrorCode::kInvalidArgument, what_ + ": unknown option '" + std::string(key) + "'");
+    if (used_.count(std::string(key)) != 0) continue;
+    std::string known;
+    for (const std::string& name : used_) known += (known.empty() ? "" : ", ") + name;
+    refuse(what_, "unknown option '" + std::string(key) + "'; known: " + known);
   }
 }
 
-void read(Reader& r, QuantSpec& spec) {
-  r.text("scheme", [&](std::string_view t) { spec.scheme = parse_scheme(t); });
-  r.text("weight_scale", [&](std::string_view t) { spec.weight_scale = choose("weight_scale", kWeightScales, t); });
-  r.text("act_scale", [&](std::string_view t) { spec.act_scale = choose("act_scale", kActScales, t); });
-  r.integer("block_n", spec.block_n);
-  r.integer("block_k", spec.block_k);
-  r.integer("group_size", spec.group_size);
-  r.flag("zero_points", spec.zero_points);
-  r.text("int8_rounding", [&](std::string_view t) { spec.int8_rounding = choose("int8_rounding", kRoundings, t); });
+// --- what a layer is: read from a dictionary and written into one ---------------------------------------
+// One list of fields per struct serves both ways; `V` is a Reader or a Writer.
+
+namespace {
+
+class Writer {
+ public:
+  void integer(const char* key, const std::int64_t& from) { options_.Set(key, from); }
+  void integer(const char* key, const int& from) { options_.Set(key, static_cast<std::int64_t>(from)); }
+  void number(const char* key, const float& from) { options_.Set(key, static_cast<double>(from)); }
+  void flag(const char* key, const bool& from) { options_.Set(key, from); }
+  template <typename E>
+  void name(const char* key, E (*)(std::string_view), const E& from) {
+    options_.Set(key, ffi::String(std::string(moesaic::name(from))));
+  }
+  template <typename E, std::size_t N>
+  void choice(const char* key, const Choice<E> (&choices)[N], const E& from) {
+    for (const Choice<E>& c : choices)
+      if (c.value == from) options_.Set(key, ffi::String(std::string(c.name)));
+  }
+  template <typename Struct>
+  void inner(const char* key, Struct& from) {
+    Writer writer;
+    fields(writer, from);
+    options_.Set(key, writer.options_);
+  }
+  Options options() const { return options_; }
+
+ private:
+  Options options_;
+};
+
+template <typename V>
+void fields(V& v, QuantSpec& spec) {
+  v.name("scheme", parse_scheme, spec.scheme);
+  v.choice("weight_scale", kWeightScales, spec.weight_scale);
+  v.choice("act_scale", kActScales, spec.act_scale);
+  v.integer("block_n", spec.block_n);
+  v.integer("block_k", spec.block_k);
+  v.integer("group_size", spec.group_size);
+  v.flag("zero_points", spec.zero_points);
+  v.choice("int8_rounding", kRoundings, spec.int8_rounding);
 }
 
-void read(Reader& r, ActivationSpec& spec) {
-  r.text("kind", [&](std::string_view t) { spec.kind = parse_activation(t); });
-  r.text("order", [&](std::string_view t) { spec.order = choose("order", kOrders, t); });
-  r.text("layout", [&](std::string_view t) { spec.layout = choose("layout", kLayouts, t); });
-  r.number("alpha", spec.alpha);
-  r.number("beta", spec.beta);
-  r.number("limit", spec.limit);
+template <typename V>
+void fields(V& v, ActivationSpec& spec) {
+  v.name("kind", parse_activation, spec.kind);
+  v.choice("order", kOrders, spec.order);
+  v.choice("layout", kLayouts, spec.layout);
+  v.number("alpha", spec.alpha);
+  v.number("beta", spec.beta);
+  v.number("limit", spec.limit);
 }
 
-void read(Reader& r, RoutingSpec& spec) {
-  r.text("method", [&](std::string_view t) { spec.method = parse_routing(t); });
-  r.text("renormalize", [&](std::string_view t) { spec.renormalize = choose("renormalize", kRenormalize, t); });
-  r.number("scale", spec.scale);
-  r.integer("groups", spec.groups);
-  r.integer("topk_groups", spec.topk_groups);
-  r.number("jitter", spec.jitter);
-  r.number("sum_floor", spec.sum_floor);
+template <typename V>
+void fields(V& v, RoutingSpec& spec) {
+  v.name("method", parse_routing, spec.method);
+  v.choice("renormalize", kRenormalize, spec.renormalize);
+  v.number("scale", spec.scale);
+  v.integer("groups", spec.groups);
+  v.integer("topk_groups", spec.topk_groups);
+  v.number("jitter", spec.jitter);
+  v.number("sum_floor", spec.sum_floor);
 }
 
-void read(Reader& r, LayerConfig& c) {
-  r.integer("experts", c.experts);
-  r.integer("hidden", c.hidden);
-  r.integer("intermediate", c.intermediate);
-  r.integer("top_k", c.top_k);
-  r.integer("max_tokens", c.max_tokens);
-  r.integer("local_first", c.local.first);
-  r.integer("local_count", c.local.count);
-  r.options("quant", [&](Reader& inner) { read(inner, c.quant); });
-  r.options("activation", [&](Reader& inner) { read(inner, c.activation); });
-  r.options("routing", [&](Reader& inner) { read(inner, c.routing); });
-  r.text("weight_on", [&](std::string_view t) { c.weight_on = choose("weight_on", kWeightOn, t); });
-  r.text("input_dtype", [&](std::string_view t) { c.input_dtype = parse_dtype(t); });
-  r.text("output_dtype", [&](std::string_view t) { c.output_dtype = parse_dtype(t); });
-  r.integer("shared_experts", c.shared_experts);
-  r.integer("shared_intermediate", c.shared_intermediate);
-  std::int64_t cap = 0;
-  r.integer("workspace_cap", cap);
+template <typename V>
+void fields(V& v, LayerConfig& c) {
+  v.integer("experts", c.experts);
+  v.integer("hidden", c.hidden);
+  v.integer("intermediate", c.intermediate);
+  v.integer("top_k", c.top_k);
+  v.integer("max_tokens", c.max_tokens);
+  v.integer("local_first", c.local.first);
+  v.integer("local_count", c.local.count);
+  v.inner("quant", c.quant);
+  v.inner("activation", c.activation);
+  v.inner("routing", c.routing);
+  v.choice("weight_on", kWeightOn, c.weight_on);
+  v.name("input_dtype", parse_dtype, c.input_dtype);
+  v.name("output_dtype", parse_dtype, c.output_dtype);
+  v.integer("shared_experts", c.shared_experts);
+  v.integer("shared_intermediate", c.shared_intermediate);
+  auto cap = static_cast<std::int64_t>(c.workspace_cap);
+  v.integer("workspace_cap", cap);
+  if (cap < 0) refuse("workspace_cap", "expected 0 (no cap) or more bytes, got " + std::to_string(cap));
   c.workspace_cap = static_cast<std::size_t>(cap);
+}
+
+}  // namespace
+
+void read(Reader& r, QuantSpec& spec) { fields(r, spec); }
+void read(Reader& r, ActivationSpec& spec) { fields(r, spec); }
+void read(Reader& r, RoutingSpec& spec) { fields(r, spec); }
+void read(Reader& r, LayerConfig& config) { fields(r, config); }
+Options options_of(const LayerConfig& config) {
+  Writer writer;
+  LayerConfig copy = config;
+  fields(writer, copy);
+  return writer.options();
 }
 
 void read(Reader& r, GemmWeights& w) {
@@ -177,55 +278,11 @@ void read(Reader& r, GemmWeights& w) {
 }
 
 void read(Reader& r, LayerWeights& w) {
-  r.options("fc1", [&](Reader& inner) { read(inner, w.fc1); });
-  r.options("fc2", [&](Reader& inner) { read(inner, w.fc2); });
+  r.inner("fc1", w.fc1);
+  r.inner("fc2", w.fc2);
   r.tensor("alpha", w.activation.alpha);
   r.tensor("beta", w.activation.beta);
   r.tensor("limit", w.activation.limit);
-}
-
-Options options_of(const LayerConfig& c) {
-  const auto text = [](std::string_view t) { return ffi::String(std::string(t)); };
-  const QuantSpec& q = c.quant;
-  const ActivationSpec& a = c.activation;
-  const RoutingSpec& r = c.routing;
-  const Options quant{{"scheme", text(name(q.scheme))},
-                      {"weight_scale", name_of(kWeightScales, q.weight_scale)},
-                      {"act_scale", name_of(kActScales, q.act_scale)},
-                      {"block_n", q.block_n},
-                      {"block_k", q.block_k},
-                      {"group_size", q.group_size},
-                      {"zero_points", q.zero_points},
-                      {"int8_rounding", name_of(kRoundings, q.int8_rounding)}};
-  const Options activation{{"kind", text(name(a.kind))},
-                           {"order", name_of(kOrders, a.order)},
-                           {"layout", name_of(kLayouts, a.layout)},
-                           {"alpha", static_cast<double>(a.alpha)},
-                           {"beta", static_cast<double>(a.beta)},
-                           {"limit", static_cast<double>(a.limit)}};
-  const Options routing{{"method", text(name(r.method))},
-                        {"renormalize", name_of(kRenormalize, r.renormalize)},
-                        {"scale", static_cast<double>(r.scale)},
-                        {"groups", static_cast<std::int64_t>(r.groups)},
-                        {"topk_groups", static_cast<std::int64_t>(r.topk_groups)},
-                        {"jitter", static_cast<double>(r.jitter)},
-                        {"sum_floor", static_cast<double>(r.sum_floor)}};
-  return {{"experts", c.experts},
-          {"hidden", c.hidden},
-          {"intermediate", c.intermediate},
-          {"top_k", c.top_k},
-          {"max_tokens", c.max_tokens},
-          {"local_first", c.local.first},
-          {"local_count", c.local.count},
-          {"quant", quant},
-          {"activation", activation},
-          {"routing", routing},
-          {"weight_on", name_of(kWeightOn, c.weight_on)},
-          {"input_dtype", text(name(c.input_dtype))},
-          {"output_dtype", text(name(c.output_dtype))},
-          {"shared_experts", c.shared_experts},
-          {"shared_intermediate", c.shared_intermediate},
-          {"workspace_cap", static_cast<std::int64_t>(c.workspace_cap)}};
 }
 
 // --- arguments of the calls, named as the structs name them -------------------------------------------
@@ -260,7 +317,7 @@ void read(Reader& r, PrepareArgs& a) {
 }
 
 void read(Reader& r, ExpertsArgs& a) {
-  r.text("format", [&](std::string_view t) { a.format = parse_format(t); });
+  r.name("format", parse_format, a.format);
   r.tensor("rows", a.rows);
   r.tensor("row_scale", a.row_scale);
   r.tensor("num_tokens", a.batched.num_tokens);
@@ -281,15 +338,15 @@ void read(Reader& r, FinalizeArgs& a) {
 }
 
 void read(Reader& r, GroupedGemmArgs& a) {
-  r.options("quant", [&](Reader& inner) { read(inner, a.quant); });
-  r.options("b", [&](Reader& inner) { read(inner, a.b); });
+  r.inner("quant", a.quant);
+  r.inner("b", a.b);
   r.tensor("a", a.a);
   r.tensor("a_scale", a.a_scale);
   read_sorted(r, a.sorted);
   r.tensor("num_tokens", a.batched.num_tokens);
   r.integer("top_k", a.top_k);
-  r.text("a_order", [&](std::string_view t) { a.a_order = choose("a_order", kRowOrders, t); });
-  r.text("c_order", [&](std::string_view t) { a.c_order = choose("c_order", kRowOrders, t); });
+  r.choice("a_order", kRowOrders, a.a_order);
+  r.choice("c_order", kRowOrders, a.c_order);
   r.tensor("row_weights", a.row_weights);
   r.tensor("c", a.c);
 }
@@ -306,7 +363,7 @@ void read(Reader& r, AlignArgs& a) {
 }
 
 void read(Reader& r, RouteArgs& a) {
-  r.options("spec", [&](Reader& inner) { read(inner, a.spec); });
+  r.inner("spec", a.spec);
   r.tensor("logits", a.logits);
   r.tensor("hidden_states", a.hidden_states);
   r.tensor("weight", a.router.weight);
@@ -319,17 +376,17 @@ void read(Reader& r, RouteArgs& a) {
 void read(Reader& r, QuantizeArgs& a) {
   r.tensor("input", a.input);
   r.tensor("num_tokens", a.num_tokens);
-  r.text("to", [&](std::string_view t) { a.to = parse_dtype(t); });
-  r.text("granularity", [&](std::string_view t) { a.granularity = choose("granularity", kActScales, t); });
+  r.name("to", parse_dtype, a.to);
+  r.choice("granularity", kActScales, a.granularity);
   r.integer("group_size", a.group_size);
-  r.text("int8_rounding", [&](std::string_view t) { a.int8_rounding = choose("int8_rounding", kRoundings, t); });
+  r.choice("int8_rounding", kRoundings, a.int8_rounding);
   r.tensor("static_scale", a.static_scale);
   r.tensor("output", a.output);
   r.tensor("scale", a.scale);
 }
 
 void read(Reader& r, ActivateArgs& a) {
-  r.options("spec", [&](Reader& inner) { read(inner, a.spec); });
+  r.inner("spec", a.spec);
   r.tensor("input", a.input);
   r.tensor("row_expert", a.row_expert);
   r.tensor("alpha", a.parameters.alpha);

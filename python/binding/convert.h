@@ -8,7 +8,6 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
-#include <functional>
 #include <optional>
 #include <set>
 #include <string>
@@ -34,26 +33,67 @@ auto guarded(F&& body) -> decltype(body()) {
   }
 }
 
-// None, a tensor, or [tensor, "bf16"]: an array library without the dtype hands over raw bits.
-Tensor tensor_of(const ffi::AnyView& value);
+// None, a tensor, or [tensor, "bf16"]: an array library without the dtype hands over raw bits. `argument` is what
+// an error calls it.
+Tensor tensor_of(const ffi::AnyView& value, std::string_view argument);
 // The calling framework's current stream on the tensor's device.
 Stream current_stream(const Tensor& tensor);
+
+// How an enumeration is spelled in option dictionaries.
+template <typename E>
+struct Choice {
+  std::string_view name;
+  E value;
+};
+template <typename E, std::size_t N>
+E choose(std::string_view what, const Choice<E> (&choices)[N], std::string_view text) {
+  std::string known;
+  for (const Choice<E>& c : choices) {
+    if (c.name == text) return c.value;
+    known += (known.empty() ? "" : ", ") + std::string(c.name);
+  }
+  throw Error(ErrorCode::kInvalidArgument,
+              std::string(what) + ": unknown value '" + std::string(text) + "'; known: " + known);
+}
 
 // A dictionary of named options. Every key must be asked for: `finish` refuses what is left by name.
 class Reader {
  public:
   Reader(std::string what, Options options) : what_(std::move(what)), options_(std::move(options)) {}
+  // The same from a value that ought to be a dictionary.
+  Reader(std::string what, const ffi::AnyView& options);
   void integer(const char* key, std::int64_t& into);
   void integer(const char* key, int& into);
   void number(const char* key, float& into);
   void flag(const char* key, bool& into);
-  void text(const char* key, const std::function<void(std::string_view)>& into);
-  void options(const char* key, const std::function<void(Reader&)>& into);
+  std::optional<std::string> text(const char* key);
+  // A name that `parse` knows; one of `choices`; a dictionary of its own.
+  template <typename E>
+  void name(const char* key, E (*parse)(std::string_view), E& into) {
+    if (const auto t = text(key)) into = parse(*t);
+  }
+  template <typename E, std::size_t N>
+  void choice(const char* key, const Choice<E> (&choices)[N], E& into) {
+    if (const auto t = text(key)) into = choose(key, choices, *t);
+  }
+  template <typename Struct>
+  void inner(const char* key, Struct& into) {
+    if (auto reader = nested(key)) {
+      read(*reader, into);
+      reader->finish();
+    }
+  }
   void tensor(const char* key, Tensor& into);
   void finish() const;
 
  private:
   std::optional<ffi::Any> find(const char* key);
+  // The value of `key` as a T, or a TypeError that names it and says what was `expected`.
+  template <typename T>
+  std::optional<T> value(const char* key, std::string_view expected);
+  std::optional<Reader> nested(const char* key);
+  // What an error calls the argument: "fc1.weight" of "weights.fc1", "experts" of "config".
+  std::string path(const char* key) const;
   std::string what_;
   Options options_;
   std::set<std::string> used_{};
@@ -79,7 +119,7 @@ void read(Reader& reader, SumArgs& args);
 Options options_of(const LayerConfig& config);
 
 template <typename Struct>
-Struct read_all(const char* what, const Options& options) {
+Struct read_all(const char* what, const ffi::AnyView& options) {
   Reader reader(what, options);
   Struct value{};
   read(reader, value);
@@ -87,27 +127,6 @@ Struct read_all(const char* what, const Options& options) {
   return value;
 }
 
-template <typename E>
-struct Choice {
-  std::string_view name;
-  E value;
-};
-template <typename E, std::size_t N>
-E choose(std::string_view what, const Choice<E> (&choices)[N], std::string_view text) {
-  std::string known;
-  for (const Choice<E>& c : choices) {
-    if (c.name == text) return c.value;
-    known += (known.empty() ? "" : ", ") + std::string(c.name);
-  }
-  throw Error(ErrorCode::kInvalidArgument,
-              std::string(what) + ": unknown value '" + std::string(text) + "'; known: " + known);
-}
-template <typename E, std::size_t N>
-ffi::String name_of(const Choice<E> (&choices)[N], E value) {
-  for (const Choice<E>& c : choices)
-    if (c.value == value) return std::string(c.name);
-  return "";
-}
 inline constexpr Choice<ActScale> kActScales[] = {{"default", ActScale::kDefault},
                                                   {"tensor_static", ActScale::kTensorStatic},
                                                   {"tensor_dynamic", ActScale::kTensorDynamic},

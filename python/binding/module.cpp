@@ -3,6 +3,8 @@
 // outputs and workspaces are the caller's.
 #include "convert.h"
 
+#include <algorithm>
+
 namespace moesaic::python {
 namespace {
 
@@ -13,7 +15,7 @@ struct LayerObject : public ffi::Object {
 };
 struct LayerRef : public ffi::ObjectRef {
   explicit LayerRef(Layer&& layer) : ffi::ObjectRef(ffi::make_object<LayerObject>(std::move(layer))) {}
-  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NULLABLE(LayerRef, ffi::ObjectRef, LayerObject);
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(LayerRef, ffi::ObjectRef, LayerObject);
 };
 
 const Layer& layer_of(const LayerRef& ref) { return ref.as<LayerObject>()->layer; }
@@ -46,8 +48,8 @@ LayerRef layer_from_checkpoint(ffi::String path, std::int64_t index, Options opt
     r.integer("max_tokens", overrides.max_tokens);
     r.integer("local_first", overrides.local.first);
     r.integer("local_count", overrides.local.count);
-    r.text("scheme", [&](std::string_view t) { overrides.scheme = parse_scheme(t); });
-    r.text("dtype", [&](std::string_view t) { overrides.dtype = parse_dtype(t); });
+    if (const auto t = r.text("scheme")) overrides.scheme = parse_scheme(*t);
+    if (const auto t = r.text("dtype")) overrides.dtype = parse_dtype(*t);
     bool shared = false;
     r.flag("shared_experts", shared);
     overrides.shared = shared ? SharedExperts::kOn : SharedExperts::kOff;
@@ -86,15 +88,17 @@ void layer_load_expert(LayerRef ref, std::int64_t expert, Options weights) {
   guarded([&] { mutable_layer(ref).load_expert(expert, read_all<LayerWeights>("weights", weights)); });
 }
 void layer_unpack_expert(LayerRef ref, std::int64_t expert, ffi::AnyView fc1, ffi::AnyView fc2) {
-  guarded([&] { layer_of(ref).unpack_expert(expert, tensor_of(fc1), tensor_of(fc2)); });
+  guarded([&] { layer_of(ref).unpack_expert(expert, tensor_of(fc1, "fc1"), tensor_of(fc2, "fc2")); });
 }
 void layer_load_shared(LayerRef ref, Options weights, ffi::AnyView gate) {
-  guarded([&] { mutable_layer(ref).load_shared(read_all<LayerWeights>("weights", weights), tensor_of(gate)); });
+  guarded([&] { mutable_layer(ref).load_shared(read_all<LayerWeights>("weights", weights), tensor_of(gate, "gate")); });
 }
 void layer_set_router(LayerRef ref, ffi::AnyView weight, ffi::AnyView bias, ffi::AnyView selection_bias) {
   guarded([&] {
     mutable_layer(ref).set_router(
-        {.weight = tensor_of(weight), .bias = tensor_of(bias), .selection_bias = tensor_of(selection_bias)});
+        {.weight = tensor_of(weight, "weight"),
+         .bias = tensor_of(bias, "bias"),
+         .selection_bias = tensor_of(selection_bias, "selection_bias")});
   });
 }
 std::int64_t layer_workspace_bytes(LayerRef ref, std::int64_t tokens) {
@@ -107,26 +111,27 @@ void layer_forward(LayerRef ref, ffi::AnyView hidden_states, ffi::AnyView hidden
                    ffi::AnyView topk_ids, ffi::AnyView topk_weights, ffi::AnyView router_logits,
                    ffi::AnyView output, bool add, ffi::AnyView tokens_per_expert, ffi::AnyView workspace) {
   guarded([&] {
-    ForwardArgs args{.hidden_states = tensor_of(hidden_states),
-                     .hidden_scale = tensor_of(hidden_scale),
-                     .topk_ids = tensor_of(topk_ids),
-                     .topk_weights = tensor_of(topk_weights),
-                     .router_logits = tensor_of(router_logits),
-                     .output = tensor_of(output),
+    ForwardArgs args{.hidden_states = tensor_of(hidden_states, "hidden_states"),
+                     .hidden_scale = tensor_of(hidden_scale, "hidden_scale"),
+                     .topk_ids = tensor_of(topk_ids, "topk_ids"),
+                     .topk_weights = tensor_of(topk_weights, "topk_weights"),
+                     .router_logits = tensor_of(router_logits, "router_logits"),
+                     .output = tensor_of(output, "output"),
                      .accumulate = add ? Accumulate::kAdd : Accumulate::kOverwrite,
-                     .tokens_per_expert = tensor_of(tokens_per_expert)};
+                     .tokens_per_expert = tensor_of(tokens_per_expert, "tokens_per_expert")};
     const Layer& layer = layer_of(ref);
     const std::int64_t tokens = args.hidden_states.shape[0];
     const bool sized = tokens >= 0 && tokens <= layer.config().max_tokens;  // else forward complains
-    args.workspace = workspace_of(tensor_of(workspace), layer.device(), sized ? layer.workspace_bytes(tokens) : 0);
+    args.workspace = workspace_of(tensor_of(workspace, "workspace"), layer.device(),
+                                  sized ? layer.workspace_bytes(tokens) : 0);
     args.stream = current_stream(args.hidden_states);
     layer.forward(args);
   });
 }
 
 // --- levels 2 and 3 -----------------------------------------------------------------------------------
-// Every call has one form: a dictionary of arguments by name, and scratch or None. What it needs is a
-// function of the same dictionary, `..._workspace_bytes`, for devices whose scratch the Python side makes.
+// Every call has one form: a dictionary of arguments by name, and scratch or None. It returns 0, or, on a device whose
+// scratch the Python side makes, the bytes of scratch that it was not given; then nothing has run.
 
 // Scratch is for a call that is shaped as it must be; of any other the call itself complains.
 std::size_t needed(const LayerConfig& config, const PrepareArgs& a) {
@@ -153,6 +158,8 @@ std::size_t needed(const RouteArgs& a) {
   return route_workspace_bytes(a.topk_ids.shape[0], a.router.weight.shape[0]);
 }
 std::size_t needed(const QuantizeArgs& a) { return quantize_workspace_bytes(a); }
+std::size_t needed(const ActivateArgs&) { return 0; }
+std::size_t needed(const SumArgs&) { return 0; }
 
 // The tensor whose device and stream a call has.
 const Tensor& main_of(const PrepareArgs& a) { return a.hidden_states; }
@@ -168,90 +175,66 @@ const Tensor& main_of(const SumArgs& a) { return a.output; }
 // `layer` is a Layer, or a config dictionary for weights that stay the caller's.
 LayerConfig config_of(const ffi::AnyView& layer) {
   if (const auto ref = layer.as<LayerRef>()) return layer_of(*ref).config();
-  return read_all<LayerConfig>("config", layer.cast<Options>());
+  return read_all<LayerConfig>("config", layer);
 }
 
-template <typename Args>
-void attach(Args& a, const ffi::AnyView& scratch, std::size_t bytes) {
-  a.workspace = workspace_of(tensor_of(scratch), main_of(a).device, bytes);
+template <typename Args, typename Run>
+std::int64_t with_scratch(Args& a, const ffi::AnyView& scratch, std::size_t bytes, const Run& run) {
+  if constexpr (requires { a.workspace; }) {
+    a.workspace = workspace_of(tensor_of(scratch, "workspace"), main_of(a).device, bytes);
+    if (a.workspace.data == nullptr && bytes > 0) return static_cast<std::int64_t>(bytes);
+  }
   a.stream = current_stream(main_of(a));
+  run();
+  return 0;
 }
 
 // run(layer, args) with packed weights, run(config, args) without a layer.
 template <typename Args, typename Run>
-void stage(const char* what, const ffi::AnyView& layer, const Options& options, const ffi::AnyView& scratch,
-           const Run& run) {
-  guarded([&] {
+std::int64_t stage(const char* what, const ffi::AnyView& layer, const Options& options, const ffi::AnyView& scratch,
+                   const Run& run) {
+  return guarded([&] {
     Args a = read_all<Args>(what, options);
     const LayerConfig config = config_of(layer);
-    attach(a, scratch, needed(config, a));
-    if (const auto ref = layer.as<LayerRef>())
-      run(layer_of(*ref), a);
-    else
-      run(config, a);
+    return with_scratch(a, scratch, needed(config, a), [&] {
+      if (const auto ref = layer.as<LayerRef>())
+        run(layer_of(*ref), a);
+      else
+        run(config, a);
+    });
   });
 }
-template <typename Args>
-std::int64_t stage_bytes(const char* what, const ffi::AnyView& layer, const Options& options) {
-  return guarded([&] {
-    return static_cast<std::int64_t>(needed(config_of(layer), read_all<Args>(what, options)));
-  });
+std::int64_t stage_prepare(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
+  return stage<PrepareArgs>("prepare", layer, o, scratch, [](const auto& on, const auto& a) { prepare(on, a); });
 }
-
-void stage_prepare(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
-  stage<PrepareArgs>("prepare", layer, o, scratch, [](const auto& on, const PrepareArgs& a) { prepare(on, a); });
+std::int64_t stage_finalize(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
+  return stage<FinalizeArgs>("finalize", layer, o, scratch, [](const auto& on, const auto& a) { finalize(on, a); });
 }
-void stage_experts(ffi::AnyView layer, ffi::AnyView weights, Options o, ffi::AnyView scratch) {
-  stage<ExpertsArgs>("experts", layer, o, scratch, [&](const auto& on, const ExpertsArgs& a) {
+std::int64_t stage_experts(ffi::AnyView layer, ffi::AnyView weights, Options o, ffi::AnyView scratch) {
+  return stage<ExpertsArgs>("experts", layer, o, scratch, [&](const auto& on, const ExpertsArgs& a) {
     if constexpr (std::is_same_v<std::decay_t<decltype(on)>, Layer>)
       experts(on, a);
     else
-      experts(on, read_all<LayerWeights>("weights", weights.cast<Options>()), a);
+      experts(on, read_all<LayerWeights>("weights", weights), a);
   });
 }
-void stage_finalize(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
-  stage<FinalizeArgs>("finalize", layer, o, scratch, [](const auto& on, const FinalizeArgs& a) { finalize(on, a); });
-}
-std::int64_t prepare_bytes(ffi::AnyView layer, Options o) { return stage_bytes<PrepareArgs>("prepare", layer, o); }
-std::int64_t experts_bytes(ffi::AnyView layer, Options o) { return stage_bytes<ExpertsArgs>("experts", layer, o); }
-std::int64_t finalize_bytes(ffi::AnyView layer, Options o) { return stage_bytes<FinalizeArgs>("finalize", layer, o); }
 
 template <typename Args, void (*kRun)(const Args&)>
-void call(const char* what, const Options& options, const ffi::AnyView& scratch) {
-  guarded([&] {
+std::int64_t call(const char* what, const Options& options, const ffi::AnyView& scratch) {
+  return guarded([&] {
     Args a = read_all<Args>(what, options);
-    attach(a, scratch, needed(a));
-    kRun(a);
+    return with_scratch(a, scratch, needed(a), [&] { kRun(a); });
   });
 }
-template <typename Args>
-std::int64_t call_bytes(const char* what, const Options& options) {
-  return guarded([&] { return static_cast<std::int64_t>(needed(read_all<Args>(what, options))); });
-}
-
-void gemm(Options o, ffi::AnyView scratch) { call<GroupedGemmArgs, grouped_gemm>("grouped_gemm", o, scratch); }
-void align_slots(Options o, ffi::AnyView scratch) { call<AlignArgs, align>("align", o, scratch); }
-void route_tokens(Options o, ffi::AnyView scratch) { call<RouteArgs, route>("route", o, scratch); }
-void quantize_rows(Options o, ffi::AnyView scratch) { call<QuantizeArgs, quantize>("quantize", o, scratch); }
-std::int64_t gemm_bytes(Options o) { return call_bytes<GroupedGemmArgs>("grouped_gemm", o); }
-std::int64_t align_bytes(Options o) { return call_bytes<AlignArgs>("align", o); }
-std::int64_t route_bytes(Options o) { return call_bytes<RouteArgs>("route", o); }
-std::int64_t quantize_bytes(Options o) { return call_bytes<QuantizeArgs>("quantize", o); }
+std::int64_t gemm(Options o, ffi::AnyView s) { return call<GroupedGemmArgs, grouped_gemm>("grouped_gemm", o, s); }
+std::int64_t align_slots(Options o, ffi::AnyView s) { return call<AlignArgs, align>("align", o, s); }
+std::int64_t route_tokens(Options o, ffi::AnyView s) { return call<RouteArgs, route>("route", o, s); }
+std::int64_t quantize_rows(Options o, ffi::AnyView s) { return call<QuantizeArgs, quantize>("quantize", o, s); }
+std::int64_t activate_rows(Options o, ffi::AnyView s) { return call<ActivateArgs, activate>("activate", o, s); }
+std::int64_t sum(Options o, ffi::AnyView s) { return call<SumArgs, sum_slots>("sum_slots", o, s); }
 std::int64_t align_length(std::int64_t slots, std::int64_t experts, std::int64_t block_rows) {
   return guarded([&] { return align_capacity(slots, experts, block_rows); });
 }
-
-// These two need no scratch.
-template <typename Args, void (*kRun)(const Args&)>
-void call_bare(const char* what, const Options& options) {
-  guarded([&] {
-    Args a = read_all<Args>(what, options);
-    a.stream = current_stream(main_of(a));
-    kRun(a);
-  });
-}
-void activate_rows(Options o) { call_bare<ActivateArgs, activate>("activate", o); }
-void sum(Options o) { call_bare<SumArgs, sum_slots>("sum_slots", o); }
 
 // --- the process --------------------------------------------------------------------------------------
 
@@ -280,12 +263,11 @@ ffi::String support_reason(Options config, ffi::String format, ffi::String devic
 }
 ffi::String library_version() { return version(); }
 void threads(std::int64_t n) {
-  guarded([&] { set_num_threads(static_cast<int>(n)); });
+  constexpr std::int64_t kMany = 1 << 20;  // far above what is allowed: a narrowed number could be allowed again
+  guarded([&] { set_num_threads(static_cast<int>(std::clamp(n, -kMany, kMany))); });
 }
 void kernels(ffi::String type, ffi::String level) {
-  guarded([&] {
-    set_kernels(std::string(type) == "cuda" ? DeviceType::kCuda : DeviceType::kCpu, std::string(level));
-  });
+  guarded([&] { set_kernels(parse_device(std::string(type)).type, std::string(level)); });
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_new, layer_new);
@@ -304,18 +286,11 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_forward, layer_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, stage_prepare);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts, stage_experts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(finalize, stage_finalize);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare_workspace_bytes, prepare_bytes);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts_workspace_bytes, experts_bytes);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(finalize_workspace_bytes, finalize_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm, gemm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm_workspace_bytes, gemm_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(align, align_slots);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(align_capacity, align_length);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(align_workspace_bytes, align_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, route_tokens);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(route_workspace_bytes, route_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize, quantize_rows);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_workspace_bytes, quantize_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(activate, activate_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sum_slots, sum);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(devices, list_devices);

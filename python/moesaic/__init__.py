@@ -5,6 +5,8 @@ Levels: Layer; prepare / experts / finalize; grouped_gemm with align, route, qua
 Errors are ValueError (wrong or unsupported arguments, with what to use instead), OSError, RuntimeError.
 """
 
+from ._arrays import typed
+from ._ffi import integer as _integer
 from ._ffi import lib as _lib
 from .checkpoint import checkpoint_layers, load_checkpoint
 from .gemm import activate, align, grouped_gemm, quantize, route, sum_slots
@@ -39,18 +41,21 @@ def schemes() -> list:
 
 def supports(config: dict, format: str = "standard", device: str = "cpu") -> str:
     """"" when `device` runs `config` (see Layer.config) in `format`, else the reason with a way out."""
-    return str(_lib.support_reason(config, format, device))
+    if not isinstance(config, dict):
+        raise TypeError(f"config: expected a dict (Layer.config), got {type(config).__name__}")
+    return str(_lib.support_reason(config, str(format), str(device)))
 
 
 def set_num_threads(threads: int) -> None:
     """Threads of the CPU backend (default: MOESAIC_THREADS, else the cores of this process)."""
-    _lib.set_num_threads(threads)
+    _lib.set_num_threads(_integer(threads, "threads"))
 
 
 def set_kernels(device_type: str, level: str) -> None:
     """Overrides the kernels for tests and timings: ("cpu", "avx2"), ("cuda", "sm80"); "" undoes it."""
-    _lib.set_kernels(device_type, level)
+    _lib.set_kernels(str(device_type), str(level))
 
 
 __all__ = ["Layer", "activate", "align", "checkpoint_layers", "devices", "experts", "finalize", "grouped_gemm", "info",
-           "load_checkpoint", "prepare", "quantize", "route", "schemes", "set_kernels", "set_num_threads", "sum_slots", "supports"]
+           "load_checkpoint", "prepare", "quantize", "route", "schemes", "set_kernels", "set_num_threads", "sum_slots", "supports",
+           "typed"]

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shared object and how arrays of any framework reach it."""
+"""The shared object and how arguments reach it. (What depends on an array's framework is in _arrays.py.)"""
 
 from __future__ import annotations
 
+import operator
 import os
 import pathlib
 from typing import Any, Optional
 
 import tvm_ffi
 
+from ._arrays import Typed, trouble, writable_alias
+
 # MOESAIC_LIBRARY: a build folder's shared object instead of the installed one (the tests use it).
 _PATH = os.environ.get("MOESAIC_LIBRARY") or pathlib.Path(__file__).with_name("libmoesaic_ffi.so")
 tvm_ffi.register_error("OSError", OSError)  # the registry knows ValueError and RuntimeError already
 lib: Any = tvm_ffi.load_module(str(_PATH), keep_module_alive=True)
-
-Array = Any  # whatever speaks DLPack: numpy.ndarray, torch.Tensor, jax.Array, cupy.ndarray
 
 # What NumPy's own dtypes (and ml_dtypes') are called here. DLPack from NumPy knows none of the
 # sub-32-bit floats, so those go over as raw bits beside their name.
@@ -23,145 +24,107 @@ _bits_of: dict = {}  # the same by dtype object: a dtype's name is made anew eac
 _from_dlpack = tvm_ffi.from_dlpack
 
 
-def _numpy(array, dtype):
-    if dtype is None:
-        try:
-            bits = _bits_of[array.dtype]
-        except KeyError:
-            bits = _bits_of[array.dtype] = _BITS.get(array.dtype.name)
-        if bits is not None:
-            return [_from_dlpack(array.view(bits[0])), bits[1]]
-        return _from_dlpack(array)
-    return [_from_dlpack(array), dtype]
+def _numpy(array):
+    try:
+        bits = _bits_of[array.dtype]
+        return _from_dlpack(array) if bits is None else [_from_dlpack(array.view(bits[0])), bits[1]]
+    except (KeyError, BufferError):
+        if array.dtype not in _bits_of:
+            _bits_of[array.dtype] = _BITS.get(array.dtype.name)
+        elif array.flags.writeable:
+            raise
+        else:
+            # DLPack before 1.0 has no word for read-only. Nothing here writes to an input; outputs are asked before.
+            array = writable_alias(array)
+        return _numpy(array)
 
 
-def _other(array, dtype):
-    view = _from_dlpack(array)
-    return view if dtype is None else [view, dtype]
+def _typed(array):
+    plain = arg(array.array)
+    return [plain[0] if isinstance(plain, list) else _from_dlpack(plain), array.name]
 
 
-def _torch(array, dtype):
-    # Passed as it is: no copy, no Python object per call.
-    return array if dtype is None else [_from_dlpack(array), dtype]
-
-
-# How an array of a type goes over. Asking a type for its module costs as much as the rest of a call.
-_ways: dict = {type(None): lambda array, dtype: None}
+# How an array of a type goes over; torch's tensors as they are: no copy, no Python object per call. Asking
+# a type for its module costs as much as the rest of a call.
+_ways: dict = {type(None): lambda array: None, Typed: _typed}
 
 
 def _way(kind):
     module = kind.__module__
-    way = _ways[kind] = _torch if module.startswith("torch") else _numpy if module.startswith("numpy") else _other
+    way = _ways[kind] = (lambda array: array) if module.startswith("torch") else (
+        _numpy if module.startswith("numpy") else _from_dlpack)
     return way
 
 
-def arg(array: Array, dtype: Optional[str] = None):
-    """`array` (any DLPack exporter, or None) as the bindings take it.
-
-    `dtype` names the element type when the array's own cannot: uint16 bits that are bf16, say.
-    """
+def arg(array, name: str = "array"):
+    """`array` (any DLPack exporter, a Typed, or None) as the bindings take it. `name` is what an error calls it."""
     kind = type(array)
-    return (_ways.get(kind) or _way(kind))(array, dtype)
+    try:
+        return (_ways.get(kind) or _way(kind))(array)
+    except Exception as error:
+        raise trouble(name, array, error) from None
 
 
-def options(values: dict) -> dict:
+def out(array, name: str):
+    """`array`, which a call will write to: ValueError when it is read-only."""
+    flags = getattr(array.array if type(array) is Typed else array, "flags", None)
+    if flags is not None and not getattr(flags, "writeable", True):
+        raise ValueError(f"{name}: is read-only; pass a writable array")
+    return array
+
+
+def integer(value, name: str) -> int:
+    """`value` as an int: TypeError by its name when it is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+
+
+def number(value, name: str) -> float:
+    """`value` as a float: TypeError by its name when it is none."""
+    try:
+        return value + 0.0 if isinstance(value, (int, float)) else value.__float__()
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+
+
+def options(values: dict, prefix: str = "") -> dict:
     """A dictionary for the bindings: None dropped, arrays converted, nested dictionaries followed."""
-    out = {}
+    converted: dict = {}
     for key, value in values.items():
         if value is None:
             continue
         if isinstance(value, dict):
-            out[key] = options(value)
+            converted[key] = options(value, f"{prefix}{key}.")
         elif isinstance(value, (bool, int, float, str)):
-            out[key] = value
+            converted[key] = value
+        elif not hasattr(value, "__dlpack__") and hasattr(value, "item"):
+            converted[key] = value.item()  # a NumPy scalar
         else:
-            out[key] = arg(value)
-    return out
+            converted[key] = arg(value, prefix + str(key))
+    return converted
 
 
-def call_options(values: dict):
-    """The same, converted once for a call and the question what scratch it needs."""
-    return tvm_ffi.convert(options(values))
-
-
-# --- arrays in the caller's framework ---------------------------------------------------------------
-_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3fn",
-          "i8": "int8", "u8": "uint8", "i32": "int32", "i64": "int64"}
-_SHORT = {long: short for short, long in _NAMES.items()}
-
-
-def dtype_name(array: Array) -> str:
-    """The library's name ("bf16") of an array's dtype."""
-    text = str(array.dtype).split(".")[-1]
+def call_options(values: dict, outputs: tuple):
+    """The same, converted once for a call and the question what scratch it needs. `outputs`: what it writes."""
+    for name in outputs:
+        out(values[name], name)
+    converted = options(values)
     try:
-        return _SHORT[text]
-    except KeyError:
-        raise TypeError(f"dtype {array.dtype} is not supported; known: {', '.join(_SHORT)}") from None
+        return tvm_ffi.convert(converted)
+    except Exception as error:
+        raise first_trouble(error, values) from None
 
 
-def device_name(array: Array) -> str:
-    """"cpu" or "cuda:N"."""
-    if type(array).__module__.startswith("numpy"):
-        return "cpu"
-    kind, index = array.__dlpack_device__()
-    if kind == 1:
-        return "cpu"
-    if kind == 2:
-        return f"cuda:{index}"
-    raise ValueError(f"an array on {getattr(array, 'device', kind)} cannot be used; move it to the CPU or a CUDA device")
-
-
-def _empty_torch(like):
-    import torch
-
-    dtypes = {short: getattr(torch, long) for short, long in _NAMES.items()}
-    empty = torch.empty
-    return lambda like, shape, dtype: empty(shape, dtype=dtypes[dtype], device=like.device)
-
-
-def _empty_cupy(like):
-    import cupy
-
-    return lambda like, shape, dtype: cupy.empty(shape, dtype=_NAMES[dtype])
-
-
-def _empty_numpy(like):
-    import numpy
-
-    dtypes = {short: numpy.dtype(long) for short, long in _NAMES.items() if short not in ("bf16", "fp8_e4m3")}
-
-    def make(like, shape, dtype):
-        if dtype not in dtypes:
+def first_trouble(error: Exception, values: dict) -> Exception:
+    """What to raise for a call with `values` that failed with `error`: which array cannot go over, if one cannot."""
+    if isinstance(error, ValueError):
+        return error  # ours: it has a name already
+    for name, value in values.items():
+        if type(value).__module__.startswith("torch") and hasattr(value, "layout"):
             try:
-                import ml_dtypes
-            except ImportError:
-                raise TypeError(f"NumPy has no {dtype}; install ml_dtypes, or pass output= as "
-                                f"{'uint16' if dtype == 'bf16' else 'uint8'}") from None
-            dtypes[dtype] = numpy.dtype(getattr(ml_dtypes, _NAMES[dtype]))
-        return numpy.empty(shape, dtypes[dtype])
-
-    return make
-
-
-_makers: dict = {}
-
-
-def empty(like: Array, shape: tuple, dtype: str) -> Array:
-    """An uninitialized array of `shape` and `dtype` ("bf16") in the framework and on the device of `like`."""
-    kind = type(like)
-    maker = _makers.get(kind)
-    if maker is None:
-        module = kind.__module__.split(".")[0]
-        maker = _makers[kind] = {"torch": _empty_torch, "cupy": _empty_cupy}.get(module, _empty_numpy)(like)
-    return maker(like, shape, dtype)
-
-
-def give_back(like: Array, array: Array) -> Array:
-    """`array` in the framework of `like`: JAX arrays are immutable, so results are filled in NumPy first."""
-    if type(like) is type(array):
-        return array
-    if type(like).__module__.startswith("jax") and type(array).__module__.startswith("numpy"):
-        import jax.numpy
-
-        return jax.numpy.asarray(array)
-    return array
+                _from_dlpack(value.detach())
+            except Exception as cause:
+                return trouble(name, value, cause)
+    return error

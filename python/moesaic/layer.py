@@ -5,18 +5,29 @@ from __future__ import annotations
 
 from typing import Optional, Union
 
-from . import _ffi
-from ._ffi import Array, lib
+from . import _arrays, _ffi
+from ._arrays import Array, dtype_text
+from ._ffi import arg, integer, lib
 
 
 _forward = lib.layer_forward  # looked up once: it is the call that decode makes
 
 
-def _workspace(like: Array, needed: int) -> Optional[Array]:
-    """Scratch on CUDA from the framework's stream-ordered allocator; on the CPU the library has its own."""
-    if needed == 0 or _ffi.device_name(like) == "cpu":
-        return None
-    return _ffi.empty(like, (needed,), "u8")
+def run_with_scratch(call, like: Array, *arguments) -> None:
+    """The one form of the calls of levels 2 and 3: without the scratch that it needs on a device, a call only says how
+    much; that comes from the framework's stream-ordered allocator. On the CPU the library has its own."""
+    needed = call(*arguments, None)
+    if needed:
+        call(*arguments, _arrays.empty(like, (needed,), "u8"))
+
+
+def _spec(value: Union[str, dict], name: str, key: str) -> dict:
+    """A name, or a dictionary of options with the name under `key`."""
+    if isinstance(value, str):
+        return {key: value}
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}: expected a name or a dict with '{key}', got {type(value).__name__}")
+    return dict(value)
 
 
 class Layer:
@@ -46,19 +57,23 @@ class Layer:
                  output_dtype: Optional[str] = None, local_first: int = 0, local_count: int = 0,
                  weight_on: str = "output", shared_experts: int = 0, shared_intermediate: int = 0,
                  workspace_cap: int = 0, device: str = "cpu") -> None:
+        if not isinstance(scheme, str):
+            raise TypeError(f"scheme: expected a name (moesaic.schemes() lists them), got {type(scheme).__name__}")
+        if not isinstance(quant, (dict, type(None))):
+            raise TypeError(f"quant: expected a dict of options, got {type(quant).__name__}")
         if input_dtype is None:
             input_dtype = scheme if scheme in ("f32", "f16") else "bf16"
         if output_dtype is None:
             output_dtype = input_dtype if input_dtype in ("f32", "f16", "bf16") else "bf16"
-        self.config = dict(
+        self.config: dict = dict(
             experts=experts, hidden=hidden, intermediate=intermediate, top_k=top_k,
             max_tokens=max_tokens, local_first=local_first, local_count=local_count,
             quant=dict(quant or {}, scheme=scheme),
-            activation={"kind": activation} if isinstance(activation, str) else dict(activation),
-            routing={"method": routing} if isinstance(routing, str) else dict(routing),
-            weight_on=weight_on, input_dtype=input_dtype, output_dtype=output_dtype,
+            activation=_spec(activation, "activation", "kind"), routing=_spec(routing, "routing", "method"),
+            weight_on=weight_on, input_dtype=dtype_text(input_dtype), output_dtype=dtype_text(output_dtype),
             shared_experts=shared_experts, shared_intermediate=shared_intermediate,
             workspace_cap=workspace_cap)
+        device = str(device)  # a torch.device, too
         self._attach(lib.layer_new(self.config, device), self.config, device)
 
     def _attach(self, handle, config: dict, device: str) -> None:
@@ -78,22 +93,31 @@ class Layer:
     def load_expert(self, expert: int, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None,
                     beta: Optional[Array] = None, limit: Optional[Array] = None) -> None:
         """The same for one local expert; every array has a leading extent of 1."""
-        lib.layer_load_expert(self._handle, expert,
+        lib.layer_load_expert(self._handle, integer(expert, "expert"),
                               _ffi.options(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
 
     def load_shared(self, fc1: dict, fc2: dict, gate: Optional[Array] = None) -> None:
         """Shared experts (leading extent 1); `gate` [H]: multiplied by sigmoid(x . gate)."""
-        lib.layer_load_shared(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2)), _ffi.arg(gate))
+        lib.layer_load_shared(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2)), arg(gate, "gate"))
 
     def set_router(self, weight: Optional[Array] = None, bias: Optional[Array] = None,
                    selection_bias: Optional[Array] = None) -> None:
         """Router weights [E, H] and biases [E]; forward may then be called without logits."""
-        lib.layer_set_router(self._handle, _ffi.arg(weight), _ffi.arg(bias), _ffi.arg(selection_bias))
+        lib.layer_set_router(self._handle, arg(weight, "weight"), arg(bias, "bias"), arg(selection_bias, "selection_bias"))
 
     def unpack_expert(self, expert: int, fc1: Array, fc2: Array) -> None:
         """Writes one expert's weights back, bit for bit: fc1 [1, N, K] and fc2 [1, H, I] are filled. Not for
         weights of four bits, nor where a device keeps an order of its own (ValueError)."""
-        lib.layer_unpack_expert(self._handle, expert, _ffi.arg(fc1), _ffi.arg(fc2))
+        lib.layer_unpack_expert(self._handle, integer(expert, "expert"), arg(_ffi.out(fc1, "fc1"), "fc1"),
+                                arg(_ffi.out(fc2, "fc2"), "fc2"))
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}={self.config[name]}" for name in ("experts", "hidden", "intermediate", "top_k"))
+        return f"moesaic.Layer({self.config['quant']['scheme']}, {sizes}, device='{self.device}')"
+
+    def __reduce__(self):
+        raise TypeError("Layer: packed weights are not copied or pickled; share the layer (forward changes nothing in "
+                        "it), or make Layer(...) again and load it")
 
     @property
     def ready(self) -> bool:
@@ -107,7 +131,7 @@ class Layer:
 
     def workspace_bytes(self, tokens: int) -> int:
         """Scratch that forward needs for `tokens` tokens: a pure function of the configuration."""
-        return lib.layer_workspace_bytes(self._handle, tokens)
+        return lib.layer_workspace_bytes(self._handle, integer(tokens, "tokens"))
 
     def forward(self, hidden_states: Array, topk_ids: Optional[Array] = None, topk_weights: Optional[Array] = None, *,
                 router_logits: Optional[Array] = None, hidden_scale: Optional[Array] = None,
@@ -118,15 +142,25 @@ class Layer:
         Routing: topk_ids [T, k] (i32 or i64) and topk_weights [T, k] (f32); or router_logits [T, E]; or
         neither, with set_router. `add=True` adds to `output` instead of overwriting it.
         """
-        if output is None:
-            if add:
-                raise ValueError("output: is required with add=True")
-            output = _ffi.empty(hidden_states, hidden_states.shape, self._output_dtype)
-        if workspace is None and self.device != "cpu":
-            workspace = _workspace(hidden_states, self.workspace_bytes(hidden_states.shape[0]))
-        arg = _ffi.arg
-        _forward(self._handle, arg(hidden_states), arg(hidden_scale), arg(topk_ids),
-                 arg(topk_weights), arg(router_logits), arg(output), add, arg(tokens_per_expert), workspace)
-        return _ffi.give_back(hidden_states, output)
+        try:
+            if output is None:
+                if add:
+                    raise ValueError("output: is required with add=True; pass what is to be added to")
+                output = _arrays.empty(hidden_states, hidden_states.shape, self._output_dtype)
+            else:
+                _ffi.out(output, "output")
+            if workspace is None and self.device != "cpu":
+                needed = self.workspace_bytes(hidden_states.shape[0])
+                workspace = _arrays.empty(hidden_states, (needed,), "u8") if needed else None
+            _forward(self._handle, arg(hidden_states, "hidden_states"), arg(hidden_scale, "hidden_scale"),
+                     arg(topk_ids, "topk_ids"), arg(topk_weights, "topk_weights"), arg(router_logits, "router_logits"),
+                     arg(output, "output"), add, arg(tokens_per_expert, "tokens_per_expert"),
+                     arg(workspace, "workspace"))
+        except Exception as error:
+            _arrays.as_array(hidden_states, "hidden_states")
+            raise _ffi.first_trouble(error, dict(
+                hidden_states=hidden_states, hidden_scale=hidden_scale, topk_ids=topk_ids, topk_weights=topk_weights,
+                router_logits=router_logits, output=output, tokens_per_expert=tokens_per_expert))
+        return _arrays.give_back(hidden_states, output)
 
     __call__ = forward

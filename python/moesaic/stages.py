@@ -9,21 +9,21 @@ from __future__ import annotations
 from typing import Optional, Union
 
 from . import _ffi
-from ._ffi import Array, lib
-from .layer import Layer, _workspace
+from ._arrays import Array
+from ._ffi import lib
+from .layer import Layer, run_with_scratch
 
 
 def _target(layer):
-    return layer._handle if isinstance(layer, Layer) else layer
+    if isinstance(layer, Layer):
+        return layer._handle
+    if not isinstance(layer, dict):
+        raise TypeError(f"layer: expected a Layer or a configuration dict (Layer.config), got {type(layer).__name__}")
+    return layer
 
 
-def _call(name, layer, like, call, *extra):
-    """The binding's one form: target, what is its own, arguments by name, scratch."""
-    target, call = _target(layer), _ffi.call_options(call)
-    scratch = None
-    if _ffi.device_name(like) != "cpu":
-        scratch = _workspace(like, getattr(lib, name + "_workspace_bytes")(target, call))
-    getattr(lib, name)(target, *extra, call, scratch)
+def _call(name, layer, like, call, outputs, *extra):
+    run_with_scratch(getattr(lib, name), like, _target(layer), *extra, _ffi.call_options(call, outputs))
 
 
 def prepare(layer: Union[Layer, dict], hidden_states: Array, topk_ids: Array, rows: Array, num_tokens: Array, *,
@@ -34,7 +34,8 @@ def prepare(layer: Union[Layer, dict], hidden_states: Array, topk_ids: Array, ro
     _call("prepare", layer, hidden_states,
           dict(hidden_states=hidden_states, hidden_scale=hidden_scale, topk_ids=topk_ids,
                topk_weights=topk_weights, expert_map=expert_map, rows=rows, row_scale=row_scale,
-               num_tokens=num_tokens, slot_row=slot_row, status=status))
+               num_tokens=num_tokens, slot_row=slot_row, status=status),
+          ("rows", "row_scale", "num_tokens", "slot_row", "status"))
     return rows, num_tokens
 
 
@@ -47,13 +48,20 @@ def experts(layer: Union[Layer, dict], rows: Array, output: Array, *, weights: O
     `weights`: dict(fc1=..., fc2=...) when `layer` is a configuration dictionary.
     """
     batched = num_tokens is not None
+    if batched == (slots is not None):
+        raise ValueError("slots, num_tokens: give the lists of align (sorted), or num_tokens (batched), and not both")
     call = dict(format="batched" if batched else "sorted", rows=rows, row_scale=row_scale,
                 num_tokens=num_tokens, slots=slots, block_experts=block_experts,
                 num_padded=num_padded, row_weights=row_weights, output=output,
                 expected_tokens=expected_tokens)
     if block_rows:
         call["block_rows"] = block_rows
-    _call("experts", layer, rows, call, _ffi.options(weights) if weights else None)
+    if isinstance(layer, dict) and not isinstance(weights, dict):
+        raise TypeError("weights: expected dict(fc1=..., fc2=...) with a configuration instead of a Layer, got "
+                        f"{type(weights).__name__}")
+    if isinstance(layer, Layer) and weights is not None:
+        raise ValueError("weights: a Layer has its own; pass Layer.config with them, or leave them out")
+    _call("experts", layer, rows, call, ("output",), None if weights is None else _ffi.options(weights))
     return output
 
 
@@ -63,5 +71,5 @@ def finalize(layer: Union[Layer, dict], expert_output: Array, topk_weights: Arra
     """Expert outputs [E_local, capacity, H] -> tokens [T, H]; `expert_output` is never modified."""
     _call("finalize", layer, expert_output,
           dict(expert_output=expert_output, topk_ids=topk_ids, topk_weights=topk_weights,
-               expert_map=expert_map, slot_row=slot_row, output=output, add=add))
+               expert_map=expert_map, slot_row=slot_row, output=output, add=add), ("output",))
     return output

@@ -21,12 +21,20 @@ def register(layer: Layer) -> int:
     return number
 
 
+def _layer(number: int) -> Layer:
+    layer = _layers.get(number)
+    if layer is None:
+        raise RuntimeError(f"layer: no layer has the number {number}; keep the layer alive that register() was given")
+    return layer
+
+
 @torch.library.custom_op("moesaic::forward", mutates_args=())
 def forward(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
             layer: int) -> torch.Tensor:
-    return _layers[layer].forward(hidden_states, topk_ids, topk_weights)
+    return _layer(layer).forward(hidden_states, topk_ids, topk_weights)
 
 
 @forward.register_fake
 def _(hidden_states, topk_ids, topk_weights, layer):
-    return torch.empty_like(hidden_states)
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[_layer(layer).config["output_dtype"]]
+    return hidden_states.new_empty(hidden_states.shape, dtype=dtype)

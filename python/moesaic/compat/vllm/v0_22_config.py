@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, NamedTuple, Optional
+from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 
@@ -50,7 +50,7 @@ class MoEActivation(enum.Enum):
 
 
 # swigluoai reads gate and up interleaved, swiglustep as halves; both have their limits built in there.
-_KINDS = {"silu": {"kind": "swiglu"}, "gelu": {"kind": "geglu"}, "gelu_tanh": {"kind": "geglu_tanh"},
+_KINDS: dict = {"silu": {"kind": "swiglu"}, "gelu": {"kind": "geglu"}, "gelu_tanh": {"kind": "geglu_tanh"},
           "swigluoai": {"kind": "swiglu_oai", "layout": "interleaved", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
           "swiglustep": {"kind": "swiglu_step", "limit": 7.0},
           "silu_no_mul": {"kind": "silu"}, "gelu_no_mul": {"kind": "gelu"}, "gelu_tanh_no_mul": {"kind": "gelu_tanh"},
@@ -75,16 +75,22 @@ def apply_moe_activation(activation, output, input):
 
 # --- quantization ------------------------------------------------------------------------------------
 
-class GroupShape(NamedTuple):
-    """Rows and columns that share a scale; -1: all of them."""
-
+class _Shape(NamedTuple):
     row: int
     col: int
 
 
-GroupShape.PER_TENSOR = GroupShape(-1, -1)  # type: ignore[attr-defined]
-GroupShape.PER_TOKEN = GroupShape(1, -1)  # type: ignore[attr-defined]
-GroupShape.PER_CHANNEL = GroupShape(-1, 1)  # type: ignore[attr-defined]
+class GroupShape(_Shape):
+    """Rows and columns that share a scale; -1: all of them."""
+
+    PER_TENSOR: ClassVar[GroupShape]
+    PER_TOKEN: ClassVar[GroupShape]
+    PER_CHANNEL: ClassVar[GroupShape]
+
+
+GroupShape.PER_TENSOR = GroupShape(-1, -1)
+GroupShape.PER_TOKEN = GroupShape(1, -1)
+GroupShape.PER_CHANNEL = GroupShape(-1, 1)
 
 
 @dataclasses.dataclass

@@ -5,6 +5,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <optional>
 
@@ -271,6 +273,33 @@ std::size_t Layer::workspace_bytes(std::int64_t tokens) const {
 
 namespace {
 
+// `output` is hidden_states itself, or has no byte in common with it (two halves of one buffer's
+// columns have none): other rows would be read after they were written, in a forward in chunks, say.
+void check_overlap(const Tensor& in, const Tensor& out) {
+  const std::int64_t tokens = in.shape[0];
+  if (tokens == 0) return;
+  struct Bytes {
+    std::int64_t stride, row, begin, end;  // begin and end: of all rows, from the first one's start
+  };
+  const auto bytes = [&](const Tensor& t) {
+    const auto size = static_cast<std::int64_t>(size_of(t.dtype));
+    const std::int64_t stride = tokens == 1 ? 0 : t.strides[0] * size, last = stride * (tokens - 1);
+    const std::int64_t row = t.shape[1] * size;
+    return Bytes{stride, row, std::min<std::int64_t>(0, last), std::max<std::int64_t>(0, last) + row};
+  };
+  const Bytes a = bytes(in), b = bytes(out);
+  const auto apart = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out.data) -
+                                               reinterpret_cast<std::uintptr_t>(in.data));
+  if (apart + b.begin >= a.end || apart + b.end <= a.begin) return;
+  if (apart == 0 && a.stride == b.stride && a.row == b.row) return;
+  if (a.stride == b.stride && a.stride != 0) {
+    const std::int64_t every = std::abs(a.stride), behind = ((apart % every) + every) % every;
+    if (behind >= a.row && every - behind >= b.row) return;
+  }
+  invalid("output: overlaps hidden_states without being the same view; pass hidden_states itself, or "
+          "memory of its own");
+}
+
 void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {
   const LayerConfig& config = layer.plan.config;
   const Device device = layer.plan.device;
@@ -291,6 +320,7 @@ void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {
       .inner_contiguous()
       .distinct()
       .on(device);
+  check_overlap(args.hidden_states, args.output);
   check_activation_scale("hidden_scale", layer.plan.fc1, args.hidden_states, args.hidden_scale,
                          device);
 

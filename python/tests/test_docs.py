@@ -1,11 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first example of docs/python.md runs and prints what it says."""
+"""The snippets of docs/python.md and of the migration pages run, and the pages' figures are those of docs/performance.md."""
 
 import pathlib
 import re
 
+import pytest
+
+_DOCS = pathlib.Path(__file__).parents[2] / "docs"
+_PAGES = {"from_sglang.md": "SGLang", "from_vllm.md": "vLLM", "from_flashinfer.md": "FlashInfer"}
+
+
+def _snippets(page):
+    return re.findall(r"```python\n(.*?)```", (_DOCS / page).read_text(), re.S)
+
 
 def test_example(capsys):
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "python.md").read_text()
-    exec(compile(re.search(r"```python\n(.*?)```", text, re.S).group(1), "docs/python.md", "exec"), {})
+    exec(compile(_snippets("python.md")[0], "docs/python.md", "exec"), {})
     assert capsys.readouterr().out.strip() == "(3, 64)"
+
+
+def _without_imports(text):
+    text = re.sub(r"^from \S+ import \(.*?\)$", "", text, flags=re.S | re.M)
+    return [line for line in text.splitlines() if line and not re.match(r"(from \S+ )?import ", line)]
+
+
+@pytest.mark.parametrize("page", _PAGES)
+def test_migration_is_one_import(page):
+    """"Before" and "After" differ in imports alone; "After" runs, and so does the step further, which compares results."""
+    torch = pytest.importorskip("torch")
+    before, after, further = _snippets(page)
+    assert _without_imports(before) == _without_imports(after)
+    names = set(re.findall(r"\b[A-Za-z_]\w+\b", " ".join(re.findall(r"import [^\n]+", before))))
+    assert names - {"import", "torch"} <= set(re.findall(r"\b\w+\b", after)), "what was imported still is"
+    scope = {}
+    exec(compile(after, page, "exec"), scope)
+    assert scope["y"].shape == scope["x"].shape and torch.isfinite(scope["y"].float()).all()
+    exec(compile(further, page, "exec"), scope)
+    assert scope["z"].shape == scope["y"].shape
+
+
+@pytest.mark.parametrize("page,other", _PAGES.items())
+def test_figures_are_those_of_performance(page, other):
+    text, performance = (_DOCS / page).read_text(), (_DOCS / "performance.md").read_text()
+    rows = re.findall(r"^\| (\S+) (bf16|fp8_block|fp8_tensor|int4_w4a16)[^|]*\|(.*)\|$", text, re.M)
+    assert len(rows) >= 5 and f"| moesaic / {other}, ms |" in text
+    for shape, scheme, cells in rows:
+        table = performance[performance.index(f"| {scheme}{'+static' * (scheme == 'fp8_tensor')} | T=1 | T=4 |"):]
+        row = re.search(rf"^\| {shape} \|(.*)\|$", table, re.M)[1]
+        theirs = [re.match(r"\s*([\d.]+)", cell)[1] for cell in row.split("|")]
+        assert [cell.split("/")[0].strip() for cell in cells.split("|")] == [theirs[i] for i in (0, 2, 3, 4, 5)], (page, shape)

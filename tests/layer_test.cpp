@@ -62,7 +62,9 @@ TEST(Layer, TokenChunksUnderAWorkspaceCapGiveTheSameBits) {
       layer.load_shared(shared.weights);
       all = layer.workspace_bytes(64);
       one = layer.workspace_bytes(1);
-      if (capped == 1) EXPECT_LE(all, config.workspace_cap);
+      if (capped == 1) {
+        EXPECT_LE(all, config.workspace_cap);
+      }
       HostTensor& y = outputs[capped] = HostTensor(config.output_dtype, {64, 64});
       for (std::int64_t i = 0; i < y.numel(); ++i)  // a residual that is added to
         store_element(y.bytes().data(), y.dtype(), i, 0.01 * static_cast<double>(i % 101));

@@ -86,6 +86,38 @@ Case small_case(const Variant& variant, std::int64_t tokens) {
   return c;
 }
 
+// Chunks that the router's kernels run through as well: their logits share one scratch.
+TEST_P(OnCuda, TokenChunksUnderACapGiveTheSameBits) {
+  for (const Variant& variant : variants()) {
+    const Case c = small_case(variant, 200);
+    LayerConfig config = layer_config(c);
+    if (!supported(c, kGpu).supported || variant.quant.act_scale == ActScale::kTensorDynamic)
+      continue;
+    SCOPED_TRACE(name(c));
+    const WeightData weights = make_weights(config, weight_options(c));
+    const RouterData router = make_router(config, RouterBias::kBoth, 5);
+    const Batch batch = make_batch(config, batch_options(c));
+    const bool routes = is_float(config.input_dtype);
+    HostTensor outputs[2];
+    std::size_t all = 0, one = 0;
+    for (const int capped : {0, 1}) {
+      config.workspace_cap = capped == 0 ? 0 : one + (all - one) / 7;
+      Layer layer(config, kGpu);
+      layer.load(weights.weights);
+      layer.set_router(router.weights);
+      all = layer.workspace_bytes(200);
+      one = layer.workspace_bytes(1);
+      if (capped == 1) {
+        EXPECT_LE(all, config.workspace_cap);
+      }
+      Execution how;
+      how.source = routes ? Execution::Source::kRouter : Execution::Source::kIds;
+      outputs[capped] = execute(layer, batch, how).output;
+    }
+    EXPECT_EQ(outputs[0].bytes(), outputs[1].bytes());
+  }
+}
+
 // Captured once, replayed with other routings and inputs of the same T: the bits of a plain
 // forward.
 TEST_P(OnCuda, GraphsReplayWithOtherRoutings) {

@@ -76,9 +76,10 @@ struct Column {
 
 template <typename T, std::int64_t kStepBytes>
 void fill_plain(const Column& column, std::int64_t c, std::byte* out) {
-  const T* in = reinterpret_cast<const T*>(column.data) + column.k0 * column.stride;
-  auto* to = reinterpret_cast<T*>(out) + c;
   const std::int64_t count = column.k1 - column.k0;
+  // A column of padding has no data, and nothing may be added to that.
+  const T* in = count > 0 ? reinterpret_cast<const T*>(column.data) + column.k0 * column.stride : nullptr;
+  auto* to = reinterpret_cast<T*>(out) + c;
   for (std::int64_t k = 0; k < count; ++k)
     to[k * (kStepBytes / static_cast<std::int64_t>(sizeof(T)))] = in[k * column.stride];
   for (std::int64_t k = count; k < column.steps; ++k)

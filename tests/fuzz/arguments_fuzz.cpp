@@ -65,10 +65,11 @@ class Memory {
                          stride = t.strides[static_cast<std::size_t>(i)];
       bad |= extent < 0;
       empty |= extent == 0;
-      (stride < 0 ? low : high) += static_cast<__int128>(extent - 1) * stride;
+      (stride < 0 ? low : high) += (static_cast<__int128>(extent) - 1) * stride;
     }
-    const __int128 bytes = (high - low + 1) * static_cast<__int128>(size_of(dtype));
     constexpr std::int64_t kMaxBytes = 1 << 20;
+    const __int128 span = std::min<__int128>(high - low + 1, 2 * kMaxBytes);  // four bytes each fit
+    const __int128 bytes = span * static_cast<__int128>(size_of(dtype));
     if (bad || empty || bytes > kMaxBytes) {
       // A call that accepts an enormous view of no memory must crash here: that is a finding,
       // except for the library trusting the caller about how much memory there is. So none is

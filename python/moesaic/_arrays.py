@@ -163,14 +163,42 @@ _makers: dict = {}
 
 def empty(like: Array, shape: tuple, dtype: str) -> Array:
     """An uninitialized array of `shape` and `dtype` ("bf16") in the framework and on the device of `like`."""
+    return (_makers.get(type(like)) or _maker(like))(like, shape, dtype)
+
+
+def _maker(like):
     kind = type(like)
-    maker = _makers.get(kind)
+    if kind is Typed:
+        return _empty_typed(like)  # its array's framework is not its type's
+    module = kind.__module__.split(".")[0]
+    made = _makers[kind] = {"torch": _empty_torch, "cupy": _empty_cupy}.get(module, _empty_numpy)(like)
+    return made
+
+
+_likers: dict = {}
+
+
+def _torch_like(like):
+    import torch
+
+    dtypes = {short: getattr(torch, long) for short, long in _NAMES.items() if hasattr(torch, long)}
+    empty_like = torch.empty_like  # half the time of torch.empty, which looks a shape, a dtype and a device up
+
+    def make(like, dtype):
+        wanted = dtypes[dtype]
+        return empty_like(like) if like.dtype is wanted else empty_like(like, dtype=wanted)
+
+    return make
+
+
+def empty_like(like: Array, dtype: str) -> Array:
+    """`empty` in the shape of `like`: what a forward makes when it is given no output."""
+    maker = _likers.get(type(like))
     if maker is None:
-        if kind is Typed:
-            return _empty_typed(like)(like, shape, dtype)
-        module = kind.__module__.split(".")[0]
-        maker = _makers[kind] = {"torch": _empty_torch, "cupy": _empty_cupy}.get(module, _empty_numpy)(like)
-    return maker(like, shape, dtype)
+        if type(like).__module__.split(".")[0] != "torch":
+            return empty(like, like.shape, dtype)
+        maker = _likers[type(like)] = _torch_like(like)
+    return maker(like, dtype)
 
 
 def give_back(like: Array, array: Array) -> Array:

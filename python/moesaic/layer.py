@@ -146,7 +146,7 @@ class Layer:
             if output is None:
                 if add:
                     raise ValueError("output: is required with add=True; pass what is to be added to")
-                output = _arrays.empty(hidden_states, hidden_states.shape, self._output_dtype)
+                output = _arrays.empty_like(hidden_states, self._output_dtype)
             else:
                 _ffi.out(output, "output")
             if workspace is None and self.device != "cpu":

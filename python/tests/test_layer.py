@@ -113,6 +113,18 @@ def test_torch_in_torch_out():
     np.testing.assert_array_equal(y.numpy(), _layer(w1, w2).forward(x, ids, weights))
 
 
+def test_new_outputs_are_dense_and_of_the_layers_dtype():
+    torch = pytest.importorskip("torch")
+    x, w1, w2, ids, weights = map(torch.from_numpy, _problem(8))
+    layer = moesaic.Layer(experts=E, hidden=H, intermediate=I, top_k=K, max_tokens=64, scheme="bf16", output_dtype="f32")
+    layer.load(dict(weight=w1.bfloat16()), dict(weight=w2.bfloat16()))
+    wide = torch.zeros(2 * x.shape[0], 2 * H, dtype=torch.bfloat16)
+    wide[::2, :H] = x
+    strided = layer(wide[::2, :H], ids, weights)
+    assert strided.dtype == torch.float32 and strided.is_contiguous()
+    assert torch.equal(strided, layer(x.bfloat16(), ids, weights))
+
+
 def test_errors_name_the_argument():
     x, w1, w2, ids, weights = _problem(6)
     layer = _layer(w1, w2)

@@ -79,7 +79,7 @@ class Placement {
       CPU_ZERO(&set);
       for (const Topology::Core& core : t->cores)
         if (pinning == Pinning::kCores ? core.cpu == mine.cpu : core.node == mine.node)
-          CPU_SET(static_cast<unsigned>(core.cpu) % CPU_SETSIZE, &set);
+          if (core.cpu < CPU_SETSIZE) CPU_SET(static_cast<unsigned>(core.cpu), &set);
       (void)sched_setaffinity(0, sizeof(set), &set);
     }
     bound_ = bound;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel families behind Backend::gemm on CUDA. Both read weights in the caller's own
-// layout [E, N, K]; a family may in addition define a packed layout (see pack_*), which the layer
-// then uses. Which family runs a scheme on a device is decided in one place: gemm.cpp.
+// The kernel families behind Backend::gemm on CUDA. All read weights in the caller's own layout
+// [E, N, K]. Which family runs a scheme on a device is decided in one place: gemm.cpp.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,23 +12,18 @@
 
 namespace moesaic::cuda {
 
-// Packed weights on this device: the dense copy (or the family's own order) of one product.
+// Packed weights on this device: the dense copy of one product.
 class CudaWeights : public PackedWeights {
  public:
   const GemmWeights& view() const { return view_; }  // dense [E, N, K], scales f32, zero points
-  bool reordered() const { return reordered_; }      // weight bytes are in the family's packed order
 
  protected:
   GemmWeights view_;
-  bool reordered_ = false;
 };
 
 // The weights a stage reads, packed or the caller's.
 inline const GemmWeights& weights_of(const WeightOperand& b) {
   return b.packed ? static_cast<const CudaWeights*>(b.packed)->view() : b.plain;
-}
-inline bool reordered(const WeightOperand& b) {
-  return b.packed && static_cast<const CudaWeights*>(b.packed)->reordered();
 }
 
 // One kernel family. Functions are pure but for `run`.
@@ -38,9 +32,6 @@ struct GemmFamily {
   // Token rows per tile that the family wants for `slots` live slots: see RowMap::tile_rows.
   std::int64_t (*tile_rows)(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits& device);
   std::vector<Tactic> (*tactics)(const WeightSpec& spec, const DeviceTraits& device);
-  bool (*reorders)(const WeightSpec& spec);  // whether it has a packed order for this scheme
-  // Rewrites one expert's dense [N, K] weight bytes on the device into the packed order.
-  void (*reorder)(const WeightSpec& spec, const void* dense, void* packed, cudaStream_t stream);
   void (*run)(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream);
 };
 const GemmFamily& family_sm90();          // wgmma + TMA, SM90a: f16, bf16, fp8 w8a8

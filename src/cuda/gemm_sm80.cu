@@ -341,15 +341,10 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
          stream, p);
 }
 
-bool reorders(const WeightSpec&) { return false; }
-void reorder(const WeightSpec&, const void*, void*, cudaStream_t) {
-  throw Error(ErrorCode::kInternal, "the SM80 family reads the plain layout: nothing to reorder");
-}
-
 }  // namespace
 
 const GemmFamily& family_sm80() {
-  static constexpr GemmFamily kFamily{supports, tile_rows, tactics, reorders, reorder, run};
+  static constexpr GemmFamily kFamily{supports, tile_rows, tactics, run};
   return kFamily;
 }
 

@@ -247,17 +247,12 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   traits.launch(p, static_cast<int>(tasks < teams ? tasks : teams), stream);
 }
 
-bool never(const WeightSpec&) { return false; }
-void nothing(const WeightSpec&, const void*, void*, cudaStream_t) {}
-
 }  // namespace
 
 const GemmFamily& family_sm90_dequant() {
   static const GemmFamily family{.supports = supports,
                                  .tile_rows = tile_rows,
                                  .tactics = tactics,
-                                 .reorders = never,
-                                 .reorder = nothing,
                                  .run = run};
   return family;
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -150,13 +151,10 @@ class Loader {
 
 class DenseWeights final : public CudaWeights {
  public:
-  DenseWeights(const WeightSpec& spec, const GemmFamily& family, const DeviceTraits& device)
-      : spec_(spec), family_(&family), device_(device) {
+  DenseWeights(const WeightSpec& spec, const DeviceTraits& device) : spec_(spec), device_(device) {
     const DeviceGuard guard(device.index);
-    reordered_ = family.reorders(spec);
-    const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
-    view_.weight =
-        take(weight_memory_, weight_dtype(spec.format), spec.n, four_bit ? spec.k / 2 : spec.k);
+    view_.weight = take(weight_memory_, weight_dtype(spec.format), spec.n,
+                        is_four_bit(spec.format) ? spec.k / 2 : spec.k);
     if (spec.scale.has_scale)
       view_.scale = take(scale_memory_, spec.e8m0_scales ? DType::kE8M0 : DType::kF32,
                          spec.scale.grid_n, spec.scale.grid_k);
@@ -167,9 +165,6 @@ class DenseWeights final : public CudaWeights {
   }
 
   void unpack(std::int64_t local_expert, const Tensor& weight) const override {
-    if (reordered_)
-      unsupported("unpack_expert: this scheme keeps its weights in the kernels' own order on CUDA; keep the "
-                  "caller's copy");
     if (weight.strides[2] != 1)
       unsupported("unpack_expert: fc1 and fc2 need a unit inner stride on CUDA");
     const DeviceGuard guard(device_.index);
@@ -184,16 +179,7 @@ class DenseWeights final : public CudaWeights {
   void load(std::int64_t local_expert, const GemmWeights& one) override {
     const DeviceGuard guard(device_.index);
     const Loader loader(device_);
-    const Tensor weight = view_.weight.slice(local_expert, 1);
-    if (reordered_) {
-      // The one expert that is held twice, while it is packed.
-      const DeviceMemory dense(weight_memory_.bytes() / static_cast<std::size_t>(spec_.experts));
-      loader.copy(one.weight, dense.data());
-      family_->reorder(spec_, dense.data(), weight.data, nullptr);
-      check_cuda(cudaStreamSynchronize(nullptr), "weights: reorder");
-    } else {
-      loader.copy(one.weight, weight.data);
-    }
+    loader.copy(one.weight, view_.weight.slice(local_expert, 1).data);
     if (spec_.scale.has_scale) {
       void* scale = view_.scale.slice(local_expert, 1).data;
       if (spec_.e8m0_scales)
@@ -220,16 +206,14 @@ class DenseWeights final : public CudaWeights {
   }
 
   WeightSpec spec_;
-  const GemmFamily* family_;
   DeviceTraits device_;
   DeviceMemory weight_memory_, scale_memory_, zero_memory_;
 };
 
 }  // namespace
 
-std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const GemmFamily& family,
-                                               const DeviceTraits& device) {
-  return std::make_unique<DenseWeights>(spec, family, device);
+std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device) {
+  return std::make_unique<DenseWeights>(spec, device);
 }
 
 }  // namespace moesaic::cuda

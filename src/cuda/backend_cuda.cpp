@@ -63,7 +63,7 @@ std::unique_ptr<PackedWeights> CudaBackend::make_packed(const WeightSpec& spec) 
 
 // --- what the plan is made from ------------------------------------------------------------------
 Fusions CudaBackend::fusions(const WeightSpec&, const WeightSpec&, Format) const {
-  // Both families write 16-bit rows behind the activation: the separate quantizer reads them from
+  // Every family writes 16-bit rows behind the activation: the separate quantizer reads them from
   // L2.
   return {};
 }
@@ -74,12 +74,12 @@ std::int64_t CudaBackend::tile_rows(const WeightSpec& fc1, std::int64_t slots) c
   return family_for(fc1, device_).tile_rows(fc1, slots, device_);
 }
 RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
-  // The wgmma kernels fetch consecutive rows by TMA and gather others by cp.async. In tiles of 64
-  // rows and more the gathering threads hold the product up: in e4m3 by a third, in 16 bit by a
-  // tenth. That pays for the copy where a row meets enough weights: from intermediate 768 on in
-  // e4m3 (512 lost at 64 rows), from 2048 on in 16 bit.
+  // A family with boxes gathers other rows by cp.async. In tiles of 64 rows and more the gathering
+  // threads hold the product up: in e4m3 by a third, in 16 bit by a tenth. That pays for the copy
+  // where a row meets enough weights: from intermediate 768 on in e4m3 (512 lost at 64 rows), from
+  // 2048 on in 16 bit.
   const GemmFamily& family = family_for(fc1, device_);
-  if (&family != &family_sm90() && &family != &family_sm90_dequant()) return RowOf::kToken;
+  if (!family.boxes) return RowOf::kToken;
   if (family.tile_rows(fc1, slots, device_) < 64) return RowOf::kToken;
   const std::int64_t enough = fc1.act == ActFormat::kE4M3 ? 1536 : 4096;
   return fc1.n >= enough ? RowOf::kPosition : RowOf::kToken;

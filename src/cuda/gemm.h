@@ -33,6 +33,8 @@ struct GemmFamily {
   std::int64_t (*tile_rows)(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits& device);
   std::vector<Tactic> (*tactics)(const WeightSpec& spec, const DeviceTraits& device);
   void (*run)(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream);
+  // Consecutive rows of A come by TMA, whole boxes at once: see CudaBackend::input_rows.
+  bool boxes = false;
 };
 const GemmFamily& family_sm90();          // wgmma + TMA, SM90a: f16, bf16, fp8 w8a8
 const GemmFamily& family_sm90_dequant();  // the same, weights widened in registers: weight-only

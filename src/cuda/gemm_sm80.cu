@@ -344,8 +344,9 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 }  // namespace
 
 const GemmFamily& family_sm80() {
-  static constexpr GemmFamily kFamily{supports, tile_rows, tactics, run};
-  return kFamily;
+  static constexpr GemmFamily family{
+      .supports = supports, .tile_rows = tile_rows, .tactics = tactics, .run = run};
+  return family;
 }
 
 }  // namespace moesaic::cuda

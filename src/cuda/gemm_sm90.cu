@@ -389,10 +389,11 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 }  // namespace
 
 const GemmFamily& family_sm90() {
-  static const GemmFamily family{.supports = supports,
+  static constexpr GemmFamily family{.supports = supports,
                                  .tile_rows = tile_rows,
                                  .tactics = tactics,
-                                 .run = run};
+                                 .run = run,
+                                 .boxes = true};
   return family;
 }
 

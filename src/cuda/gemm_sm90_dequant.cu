@@ -250,10 +250,11 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 }  // namespace
 
 const GemmFamily& family_sm90_dequant() {
-  static const GemmFamily family{.supports = supports,
+  static constexpr GemmFamily family{.supports = supports,
                                  .tile_rows = tile_rows,
                                  .tactics = tactics,
-                                 .run = run};
+                                 .run = run,
+                                 .boxes = true};
   return family;
 }
 

@@ -74,6 +74,7 @@ class DequantMultiplier {
     return task;
   }
   __device__ void release(int stage) {
+    __syncwarp();  // one lane speaks for all, also for what they read of tables and scales
     if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared_.empty(stage));
   }
   // Of block 0, the first of this thread's two rows: its index in the task.
@@ -365,7 +366,6 @@ class DequantMultiplier {
           promote<N>(sums[0], part[t], scale + group + t);
         }
       }
-      __syncwarp();
       release(stage);
       cursor_.advance();
     }

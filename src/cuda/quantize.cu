@@ -98,15 +98,15 @@ __device__ __forceinline__ unsigned expert_max(const QuantizeParams& p, std::int
   return __reduce_max_sync(kAllLanes, top);
 }
 
+// A settled list says where the first row lies before the kernel in front has ended. A dynamic scale per tensor gains
+// nothing by that: behind tensor_absmax, a short kernel, its maxima are wanted first.
 template <typename In, int kVec>
 __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, int row_threads) {
-  begin_kernel();
+  bool begun = !p.settled || p.granularity == ActScale::kTensorDynamic;
+  if (begun) begin_kernel();
   const int rows = kThreads / row_threads, lane = threadIdx.x % row_threads;
   const bool first_block = blockIdx.x == 0;
   float given = 0.0f;
-  if (p.granularity == ActScale::kTensorStatic && first_block && p.scale != nullptr)
-    for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)
-      p.scale[i] = p.static_scale[i * p.static_stride];
   if (p.granularity == ActScale::kTensorDynamic && !p.per_expert) {
     unsigned top = 0;
     for (int i = threadIdx.x; i < p.partials; i += kThreads)
@@ -120,7 +120,12 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / row_threads;
        i < items; i += stride) {
     QuantizeRow row;
-    if (!find_row(p, i, &row)) continue;
+    const bool live = find_row(p, i, &row);
+    if (!begun) {
+      begin_kernel();
+      begun = true;
+    }
+    if (!live) continue;
     float scale = given;
     if (p.granularity == ActScale::kToken) {
       unsigned top = 0;
@@ -145,6 +150,11 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
       store_quantized<kVec>(p, row, column, v, scale, inverse);
     });
   }
+  if (!begun) begin_kernel();  // see begin_kernel
+  // Only now: what the scales are written over, the kernel in front may still have read.
+  if (p.granularity == ActScale::kTensorStatic && first_block && p.scale != nullptr)
+    for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)
+      p.scale[i] = p.static_scale[i * p.static_stride];
 }
 
 // First pass of a dynamic scale: the largest finite magnitude, per block or (per_expert) per tile.

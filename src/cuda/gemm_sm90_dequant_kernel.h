@@ -4,6 +4,7 @@
 // and a multiplying warpgroup that widens its weights itself.
 #pragma once
 
+#include "cuda/gemm_sm90_consumer.h"
 #include "cuda/gemm_sm90_dequant_loader.h"
 #include "cuda/launch.h"
 #include "cuda/ptx_wgmma_rs_sm90.h"
@@ -12,14 +13,13 @@ namespace moesaic::cuda::sm90 {
 
 // --- the multiplying warpgroups
 template <typename S>
-class DequantMultiplier {
+class DequantMultiplier : private Consumer<S, DequantParams> {
  public:
+  using Base = Consumer<S, DequantParams>;
+  using Base::Base;
   using Weight = typename S::Weight;
   using Sums = float[S::kBlocks][S::kTokens / 2];
   using H = Half<S::kElement>;
-
-  __device__ DequantMultiplier(const DequantParams& p, const SharedMemory<S>& shared)
-      : p_(p), shared_(shared) {}
 
   __device__ void run() {
     ptx::wait_for_earlier_kernels();
@@ -43,6 +43,14 @@ class DequantMultiplier {
   }
 
  private:
+  using Base::cursor_;
+  using Base::epilogue;
+  using Base::load_task;
+  using Base::p_;
+  using Base::release;
+  using Base::shared_;
+  using Base::warpgroup;
+
   static constexpr int kBlockBytes = 64 * S::kRowBytes;
 
   template <int N>
@@ -63,20 +71,6 @@ class DequantMultiplier {
     }
   }
 
-  __device__ static int warpgroup() { return ptx::thread_index() / 128 - 1; }
-  __device__ Epilogue<S> epilogue(int ring, const Task& task) const {
-    const int mine = warpgroup();
-    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};
-  }
-  __device__ Task load_task(int ring) const {
-    Task task;
-    ptx::load_shared_32(ptx::shared_address(shared_.tasks() + ring), &task);
-    return task;
-  }
-  __device__ void release(int stage) {
-    __syncwarp();  // one lane speaks for all, also for what they read of tables and scales
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared_.empty(stage));
-  }
   // Of block 0, the first of this thread's two rows: its index in the task.
   __device__ static std::uint32_t row() {
     const auto thread = static_cast<std::uint32_t>(ptx::thread_index());
@@ -113,39 +107,58 @@ class DequantMultiplier {
     }
   }
 
+  // What the loops below know of this thread throughout a task.
+  struct Place {
+    bool gathered;  // tokens came by cp.async, which wgmma does not see by itself
+    int stages, lane;
+    Unpacking unpacking;
+    std::uint32_t middle;  // the zero point, as load_zeros has it, where all have the same
+    std::uint32_t row;     // of block 0, the first of this thread's two: see row()
+    std::uint32_t offset;  // where the lane reads in the weights of a stage
+  };
+  __device__ Place place() const {
+    Place at;
+    at.gathered = p_.token_load == TokenLoad::kGather;
+    at.stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
+    at.lane = ptx::thread_index() % 32;
+    at.unpacking = Weight::unpacking(at.lane % 4, p_.flip);
+    at.middle = ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
+    at.row = row();
+    at.offset = (at.row - at.lane / 4) * S::kRowBytes +
+                Weight::template lane_offset<S::kRowBytes>(at.lane / 4, at.lane % 4);
+    return at;
+  }
+  __device__ void wait_for_stage(const Place& place, const Cursor<S::kStages>& at) const {
+    ptx::barrier_wait(shared_.full(at.stage), at.round);
+    if (place.gathered) ptx::fence_async_proxy();
+  }
   template <int N>
-  __device__ void multiply(Sums& sums) {
+  __device__ static void clear(Sums& sums) {
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
     }
-    const bool gathered = p_.token_load == TokenLoad::kGather;
-    const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int lane = ptx::thread_index() % 32;
-    const Unpacking unpacking = Weight::unpacking(lane % 4, p_.flip);
-    const std::uint32_t middle =
-        ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
-    std::uint32_t zero[2] = {middle, middle};
-    const std::uint32_t mine = row();
-    const std::uint32_t offset = (mine - lane / 4) * S::kRowBytes +
-                                 Weight::template lane_offset<S::kRowBytes>(lane / 4, lane % 4);
+  }
+
+  template <int N>
+  __device__ void multiply(Sums& sums) {
+    clear<N>(sums);
+    const Place place = this->place();
+    const int stages = place.stages;
+    std::uint32_t zero[2] = {place.middle, place.middle};
     // 16 of K at a time. The fragment of the next is made while the tensor cores work on this,
     // across blocks, groups and stages; ptxas keeps the two apart.
     RawWeights raw;
     std::uint32_t a[2][4];
-    const auto wait_for_stage = [&](const Cursor<S::kStages>& at) {
-      ptx::barrier_wait(shared_.full(at.stage), at.round);
-      if (gathered) ptx::fence_async_proxy();
-    };
     const auto begin_part = [&](int stage, int block, std::uint32_t index, int group) {
       Weight::template load<S::kRowBytes>(
-          raw, ptx::shared_address(shared_.weights(stage)) + offset + block * kBlockBytes,
+          raw, ptx::shared_address(shared_.weights(stage)) + place.offset + block * kBlockBytes,
           group * (S::kSteps / 2));
-      load_zeros(zero, stage, mine, group, block, k_group(index, group * (S::kSteps / 2)));
-      Weight::template fragment<S::kElement>(a[0], raw, 0, unpacking, zero);
+      load_zeros(zero, stage, place.row, group, block, k_group(index, group * (S::kSteps / 2)));
+      Weight::template fragment<S::kElement>(a[0], raw, 0, place.unpacking, zero);
     };
-    wait_for_stage(cursor_);
+    wait_for_stage(place, cursor_);
     begin_part(cursor_.stage, 0, 0, 0);
     for (int i = 0; i < stages; ++i) {
       const int stage = cursor_.stage;
@@ -158,7 +171,7 @@ class DequantMultiplier {
 #pragma unroll
         for (int block = 0; block < S::kBlocks; ++block) {
           const std::uint32_t weights =
-              ptx::shared_address(shared_.weights(stage)) + offset + block * kBlockBytes;
+              ptx::shared_address(shared_.weights(stage)) + place.offset + block * kBlockBytes;
 #pragma unroll
           for (int k = 0; k < S::kSteps; ++k) {
             const int q = first + k / 2;
@@ -170,8 +183,8 @@ class DequantMultiplier {
             if (k + 1 < S::kSteps) {
               if (k % 2 == 1) Weight::template load<S::kRowBytes>(raw, weights, q + 1);
               if (k > 0) ptx::wgmma_wait<1>();  // the other fragment is free
-              Weight::template fragment<S::kElement>(a[(k + 1) % 2], raw, (k + 1) % 2, unpacking,
-                                                     zero);
+              Weight::template fragment<S::kElement>(a[(k + 1) % 2], raw, (k + 1) % 2,
+                                                     place.unpacking, zero);
             } else if (block + 1 < S::kBlocks) {
               ptx::wgmma_wait<1>();
               begin_part(stage, block + 1, i, group);
@@ -182,13 +195,13 @@ class DequantMultiplier {
               ptx::wgmma_wait<1>();
               Cursor<S::kStages> following = cursor_;
               following.advance();
-              wait_for_stage(following);
+              wait_for_stage(place, following);
               begin_part(following.stage, 0, i + 1, 0);
             }
           }
           ptx::wgmma_wait<0>();
           promote<N>(sums[block], part,
-                     shared_.scales(stage) + (mine + block * 64) * S::kGroups + group);
+                     shared_.scales(stage) + (place.row + block * 64) * S::kGroups + group);
         }
       }
       release(stage);
@@ -199,21 +212,10 @@ class DequantMultiplier {
   // Few tokens leave registers for several steps at once.
   template <int N>
   __device__ void multiply_batches(Sums& sums) {
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
-    }
-    const bool gathered = p_.token_load == TokenLoad::kGather;
-    const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int lane = ptx::thread_index() % 32;
-    const Unpacking unpacking = Weight::unpacking(lane % 4, p_.flip);
-    const std::uint32_t middle =
-        ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
-    std::uint32_t zero[2] = {middle, middle};
-    const std::uint32_t mine = row();
-    const std::uint32_t offset = (mine - lane / 4) * S::kRowBytes +
-                                 Weight::template lane_offset<S::kRowBytes>(lane / 4, lane % 4);
+    clear<N>(sums);
+    const Place place = this->place();
+    const int stages = place.stages;
+    std::uint32_t zero[2] = {place.middle, place.middle};
     // A batch of a few steps of 16 of K at a time. While the tensor cores work on a batch, the
     // fragments of the next are made and the words of the one behind it are read, across blocks,
     // groups and stages; ptxas keeps the two sets of fragments apart. The second block's
@@ -224,12 +226,8 @@ class DequantMultiplier {
     RawWeights raw[kTogether / 2];
     std::uint32_t a[2][kTogether][4];
     float part[2][N / 2];
-    const auto wait_for_stage = [&](const Cursor<S::kStages>& at) {
-      ptx::barrier_wait(shared_.full(at.stage), at.round);
-      if (gathered) ptx::fence_async_proxy();
-    };
     const auto scale_of = [&](int stage, int group, int block) {
-      return shared_.scales(stage) + (mine + block * 64) * S::kGroups + group;
+      return shared_.scales(stage) + (place.row + block * 64) * S::kGroups + group;
     };
     // Batch j of a group: words, then fragments.
     const auto read = [&](int stage, int group, int j) {
@@ -237,20 +235,21 @@ class DequantMultiplier {
       for (int r = 0; r < kTogether / 2; ++r) {
         Weight::template load<S::kRowBytes>(
             raw[r],
-            ptx::shared_address(shared_.weights(stage)) + offset + j / kBatches * kBlockBytes,
+            ptx::shared_address(shared_.weights(stage)) + place.offset + j / kBatches * kBlockBytes,
             (group * S::kSteps + j % kBatches * kTogether) / 2 + r);
       }
     };
     const auto make = [&](std::uint32_t(&out)[kTogether][4], int stage, int i, int group, int j) {
       if (j % kBatches == 0) {
-        load_zeros(zero, stage, mine, group, j / kBatches, k_group(i, group * (S::kSteps / 2)));
+        load_zeros(zero, stage, place.row, group, j / kBatches,
+                   k_group(i, group * (S::kSteps / 2)));
       }
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
-        Weight::template fragment<S::kElement>(out[k], raw[k / 2], k % 2, unpacking, zero);
+        Weight::template fragment<S::kElement>(out[k], raw[k / 2], k % 2, place.unpacking, zero);
       }
     };
-    wait_for_stage(cursor_);
+    wait_for_stage(place, cursor_);
     read(cursor_.stage, 0, 0);
     make(a[0], cursor_.stage, 0, 0, 0);
     read(cursor_.stage, 0, 1);
@@ -290,7 +289,7 @@ class DequantMultiplier {
           if (j + 2 < kAll) {
             read(stage, group, j + 2);
           } else {
-            if (j + 2 == kAll && last && i + 1 < stages) wait_for_stage(following);
+            if (j + 2 == kAll && last && i + 1 < stages) wait_for_stage(place, following);
             read(following.stage, next_group, j + 2 - kAll);
           }
           if (j + 1 == kAll) {
@@ -308,31 +307,25 @@ class DequantMultiplier {
   template <int N>
   __device__ void multiply_warpwise(Sums& sums) {
     constexpr int kTogether = S::kGroups < 2 ? 1 : 2;
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) sums[0][i] = 0.0f;
-    const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int lane = ptx::thread_index() % 32;
-    const Unpacking unpacking = Weight::unpacking(lane % 4, p_.flip);
-    const std::uint32_t middle =
-        ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
-    const std::uint32_t mine = row();
-    const std::uint32_t offset = (mine - lane / 4) * S::kRowBytes +
-                                 Weight::template lane_offset<S::kRowBytes>(lane / 4, lane % 4);
+    clear<N>(sums);
+    const Place place = this->place();
+    const int stages = place.stages, lane = place.lane;
     const std::uint32_t token = lane % 8 * 128 + ((lane / 8 ^ lane % 8) << 4);
     for (int i = 0; i < stages; ++i) {
       const int stage = cursor_.stage;
       ptx::barrier_wait(shared_.full(stage), cursor_.round);
-      const std::uint32_t weights = ptx::shared_address(shared_.weights(stage)) + offset;
+      const std::uint32_t weights = ptx::shared_address(shared_.weights(stage)) + place.offset;
       const std::uint32_t tokens = ptx::shared_address(shared_.tokens(stage)) + token;
-      const float* const scale = shared_.scales(stage) + mine * S::kGroups;
+      const float* const scale = shared_.scales(stage) + place.row * S::kGroups;
 #pragma unroll
       for (int group = 0; group < S::kGroups; group += kTogether) {
         float part[kTogether][N / 2] = {};
         std::uint32_t zero[kTogether][2];
 #pragma unroll
         for (int t = 0; t < kTogether; ++t) {
-          zero[t][0] = zero[t][1] = middle;
-          load_zeros(zero[t], stage, mine, group + t, 0, k_group(i, (group + t) * (S::kSteps / 2)));
+          zero[t][0] = zero[t][1] = place.middle;
+          load_zeros(zero[t], stage, place.row, group + t, 0,
+                     k_group(i, (group + t) * (S::kSteps / 2)));
         }
 #pragma unroll
         for (int q = 0; q < S::kSteps / 2; ++q) {
@@ -353,7 +346,7 @@ class DequantMultiplier {
 #pragma unroll
             for (int t = 0; t < kTogether; ++t) {
               std::uint32_t a[4];
-              Weight::template fragment<S::kElement>(a, raw[t], s, unpacking, zero[t]);
+              Weight::template fragment<S::kElement>(a, raw[t], s, place.unpacking, zero[t]);
 #pragma unroll
               for (int n = 0; n < N / 8; ++n) {
                 ptx::mma_16x8<S::kElement>(&part[t][4 * n], a, b[t][n][2 * s], b[t][n][2 * s + 1]);
@@ -388,9 +381,7 @@ class DequantMultiplier {
   __device__ std::uint32_t k_group(int stage, int block) const {
     return Weight::kZeros ? group_of(p_, stage * kStageBlocks<S> + block) : 0;
   }
-  const DequantParams& p_;
-  const SharedMemory<S>& shared_;
-  Cursor<S::kStages> cursor_;
+
   std::uint32_t zero_bits_ = 0;
 };
 

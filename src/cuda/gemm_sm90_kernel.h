@@ -8,7 +8,7 @@
 // (128 of K), since wgmma keeps few bits of such sums.
 #pragma once
 
-#include "cuda/gemm_sm90_loader.h"
+#include "cuda/gemm_sm90_consumer.h"
 #include "cuda/gemm_sm90_upright.h"
 #include "cuda/launch.h"
 
@@ -16,11 +16,11 @@ namespace moesaic::cuda::sm90 {
 
 // --- the multiplying warpgroups
 template <typename S>
-class Multiplier {
+class Multiplier : private Consumer<S, Params> {
  public:
+  using Base = Consumer<S, Params>;
+  using Base::Base;
   using Sums = float[S::kBlocks][S::kTokens / 2];
-
-  __device__ Multiplier(const Params& p, const SharedMemory<S>& shared) : p_(p), shared_(shared) {}
 
   __device__ void run() {
     ptx::wait_for_earlier_kernels();
@@ -55,6 +55,14 @@ class Multiplier {
   }
 
  private:
+  using Base::cursor_;
+  using Base::epilogue;
+  using Base::load_task;
+  using Base::p_;
+  using Base::release;
+  using Base::shared_;
+  using Base::warpgroup;
+
   // Fewer tokens than the tile has room for need a smaller instruction only.
   template <int N>
   __device__ void multiply_rows(int rows, Sums& sums) {
@@ -70,25 +78,6 @@ class Multiplier {
     }
   }
 
-  // A pair's stage is free when both have read it: each loads into both.
-  __device__ static int warpgroup() { return ptx::thread_index() / 128 - 1; }
-  __device__ Epilogue<S> epilogue(int ring, const Task& task) const {
-    const int mine = warpgroup();
-    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};
-  }
-  __device__ Task load_task(int ring) const {
-    Task task;
-    ptx::load_shared_32(ptx::shared_address(shared_.tasks() + ring), &task);
-    return task;
-  }
-  __device__ void release(int stage) {
-    __syncwarp();  // one lane speaks for all, also for what they read of tables and scales
-    if constexpr (S::kPair == 2) {
-      if (threadIdx.x % 32 < 2) ptx::barrier_arrive_at(shared_.empty(stage), threadIdx.x % 32);
-    } else {
-      if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared_.empty(stage));
-    }
-  }
   // `mine`: of this warpgroup's weight rows in a stage.
   __device__ std::uint64_t weights(int stage, int chunk, int block, int mine) const {
     return ptx::operand_descriptor(ptx::shared_address(shared_.weights(stage)) +
@@ -204,10 +193,6 @@ class Multiplier {
       cursor_.advance();
     }
   }
-
-  const Params& p_;
-  const SharedMemory<S>& shared_;
-  Cursor<S::kStages> cursor_;
 };
 
 // --- the kernel

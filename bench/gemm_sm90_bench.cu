@@ -138,7 +138,7 @@ class Bench {
         family_sm90().run(g, device_, stream_);
       }
       if (which & 2) {
-        g.tile_age = TileAge::kSettled;
+        g.list_age = ListAge::kSettled;
         g.a = Tensor::contiguous(h, dtype, {slots, s_.intermediate}, on);
         g.a_row = RowOf::kPosition;
         g.b = &fc2;

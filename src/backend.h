@@ -59,10 +59,11 @@ struct WeightOperand {
 };
 
 // --- stage arguments ----------------------------------------------------------------------------
-// Whether what align wrote (for align itself: the ids) was complete before the stage in front of this one began.
-// A backend whose kernels overlap may then read it, and fetch weights, while that stage still runs. Behind GEMM1
-// and every later stage of a layer it is: align came before GEMM1.
-enum class TileAge : std::uint8_t { kNew, kSettled };
+// How old the list is that says which rows a stage works on (align: the ids; all others: what align or tiles wrote).
+// kSettled: it was complete before the stage in front of this one began, so that a backend whose kernels overlap may
+// read it, and fetch weights, while that stage still runs. Behind GEMM1 every stage of a layer has it so: align came
+// before GEMM1.
+enum class ListAge : std::uint8_t { kNew, kSettled };
 
 // The scale of activation row r (of tile expert e), K group g: data[r*row + g*group + e*expert].
 struct ActScaleView {
@@ -83,7 +84,7 @@ struct RouteStage {
 // From ids to positions.
 struct AlignStage {
   Tensor topk_ids;              // [T, k] i32 or i64
-  TileAge ids_age = TileAge::kNew;
+  ListAge ids_age = ListAge::kNew;
   std::int64_t experts = 0;     // global
   ExpertRange local;            // count resolved
   Tensor expert_map;            // optional i32 [experts]
@@ -116,7 +117,7 @@ struct QuantizeStage {
   // rows null: row t goes to the positions slot_row[t * top_k + j] >= 0 instead of row t of output. Asked only of
   // a backend whose input_rows is kPosition.
   const std::int32_t* slot_row = nullptr;
-  TileAge tile_age = TileAge::kNew;
+  ListAge list_age = ListAge::kNew;  // of rows
   RowOf source = RowOf::kPosition;       // row of `input` for a position
   std::int64_t top_k = 1;
   const float* row_weights = nullptr;    // by slot; WeightOn::kInput
@@ -138,7 +139,7 @@ struct QuantizeStage {
 // The grouped product, with gather before and everything element-wise behind.
 struct GemmStage {
   RowMap rows;
-  TileAge tile_age = TileAge::kNew;
+  ListAge list_age = ListAge::kNew;  // of rows
   Tensor a;                      // [*, K] of spec.act_dtype; unit inner stride
   ActScaleView a_scale;
   RowOf a_row = RowOf::kPosition;
@@ -163,7 +164,7 @@ struct ActivateStage {
 // y[t] (+)= scale * sum_j w[t,j] * rows[slot_row[t,j]] + shared_weight[t] * shared[t], fp32, j ascending.
 struct CombineStage {
   Tensor rows;                   // [R, H] f32, f16, bf16
-  TileAge list_age = TileAge::kNew;  // of slot_row, topk_ids, weights
+  ListAge list_age = ListAge::kNew;  // of slot_row, topk_ids, weights
   const std::int32_t* slot_row = nullptr;  // [T * k], -1: nothing; null: row = slot
   const std::int32_t* topk_ids = nullptr;  // optional: negative ids are skipped
   const float* weights = nullptr;          // [T * k]; null: 1

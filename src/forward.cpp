@@ -110,7 +110,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
   if (by_token) input = prepare_input(input_run, b.routed.input, args.stream);
   const bool launched = input.values.data != x.values.data;
   run.align({.topk_ids = chunk.ids,
-             .ids_age = launched ? TileAge::kSettled : TileAge::kNew,
+             .ids_age = launched ? ListAge::kSettled : ListAge::kNew,
              .experts = plan.config.experts,
              .local = plan.config.local,
              .rows = rows,
@@ -129,7 +129,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
               b.routed.experts, args.stream);
 
   CombineStage combine{.rows = b.routed.output,
-                       .list_age = TileAge::kSettled,
+                       .list_age = ListAge::kSettled,
                        .slot_row = b.routed.slot_row,
                        .weights = on_input ? nullptr : weights,
                        .top_k = plan.config.top_k,
@@ -255,7 +255,7 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
     if (!fused)
       backend.quantize({.input = buffers.hidden,
                         .rows = &run.rows,
-                        .tile_age = TileAge::kSettled,
+                        .list_age = ListAge::kSettled,
                         .prequant = side.prequant,
                         .round_to = plan.fc2.dtype16,
                         .granularity = plan.fc2.act_scale,
@@ -273,14 +273,14 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
   } else if (side.prequant.defined()) {
     backend.quantize({.input = buffers.hidden,
                       .rows = &run.rows,
-                      .tile_age = TileAge::kSettled,
+                      .list_age = ListAge::kSettled,
                       .prequant = side.prequant,
                       .round_to = plan.fc2.dtype16,
                       .output = buffers.hidden},  // element-wise: in place
                      stream);
   }
   backend.gemm({.rows = run.rows,
-                .tile_age = TileAge::kSettled,
+                .list_age = ListAge::kSettled,
                 .a = hidden.values,
                 .a_scale = hidden.scale,
                 .top_k = plan.config.top_k,

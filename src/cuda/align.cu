@@ -336,7 +336,7 @@ AlignParams make_params(const AlignStage& s) {
   const bool padded = s.block_rows > 0;
   const std::int64_t slots = s.topk_ids.shape[0] * s.topk_ids.shape[1];
   AlignParams p{.ids = s.topk_ids.data,
-                .settled = s.ids_age == TileAge::kSettled,
+                .settled = s.ids_age == ListAge::kSettled,
                 .ids_are_64bit = s.topk_ids.dtype == DType::kI64,
                 .token_stride = s.topk_ids.strides[0],
                 .slot_stride = s.topk_ids.strides[1],

@@ -123,7 +123,7 @@ void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t
                   .slot_row = s.slot_row,
                   .topk_ids = s.topk_ids,
                   .weights = s.weights,
-                  .settled = s.list_age == TileAge::kSettled,
+                  .settled = s.list_age == ListAge::kSettled,
                   .top_k = static_cast<int>(s.top_k),
                   .scale = s.scale,
                   .shared_weight = s.shared_weight,

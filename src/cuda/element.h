@@ -22,7 +22,7 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 // The successor may be scheduled at once; it waits for our end in the same way.
 //
 // The successor is let in only behind our own wait. So a kernel that has started may rely on all that was written
-// two kernels before it: what TileAge::kSettled says. Such reads go through L2 (__ldcg), because a line of L1 may be
+// two kernels before it: what ListAge::kSettled says. Such reads go through L2 (__ldcg), because a line of L1 may be
 // older. Whatever happens before, every grid waits before it ends: its successor waits for nobody else.
 __device__ __forceinline__ void begin_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -346,7 +346,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.task_rows = traits.rows;
   p.row_tasks =
       static_cast<std::int32_t>(ceil_div(p.gated ? 2 * p.columns : p.columns, traits.rows));
-  p.settled = stage.tile_age == TileAge::kSettled;
+  p.settled = stage.list_age == ListAge::kSettled;
   p.a_row = stage.a_row;
   p.c_row = stage.c_row;
   p.top_k = stage.top_k;

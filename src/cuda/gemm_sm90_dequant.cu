@@ -209,7 +209,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows % 16 == 0;
   p.task_rows = traits.rows;
   p.row_tasks = static_cast<std::int32_t>(ceil_div(spec.n, traits.rows));
-  p.settled = stage.tile_age == TileAge::kSettled;
+  p.settled = stage.list_age == ListAge::kSettled;
   p.a_row = stage.a_row;
   p.c_row = stage.c_row;
   p.top_k = stage.top_k;

@@ -342,7 +342,7 @@ QuantizeParams make_params(const QuantizeStage& s) {
     p.positions = s.output.shape[0];
   }
   if (s.rows != nullptr) {
-    p.settled = s.tile_age == TileAge::kSettled;
+    p.settled = s.list_age == ListAge::kSettled;
     // Rows that lie where their positions say, and have no factor, need no slot. A caller's padding
     // is then quantized with the rest, and nobody reads it; but it must not enter a scale that
     // others share.

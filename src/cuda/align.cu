@@ -12,6 +12,7 @@
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/expert_scan.h"
+#include "cuda/overlap.h"
 #include "cuda/stages.h"
 
 namespace moesaic::cuda {
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(32, 1) align_tiny(AlignParams p) {
       *p.num_tiles = static_cast<std::int32_t>(all_tiles < p.max_tiles ? all_tiles : p.max_tiles);
     if (p.dropped != nullptr) *p.dropped = all_lost;
   }
-  if (p.settled) begin_kernel();  // see begin_kernel
+  if (p.settled) begin_kernel();  // every grid waits: see overlap.h
 }
 
 // --- one block does everything ------------------------------------------------------------------
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(1024, 1)
   }
   write_tiles(p.writer, table, tiles, threadIdx.x, blockDim.x);
   write_blocks(p, table, padded_rows(p, table), threadIdx.x, blockDim.x);
-  if (p.settled) begin_kernel();  // see begin_kernel
+  if (p.settled) begin_kernel();  // every grid waits: see overlap.h
 }
 
 // --- many blocks: count, scan, place -------------------------------------------------------------

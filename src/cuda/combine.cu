@@ -6,6 +6,7 @@
 
 #include "cuda/device.h"
 #include "cuda/element.h"
+#include "cuda/overlap.h"
 #include "cuda/stages.h"
 
 namespace moesaic::cuda {

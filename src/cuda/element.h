@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device side: what a stored element means, eight at a time or one, and the waits and reductions
-// that the stage kernels share. numeric.h says the same things on the host: the bits agree.
+// Device side: what a stored element means, eight at a time or one, and the reductions that the
+// stage kernels share. numeric.h says the same things on the host: the bits agree.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,20 +16,6 @@
 namespace moesaic::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
-
-// --- programmatic dependent launch --------------------------------------------------------------
-// First thing in every kernel: nothing that an earlier kernel wrote or reads may be touched before.
-// The successor may be scheduled at once; it waits for our end in the same way.
-//
-// The successor is let in only behind our own wait. So a kernel that has started may rely on all that was written
-// two kernels before it: what ListAge::kSettled says. Such reads go through L2 (__ldcg), because a line of L1 may be
-// older. Whatever happens before, every grid waits before it ends: its successor waits for nobody else.
-__device__ __forceinline__ void begin_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
 
 // --- one element ---------------------------------------------------------------------------------
 __device__ __forceinline__ float to_float(float v) { return v; }

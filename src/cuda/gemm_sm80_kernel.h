@@ -15,6 +15,7 @@
 
 #include "cuda/gemm_sm80.h"
 #include "cuda/operand.h"
+#include "cuda/overlap.h"
 
 namespace moesaic::cuda {
 
@@ -806,8 +807,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas)
   Sm80Table<T>* tables = reinterpret_cast<Sm80Table<T>*>(shared + T::kStages * T::kStageBytes);
   Sm80Extent& extent = *reinterpret_cast<Sm80Extent*>(tables + 2);
 
-  ptx::wait_for_predecessor();  // the tile list is the predecessor's work
-  ptx::let_successor_start();
+  begin_kernel();
   if (threadIdx.x == 0) {
     extent.token_tiles = min(*p.num_tiles, p.max_tiles) * p.parts;
     extent.total = extent.token_tiles * p.column_tiles;

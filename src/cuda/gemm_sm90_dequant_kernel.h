@@ -7,6 +7,7 @@
 #include "cuda/gemm_sm90_consumer.h"
 #include "cuda/gemm_sm90_dequant_loader.h"
 #include "cuda/launch.h"
+#include "cuda/overlap.h"
 #include "cuda/ptx_wgmma_rs_sm90.h"
 
 namespace moesaic::cuda::sm90 {
@@ -22,7 +23,7 @@ class DequantMultiplier : private Consumer<S, DequantParams> {
   using H = Half<S::kElement>;
 
   __device__ void run() {
-    ptx::wait_for_earlier_kernels();
+    wait_for_earlier_kernels();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       const Task task = load_task(ring);
@@ -408,8 +409,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     if (threadIdx.x < 32) {
       load_packed_weights<S>(p, shared);
     } else if (threadIdx.x < 32 + kLoaders) {
-      ptx::wait_for_earlier_kernels();
-      ptx::let_next_kernel_start();  // behind our own wait: see Params::settled
+      wait_for_earlier_kernels();
+      let_next_kernel_start();
       TokenLoader<S>(p, shared).run();
     } else {
       load_scales<S>(p, shared);

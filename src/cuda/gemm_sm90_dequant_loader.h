@@ -5,6 +5,7 @@
 
 #include "cuda/gemm_sm90_dequant.h"
 #include "cuda/gemm_sm90_loader.h"
+#include "cuda/overlap.h"
 
 namespace moesaic::cuda::sm90 {
 
@@ -36,7 +37,7 @@ __device__ __forceinline__ std::uint32_t existing_row(const Params& p, int row_t
 // --- warp 0
 template <typename S>
 __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S>& shared) {
-  if (!p.settled) ptx::wait_for_earlier_kernels();
+  if (!p.settled) wait_for_earlier_kernels();
   Schedule<S::kTokens, 1> schedule(p);
   Cursor<S::kStages> cursor;
   int ring = 0, flip = 0;
@@ -76,7 +77,7 @@ template <typename S>
 __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& shared) {
   constexpr int kMine = S::kRows / 32;
   const int lane = ptx::thread_index() % 32;
-  if (!p.settled) ptx::wait_for_earlier_kernels();
+  if (!p.settled) wait_for_earlier_kernels();
   Schedule<S::kTokens, 1> schedule(p);
   Cursor<S::kStages> cursor;
   for (;;) {

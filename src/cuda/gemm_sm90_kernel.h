@@ -11,6 +11,7 @@
 #include "cuda/gemm_sm90_consumer.h"
 #include "cuda/gemm_sm90_upright.h"
 #include "cuda/launch.h"
+#include "cuda/overlap.h"
 
 namespace moesaic::cuda::sm90 {
 
@@ -23,7 +24,7 @@ class Multiplier : private Consumer<S, Params> {
   using Sums = float[S::kBlocks][S::kTokens / 2];
 
   __device__ void run() {
-    ptx::wait_for_earlier_kernels();
+    wait_for_earlier_kernels();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       const Task task = load_task(ring);
@@ -226,10 +227,8 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
     if (threadIdx.x < 32) {
       load_weights<S>(p, shared);
     } else if (threadIdx.x < 32 + kLoaders) {
-      ptx::wait_for_earlier_kernels();
-      // Only behind our own wait: so a kernel that has started may rely on everything that was
-      // written two kernels before it. See Params::settled.
-      ptx::let_next_kernel_start();
+      wait_for_earlier_kernels();
+      let_next_kernel_start();
       TokenLoader<S>(p, shared).run();
     }
   } else {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/gemm_sm90_epilogue.h"
+#include "cuda/overlap.h"
 
 namespace moesaic::cuda::sm90 {
 
@@ -62,7 +63,7 @@ __device__ int stages_of(const Params& p, const Task& task) {
 // --- warp 0
 template <typename S>
 __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
-  if (!p.settled) ptx::wait_for_earlier_kernels();
+  if (!p.settled) wait_for_earlier_kernels();
   const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
   Schedule<S::kTokens * S::kPair, S::kPair> schedule(p);
   Cursor<S::kStages> cursor;

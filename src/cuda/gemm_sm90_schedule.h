@@ -84,7 +84,7 @@ class Schedule {
  private:
   __device__ static int lane() { return ptx::thread_index() % 32; }
   static constexpr int kLongest = 12;  // tiles of one expert in a group
-  // Through L2: with a programmatic launch a line of L1 may be older than the list.
+  // Through L2: see overlap.h.
   __device__ int4 load(int index) const {
     return __ldcg(reinterpret_cast<const int4*>(p_.rows.tiles) + index);
   }

@@ -20,8 +20,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 }
 
 // kOverlap: a programmatic dependent launch. The kernel may start before its predecessor in the
-// stream has ended and must execute griddepcontrol.wait before it touches anything that any earlier
-// kernel wrote (weights are not written by kernels: they may be fetched before).
+// stream has ended, and keeps to what overlap.h says.
 enum class Dependency : unsigned char { kFull, kOverlap };
 
 struct LaunchShape {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Thin wrappers over the PTX instructions of SM80 that CUDA C++ has no name for, and programmatic
-// dependent launch. The only inline assembly of the SM80 kernel family.
+// Thin wrappers over the PTX instructions of SM80 that CUDA C++ has no name for. The only inline
+// assembly of the SM80 kernel family, but for overlap.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -137,20 +137,6 @@ __device__ __forceinline__ std::uint32_t e4m3x2_to_f16x2(std::uint32_t pair) {
   const __half2 scaled =
       __hmul2(reinterpret_cast<const __half2&>(small), __half2half2(__ushort_as_half(0x5c00)));
   return reinterpret_cast<const std::uint32_t&>(scaled) | nan | ((spread & 0x00800080u) << 8);
-#endif
-}
-
-// --- programmatic dependent launch ---------------------------------------------------------------
-// Waits until every earlier kernel of the stream has ended and its writes are visible.
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// Lets the next kernel of the stream start on free SMs; it waits for our end by itself.
-__device__ __forceinline__ void let_successor_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

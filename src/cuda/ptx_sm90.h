@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hopper's own instructions as functions: mbarrier, TMA, cp.async, stmatrix, warpgroup and
-// dependent launch control. With ptx_wgmma_sm90.h the only inline assembly of the SM90 family.
+// Hopper's own instructions as functions: mbarrier, TMA, cp.async, stmatrix, warpgroup control. With
+// the other ptx_*_sm90.h and overlap.h all inline assembly of the SM90 families.
 #pragma once
 
 #include <cuda.h>
@@ -183,12 +183,6 @@ __device__ __forceinline__ void take_registers() {
 template <int kId>
 __device__ __forceinline__ void warpgroup_sync() {
   asm volatile("bar.sync %0, 128;" ::"n"(kId) : "memory");
-}
-__device__ __forceinline__ void wait_for_earlier_kernels() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-__device__ __forceinline__ void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace moesaic::cuda::ptx

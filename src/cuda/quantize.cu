@@ -7,6 +7,7 @@
 
 #include "cuda/device.h"
 #include "cuda/element.h"
+#include "cuda/overlap.h"
 #include "cuda/quantize_rows.h"
 #include "cuda/stages.h"
 
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
       store_quantized<kVec>(p, row, column, v, scale, inverse);
     });
   }
-  if (!begun) begin_kernel();  // see begin_kernel
+  if (!begun) begin_kernel();  // every grid waits: see overlap.h
   // Only now: what the scales are written over, the kernel in front may still have read.
   if (p.granularity == ActScale::kTensorStatic && first_block && p.scale != nullptr)
     for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, kAtOnce == 1      ? 4
       store_quantized<kVec>(p, row[r], column[r], v, scale, inverse_of(scale));
     }
   }
-  if (!begun) begin_kernel();  // see begin_kernel
+  if (!begun) begin_kernel();  // every grid waits: see overlap.h
 }
 
 // Any other group size or alignment: one warp per group, element by element.

@@ -3,6 +3,7 @@
 // because an expert chosen by a different last bit would be another token's doing.
 #include "cuda/device.h"
 #include "cuda/element.h"
+#include "cuda/overlap.h"
 #include "cuda/stages.h"
 
 namespace moesaic::cuda {

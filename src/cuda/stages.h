@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The stages that are not products: one function and one .cu file each, in the order of the data.
-// None allocates or synchronizes; all kernels wait for their predecessors themselves
-// (begin_kernel).
+// None allocates or synchronizes; all kernels wait for their predecessors themselves (overlap.h).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -11,6 +11,7 @@
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/expert_scan.h"
+#include "cuda/overlap.h"
 #include "cuda/stages.h"
 
 namespace moesaic::cuda {

@@ -7,6 +7,7 @@
 #include "check.h"
 #include "cuda/device.h"
 #include "cuda/element.h"
+#include "cuda/overlap.h"
 #include "cuda/weights.h"
 #include "numeric.h"
 

@@ -344,9 +344,9 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 }  // namespace
 
 const GemmFamily& family_sm80() {
-  static constexpr GemmFamily family{
+  static constexpr GemmFamily kFamily{
       .supports = supports, .tile_rows = tile_rows, .tactics = tactics, .run = run};
-  return family;
+  return kFamily;
 }
 
 }  // namespace moesaic::cuda

@@ -18,20 +18,15 @@ enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf };
 constexpr int kKernels = 4;
 
 struct KernelTraits {
-  int tokens, rows;  // of a task
-  int per_sm;        // CTAs that fit into an SM
-  int box;           // tokens of a TMA load
-  int row_bytes;     // of weights in a stage
-  int scales;        // of a row that one copy may bring
+  TaskShape task;
+  int row_bytes;  // of weights in a stage
+  int scales;     // of a row that one copy may bring
   void (*launch)(const DequantParams&, int, cudaStream_t);
 };
 
 template <typename S>
 KernelTraits traits_of(int rows = S::kRows) {
-  return {.tokens = S::kTokens,
-          .rows = rows,
-          .per_sm = S::kPerSm,
-          .box = S::kBox,
+  return {.task = task_shape<S>(rows),
           .row_bytes = S::kRowBytes,
           .scales = S::kScalesAtOnce,
           .launch = launch_dequant<S>};
@@ -108,7 +103,7 @@ bool supports(const WeightSpec& spec) {
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
   const std::int64_t mean = slots / (fc1.experts > 0 ? fc1.experts : 1);
   if (mean < 8) return 16;
-  return mean <= 50 ? 64 : traits_of(variant_of(fc1), Kernel::kWide).tokens;
+  return mean <= 50 ? 64 : traits_of(variant_of(fc1), Kernel::kWide).task.tokens;
 }
 
 Kernel kernel_for(const GemmStage& stage) {
@@ -121,9 +116,8 @@ Kernel kernel_for(const GemmStage& stage) {
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
   std::vector<Tactic> list;
   for (int i = 0; i < kKernels; ++i) {
-    const KernelTraits traits = traits_of(variant_of(spec), static_cast<Kernel>(i));
-    list.push_back({i, "weights widened in registers, " + std::to_string(traits.tokens) +
-                           " tokens x " + std::to_string(traits.rows) + " rows"});
+    const TaskShape task = traits_of(variant_of(spec), static_cast<Kernel>(i)).task;
+    list.push_back({i, "weights widened in registers, " + describe(task)});
   }
   return list;
 }
@@ -179,83 +173,30 @@ void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weig
 }
 
 void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream) {
-  const WeightSpec& spec = stage.b->spec;
-  const GemmWeights& weights = weights_of(*stage.b);
   if (stage.rows.max_tiles == 0 || stage.rows.positions == 0) return;
-  const Tensor& w = weights.weight;
-  if (w.strides[2] != 1 || !multiples(w, 16) || !aligned(w.data, 16)) {
-    unsupported(
-        "weight: the wgmma kernels read rows of K contiguous elements that start at multiples of "
-        "16 bytes; pass a contiguous copy");
-  }
-  if (!multiples(stage.a, 8) || !aligned(stage.a.data, 16)) {
-    unsupported(
-        "a: the wgmma kernels read rows that start at multiples of 16 bytes; pass a contiguous "
-        "copy");
-  }
-  if (stage.rows.positions > 0xfffffff0LL || stage.rows.slot_count > 0x7fffffffLL) {
-    unsupported(
-        "positions: the wgmma kernels number rows with 32 bits; split the tokens over several "
-        "calls");
-  }
-
-  DequantParams p{};
-  p.rows = stage.rows;
-  p.experts = static_cast<std::int32_t>(spec.experts);
-  p.gated = stage.activation != nullptr && is_gated(stage.activation->kind);
-  p.columns = p.gated ? spec.n / 2 : spec.n;
+  const WeightSpec& spec = stage.b->spec;
   const KernelTraits traits = traits_of(variant_of(spec), kernel_for(stage));
-  p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, traits.tokens));
-  p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows % 16 == 0;
-  p.task_rows = traits.rows;
-  p.row_tasks = static_cast<std::int32_t>(ceil_div(spec.n, traits.rows));
-  p.settled = stage.list_age == ListAge::kSettled;
-  p.a_row = stage.a_row;
-  p.c_row = stage.c_row;
-  p.top_k = stage.top_k;
-  p.a = stage.a.as<const char>();
-  p.a_rows = row_layout(stage.a, 8);
-  p.k_bytes = spec.k * 2;
-  p.k_chunks = static_cast<std::int32_t>(ceil_div(p.k_bytes, 128));
+  DequantParams p{};
+  set_stage(p, stage, Element::kBF16, traits.task);
+  set_weights(
+      p, stage,
+      {.element = Element::kE4M3,
+       .row_k = row_bytes(spec),
+       .k = traits.row_bytes,
+       .rows = traits.task.rows,
+       .swizzle = traits.row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B});
   p.flip = spec.format == WeightFormat::kI8 ? 0x80808080u : 0;
-  set_side(p, stage);
-  set_cells(p, spec, weights, traits.scales);
-  set_output(p, stage.c);
-
-  weight_map(p, w, Element::kE4M3, spec.n, row_bytes(spec), traits.row_bytes, traits.rows,
-             traits.row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
-  const std::int64_t a_rows =
-      stage.a.rank == 3 ? stage.a.shape[0] * stage.a.shape[1] : stage.a.shape[0];
-  // Consecutive rows come by TMA, but for the narrow tiles: a box would bring rows that nobody
-  // wants.
-  p.token_load = stage.a_row == RowOf::kPosition && p.a_rows.inner == 0 && traits.tokens >= 64
-                     ? TokenLoad::kTma
-                     : TokenLoad::kGather;
-  if (p.token_load == TokenLoad::kTma) {
-    encode<2>(p.tokens, stage.a.data, Element::kBF16,
-              {{static_cast<cuuint64_t>(spec.k), static_cast<cuuint64_t>(a_rows)},
-               {static_cast<cuuint64_t>(p.a_rows.stride * 16)},
-               {64, static_cast<cuuint32_t>(traits.box)}},
-              "a");
-  } else if (a_rows * (p.a_rows.inner ? p.a_rows.outer : p.a_rows.stride) > 0xffffffffLL) {
-    unsupported("a: rows beyond 64 GiB cannot be gathered; split the tokens over several calls");
-  }
-  const std::int64_t tasks = stage.rows.max_tiles * p.sub_tiles * p.row_tasks;
-  const std::int64_t teams = device.sm_count * traits.per_sm;
-  const std::int64_t group = ceil_div(teams, p.row_tasks);
-  p.group_tiles = static_cast<std::int32_t>(group < 16 ? group : 16);
-  traits.launch(p, static_cast<int>(tasks < teams ? tasks : teams), stream);
+  set_cells(p, spec, weights_of(*stage.b), traits.scales);
+  const int grid = grid_size(p, traits.task, device);
+  traits.launch(p, grid, stream);
 }
 
 }  // namespace
 
 const GemmFamily& family_sm90_dequant() {
-  static constexpr GemmFamily family{.supports = supports,
-                                 .tile_rows = tile_rows,
-                                 .tactics = tactics,
-                                 .run = run,
-                                 .boxes = true};
-  return family;
+  static constexpr GemmFamily kFamily{
+      .supports = supports, .tile_rows = tile_rows, .tactics = tactics, .run = run, .boxes = true};
+  return kFamily;
 }
 
 }  // namespace moesaic::cuda

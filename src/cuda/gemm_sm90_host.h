@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the host sides of the SM90 families share: how a stage becomes Params. In gemm_sm90.cu.
+// What the host sides of the SM90 families share: how a stage becomes Params, tensor maps and a
+// grid.
 #pragma once
+
+#include <string>
 
 #include "cuda/gemm.h"
 #include "cuda/gemm_sm90.h"
@@ -8,25 +11,39 @@
 namespace moesaic::cuda::sm90 {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-template <int kRank>
-struct Extent {
-  cuuint64_t size[kRank];
-  cuuint64_t bytes[kRank - 1];  // strides but the innermost
-  cuuint32_t box[kRank];
-};
-template <int kRank>
-void encode(CUtensorMap& map, const void* data, Element element, const Extent<kRank>& extent,
-            const char* what, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
-// Of p.experts experts, gate and up brought together as p says. Packed weights: k in bytes, kE4M3.
-void weight_map(Params& p, const Tensor& w, Element element, std::int64_t n, std::int64_t k,
-                int chunk_k, int box_rows, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
-
-// Rows of a rank-2 or rank-3 tensor, in units of `unit` elements.
-RowLayout row_layout(const Tensor& t, std::int64_t unit);
-bool multiples(const Tensor& t, std::int64_t of);  // all strides but the last
 bool aligned(const void* data, std::size_t bytes);
-void set_output(Params& p, const Tensor& c);       // after p.columns
-void set_side(Params& p, const GemmStage& stage);  // bias, alpha, activation, row weights
+
+// What a kernel does at a time.
+struct TaskShape {
+  int tokens = 0, rows = 0;  // of a task
+  int pair = 1;              // CTAs that run it together
+  int per_sm = 1;            // CTAs that fit into an SM
+  int box = 0;               // tokens of a TMA load
+};
+template <typename S>
+constexpr TaskShape task_shape(int rows = S::kRows) {
+  return {.tokens = S::kTokens * S::kPair,
+          .rows = rows,
+          .pair = S::kPair,
+          .per_sm = S::kPerSm,
+          .box = S::kBox};
+}
+std::string describe(const TaskShape& task);
+
+// Everything but weights and scales; `element`: of the tokens (f16 and bf16 are the same here).
+// Throws kUnsupported by name.
+void set_stage(Params& p, const GemmStage& stage, Element element, const TaskShape& task);
+
+// How TMA fetches weight rows. Packed weights are bytes: kE4M3.
+struct WeightBox {
+  Element element;
+  std::int64_t row_k;  // elements of a row
+  int k, rows;         // of a box
+  CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+};
+void set_weights(Params& p, const GemmStage& stage, const WeightBox& box);  // behind set_stage
+
+// CTAs to launch; and how many tiles they walk together.
+int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device);
 
 }  // namespace moesaic::cuda::sm90

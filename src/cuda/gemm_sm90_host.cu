@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <string>
+
+#include "check.h"
+#include "cuda/gemm_sm90_host.h"
+
+namespace moesaic::cuda::sm90 {
+
+bool aligned(const void* data, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % bytes == 0;
+}
+
+namespace {
+
+// --- views
+// Rows of a rank-2 or rank-3 tensor, in units of `unit` elements.
+RowLayout row_layout(const Tensor& t, std::int64_t unit) {
+  if (t.rank <= 2) return {.stride = t.rank == 2 ? t.strides[0] / unit : 0};
+  if (t.strides[0] == t.shape[1] * t.strides[1]) return {.stride = t.strides[1] / unit};
+  return {.stride = t.strides[1] / unit, .inner = t.shape[1], .outer = t.strides[0] / unit};
+}
+
+bool multiples(const Tensor& t, std::int64_t of) {  // all strides but the last
+  for (int i = 0; i + 1 < t.rank; ++i) {
+    if (t.shape[i] > 1 && t.strides[i] % of != 0) return false;
+  }
+  return true;
+}
+
+// --- tensor maps
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+EncodeTiled encoder() {
+  static const EncodeTiled function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                cudaEnableDefault, &result),
+               "cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess || entry == nullptr) {
+      throw Error(ErrorCode::kDevice,
+                  "the driver has no cuTensorMapEncodeTiled; update it to CUDA 12 or newer");
+    }
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return function;
+}
+
+template <int kRank>
+struct Extent {
+  cuuint64_t size[kRank];
+  cuuint64_t bytes[kRank - 1];  // strides but the innermost
+  cuuint32_t box[kRank];
+};
+template <int kRank>
+void encode(CUtensorMap& map, const void* data, Element element, const Extent<kRank>& extent,
+            const char* what, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
+  cuuint32_t unit[kRank];
+  for (cuuint32_t& u : unit) u = 1;
+  const CUresult status = encoder()(
+      &map,
+      element == Element::kE4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
+      kRank, const_cast<void*>(data), extent.size, extent.bytes, extent.box, unit,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw Error(ErrorCode::kDevice, std::string(what) +
+                                        ": cuTensorMapEncodeTiled failed with code " +
+                                        std::to_string(static_cast<int>(status)));
+  }
+}
+
+std::int64_t size_of(Element element) { return element == Element::kE4M3 ? 1 : 2; }
+
+// --- the parts of a stage
+OutType out_type(DType dtype) {
+  return dtype == DType::kBF16  ? OutType::kBF16
+         : dtype == DType::kF16 ? OutType::kF16
+                                : OutType::kF32;
+}
+
+void set_output(Params& p, const Tensor& c) {
+  const int last = c.rank - 1;
+  p.c = c.data;
+  p.c_type = out_type(c.dtype);
+  p.c_rows = row_layout(c, 1);
+  p.c_column = c.strides[last];
+  const bool dense = c.shape[last] <= 1 || c.strides[last] == 1;
+  const bool plain = p.c_rows.inner == 0 && p.c_rows.stride >= 0 && p.c_rows.stride <= 0xffffffffLL;
+  if (dense && plain && p.c_type != OutType::kF32 && p.columns % 8 == 0 && multiples(c, 8) &&
+      aligned(c.data, 16)) {
+    p.store = StorePath::kMatrix;
+  } else if (dense && p.columns % 4 == 0 && multiples(c, 4) && aligned(c.data, 16)) {
+    p.store = StorePath::kVector;
+  } else {
+    p.store = StorePath::kScalar;
+  }
+}
+
+void set_side(Params& p, const GemmStage& stage) {
+  const SideTensors& side = stage.b->side;
+  if (side.bias.defined()) {
+    p.bias = {.data = side.bias.data,
+              .type = out_type(side.bias.dtype),
+              .expert_stride = side.bias.strides[0],
+              .stride = side.bias.strides[1]};
+  }
+  if (side.alpha.defined()) p.alpha = side.alpha.as<const float>();
+  p.row_weights = stage.row_weights;
+  if (stage.activation == nullptr) return;
+  p.activates = true;
+  p.activation = activation_view(*stage.activation, side.activation);
+  p.up_first = stage.activation->order == GateOrder::kUpFirst;
+  p.interleaved = stage.activation->layout == GateLayout::kInterleaved;
+}
+
+// Consecutive rows come by TMA, but for the narrow tiles: a box would bring rows that nobody wants.
+void set_tokens(Params& p, const GemmStage& stage, Element element, const TaskShape& task) {
+  const Tensor& a = stage.a;
+  const std::int64_t bytes = size_of(element), unit = 16 / bytes, k = stage.b->spec.k;
+  if (!multiples(a, unit) || !aligned(a.data, 16)) {
+    unsupported(
+        "a: the wgmma kernels read rows that start at multiples of 16 bytes; pass a contiguous "
+        "copy");
+  }
+  p.a_row = stage.a_row;
+  p.top_k = stage.top_k;
+  p.a = a.as<const char>();
+  p.a_rows = row_layout(a, unit);
+  p.k_bytes = k * bytes;
+  p.k_chunks = static_cast<std::int32_t>(ceil_div(p.k_bytes, 128));
+  const std::int64_t rows = a.rank == 3 ? a.shape[0] * a.shape[1] : a.shape[0];
+  p.token_load = stage.a_row == RowOf::kPosition && p.a_rows.inner == 0 && task.tokens >= 64
+                     ? TokenLoad::kTma
+                     : TokenLoad::kGather;
+  if (p.token_load == TokenLoad::kTma) {
+    encode<2>(p.tokens, a.data, element,
+              {{static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)},
+               {static_cast<cuuint64_t>(p.a_rows.stride * 16)},
+               {static_cast<cuuint32_t>(128 / bytes), static_cast<cuuint32_t>(task.box)}},
+              "a");
+  } else if (rows * (p.a_rows.inner ? p.a_rows.outer : p.a_rows.stride) > 0xffffffffLL) {
+    unsupported("a: rows beyond 64 GiB cannot be gathered; split the tokens over several calls");
+  }
+}
+
+}  // namespace
+
+void set_stage(Params& p, const GemmStage& stage, Element element, const TaskShape& task) {
+  const WeightSpec& spec = stage.b->spec;
+  if (stage.rows.positions > 0xfffffff0LL || stage.rows.slot_count > 0x7fffffffLL) {
+    unsupported(
+        "positions: the wgmma kernels number rows with 32 bits; split the tokens over several "
+        "calls");
+  }
+  p.rows = stage.rows;
+  p.settled = stage.list_age == ListAge::kSettled;
+  p.experts = static_cast<std::int32_t>(spec.experts);
+  p.gated = stage.activation != nullptr && is_gated(stage.activation->kind);
+  p.columns = p.gated ? spec.n / 2 : spec.n;
+  p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, task.tokens));
+  p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows % 16 == 0;
+  p.task_rows = task.rows;
+  p.row_tasks = static_cast<std::int32_t>(ceil_div(spec.n, task.rows));
+  p.c_row = stage.c_row;
+  set_tokens(p, stage, element, task);
+  set_side(p, stage);
+  set_output(p, stage.c);
+}
+
+// Gate and up rows are brought together by the map: 8 rows of gate, 8 of up, and so on, whichever
+// way the caller's N lies. So a thread's accumulators hold gate and up of the same column.
+void set_weights(Params& p, const GemmStage& stage, const WeightBox& box) {
+  const Tensor& w = weights_of(*stage.b).weight;
+  const std::int64_t bytes = size_of(box.element), n = stage.b->spec.n;
+  if (w.strides[2] != 1 || !multiples(w, 16 / bytes) || !aligned(w.data, 16)) {
+    unsupported(
+        "weight: the wgmma kernels read rows of K contiguous elements that start at multiples of "
+        "16 bytes; pass a contiguous copy");
+  }
+  const auto row = static_cast<cuuint64_t>(w.strides[1] * bytes);
+  const auto expert =
+      static_cast<cuuint64_t>(w.shape[0] > 1 ? w.strides[0] * bytes : n * w.strides[1] * bytes);
+  const auto k = static_cast<cuuint64_t>(box.row_k), experts = static_cast<cuuint64_t>(p.experts);
+  const auto half = static_cast<cuuint64_t>(p.columns);
+  const auto box_k = static_cast<cuuint32_t>(box.k), rows = static_cast<cuuint32_t>(box.rows);
+  Extent<5> extent;
+  if (!p.gated) {
+    extent = {{k, static_cast<cuuint64_t>(n), 1, 1, experts},
+              {row, expert, expert, expert},
+              {box_k, rows, 1, 1, 1}};
+  } else if (p.interleaved) {
+    extent = {{k, 8, 2, half / 8, experts},
+              {2 * row, row, 16 * row, expert},
+              {box_k, 8, 2, rows / 16, 1}};
+  } else {
+    extent = {{k, 8, 2, half / 8, experts},
+              {row, half * row, 8 * row, expert},
+              {box_k, 8, 2, rows / 16, 1}};
+  }
+  encode(p.weights, w.data, box.element, extent, "weight", box.swizzle);
+}
+
+std::string describe(const TaskShape& task) {
+  return std::to_string(task.tokens) + " tokens x " + std::to_string(task.rows) + " rows" +
+         (task.pair == 2 ? ", CTA pairs" : "");
+}
+
+int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device) {
+  const std::int64_t tasks = p.rows.max_tiles * p.sub_tiles * p.row_tasks;
+  const std::int64_t teams = device.sm_count * task.per_sm / task.pair;
+  const std::int64_t group = ceil_div(teams, p.row_tasks);
+  p.group_tiles = static_cast<std::int32_t>(group < 16 ? group : 16);
+  return static_cast<int>(tasks < teams ? tasks : teams) * task.pair;
+}
+
+}  // namespace moesaic::cuda::sm90

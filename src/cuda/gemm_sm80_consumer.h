@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// The stages in shared memory -> fp32 sums in registers.
+#pragma once
+
+#include "cuda/gemm_sm80_loader.h"
+
+namespace moesaic::cuda {
+
+// The products of one stage.
+template <typename T>
+class Sm80Consumer {
+ public:
+  using Op = typename T::Op;
+  static constexpr int kM = T::kMFrags, kN = T::kNFrags;
+  static constexpr int kBlocks = T::kDepth / Op::kBlock;
+  float acc[kM][kN][4];
+
+  __device__ Sm80Consumer(const Sm80Params& p) : p_(p), lane_(threadIdx.x % 32) {
+    const int warp = threadIdx.x / 32;
+    warp_m_ = warp % T::kWarpsM;
+    warp_n_ = warp / T::kWarpsM;
+    weights_ =
+        warp_m_ * kM * 16 * T::kWeightBytes + Op::template lane_offset_a<T::kWeightBytes>(lane_);
+    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes +
+              Op::template lane_offset_b<T::kActBytes>(lane_);
+  }
+  __device__ int warp_m() const { return warp_m_; }
+  __device__ int warp_n() const { return warp_n_; }
+  __device__ int lane() const { return lane_; }
+
+  __device__ void begin(const Sm80Work& work) {
+#pragma unroll
+    for (auto& f : acc)
+      for (auto& n : f)
+        for (float& x : n) x = 0.0f;
+    if constexpr (T::kScales) {
+      in_group_ = 0;
+      group_ = 0;
+#pragma unroll
+      for (int f = 0; f < kM; ++f) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          scale_[f][h] = 1.0f;
+          if constexpr (Op::kZeros) zero_[f][h] = Op::make_zero(p_.implicit_zero);
+          if constexpr (T::kZeros) {  // which byte (and nibble) of the copied word: its bit
+                                      // position
+            zero_byte_[f][h] = 0;
+            if (p_.zero == nullptr) continue;
+            int half;
+            const int row = (warp_m_ * kM + f) * 16 + h * 8 + lane_ / 4;
+            const std::int32_t column =
+                min(column_of<T>(p_, work.column_tile, row, half), p_.n_out - 1);
+            const std::int64_t n = weight_row(p_, column, half);
+            const auto low = static_cast<std::uint32_t>(
+                reinterpret_cast<std::uintptr_t>(p_.zero) + work.expert * p_.zero_expert +
+                (p_.zero_nibbles ? n / 2 : n) * p_.zero_row);
+            zero_byte_[f][h] = (low & 3) | (p_.zero_nibbles && n % 2 ? 4u : 0u);
+          }
+        }
+      }
+    }
+  }
+
+  // Large tiles copy between the two halves of a stage: the tensor cores then have work in hand
+  // while the addresses are computed. Small ones copy first: their bytes must be on the way early.
+  __device__ __forceinline__ void consume(std::uint32_t stage, int k, Sm80Loader<T>& loader) {
+    if constexpr (kM * kN >= 16) {
+      int row = -1;
+#pragma unroll 1
+      for (int block = 0; block < kBlocks; ++block) {
+        if (block == kBlocks / 2) loader.issue();
+        if constexpr (T::kScales) {
+          if (p_.group_blocks != 0) advance_group(stage, k + block * 32, row);
+        }
+        multiply(stage, block, row);
+      }
+    } else {
+      loader.issue();
+      if constexpr (T::kScales) {
+        int row = -1;
+        if (p_.group_blocks % T::kGroups !=
+            0) {  // several groups in a stage, or one that ends within
+#pragma unroll 1
+          for (int block = 0; block < kBlocks; ++block) {
+            advance_group(stage, k + block * 32, row);
+            multiply(stage, block, row);
+          }
+          return;
+        }
+        if (p_.group_blocks != 0) {
+          advance_group(stage, k, row);
+          in_group_ += T::kGroups - 1;
+        }
+      }
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) multiply(stage, block, 0);
+    }
+  }
+
+ private:
+  // One block of K; its token scales are in row `group` of the stage.
+  __device__ __forceinline__ void multiply(std::uint32_t stage, int block, int group) {
+    typename Op::A a[kM];
+    const std::uint32_t weights = (stage + weights_) ^ (block * (Op::kBlock * Op::kWeightBits / 8));
+    const std::uint32_t tokens = (stage + tokens_) ^ (block * (Op::kBlock * Op::kActBits / 8));
+#pragma unroll
+    for (int f = 0; f < kM; ++f) {
+      Op::template load_a<T::kWeightBytes>(a[f], weights, f * 16, zero_[f], p_.byte_flip);
+    }
+    // A pair of token fragments (or one) at a time: the next pair is read, and the last pair's sums
+    // are added, while this pair's products are in the tensor cores.
+    constexpr int kPair = kN % 2 != 0 || (Op::kPromote && kM * kN >= 32) ? 1 : 2;  // 1: registers
+    typename Op::B b[2][kPair];
+    typename Op::Sum part[2][kM][kPair][4];
+#pragma unroll
+    for (int j = 0; j < kPair; ++j) Op::template load_b<T::kActBytes>(b[0][j], tokens, j * 8);
+#pragma unroll
+    for (int n0 = 0; n0 < kN; n0 += kPair) {
+      constexpr int kNext = kPair;
+      const int now = n0 / kPair % 2;
+      if (n0 + kNext < kN) {
+#pragma unroll
+        for (int j = 0; j < kPair; ++j) {
+          Op::template load_b<T::kActBytes>(b[now ^ 1][j], tokens, (n0 + kNext + j) * 8);
+        }
+      }
+      if constexpr (Op::kPromote) {
+#pragma unroll
+        for (int f = 0; f < kM; ++f)
+#pragma unroll
+          for (int j = 0; j < kPair; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) part[now][f][j][i] = 0;
+      }
+#pragma unroll
+      for (int s = 0; s < Op::kSteps; ++s)
+#pragma unroll
+        for (int j = 0; j < kPair; ++j)
+#pragma unroll
+          for (int f = 0; f < kM; ++f) {
+            if constexpr (Op::kPromote) {
+              Op::step(s, part[now][f][j], a[f], b[now][j]);
+            } else {
+              Op::step(s, acc[f][n0 + j], a[f], b[now][j]);
+            }
+          }
+      if constexpr (Op::kPromote) {
+        if (n0 > 0) promote(part[now ^ 1], n0 - kPair, stage, group);
+      }
+    }
+    if constexpr (Op::kPromote) promote(part[(kN / kPair - 1) % 2], kN - kPair, stage, group);
+  }
+
+  // acc += scale * part, of kPair fragments from n0 on.
+  template <int kPair>
+  __device__ __forceinline__ void promote(const typename Op::Sum (&part)[kM][kPair][4], int n0,
+                                          std::uint32_t stage, int group) {
+#pragma unroll
+    for (int j = 0; j < kPair; ++j) {
+      float token_scale[2] = {1.0f, 1.0f};
+      if constexpr (T::kActScales) {
+        if (p_.a_scale_grouped) {
+          std::uint32_t s[2];
+          const int token = (warp_n_ * kN + n0 + j) * 8 + lane_ % 4 * 2;
+          ptx::load_shared8(s, stage + T::kActScaleOffset + (group * T::kTokens + token) * 4);
+          token_scale[0] = __uint_as_float(s[0]), token_scale[1] = __uint_as_float(s[1]);
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < kM; ++f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float s = scale_[f][i / 2];
+          if constexpr (T::kActScales) s = __fmul_rn(s, token_scale[i % 2]);
+          acc[f][n0 + j][i] = __fmaf_rn(static_cast<float>(part[f][j][i]), s, acc[f][n0 + j][i]);
+        }
+      }
+    }
+  }
+
+  // Enters the next block: fetches scales at the begin of a stage (row < 0) and of a group. Behind
+  // the end of K (tokens are zero there) the last ones stay.
+  __device__ __forceinline__ void advance_group(std::uint32_t stage, int k, int& row) {
+    const bool ended = in_group_ == p_.group_blocks;
+    if (k < p_.k && (ended || row < 0)) {
+      if (ended) in_group_ = 0, ++group_;
+      load_group(stage, ++row);
+    }
+    ++in_group_;
+  }
+  __device__ __forceinline__ void load_group(std::uint32_t stage, int row) {
+    const int row0 = warp_m_ * kM * 16 + lane_ / 4;
+#pragma unroll
+    for (int f = 0; f < kM; ++f) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const std::uint32_t cell = stage + (row * T::kRows + row0 + f * 16 + h * 8) * 4;
+        if constexpr (!Op::kE8M0) {
+          scale_[f][h] = ptx::load_shared_float(cell + T::kScaleOffset);
+        }
+        if constexpr (T::kZeros) {
+          if (p_.zero == nullptr) continue;
+          const std::uint32_t byte =
+              (zero_byte_[f][h] + static_cast<std::uint32_t>(group_ * p_.zero_group)) & 3;
+          std::uint32_t z = (ptx::load_shared4(cell + T::kZeroOffset) >> (byte * 8)) & 0xffu;
+          if constexpr (Op::kE8M0) {  // 2^(z - 127); 0 is 2^-127, 255 is NaN
+            scale_[f][h] =
+                __uint_as_float(z == 0 ? 0x00400000u : (z == 255 ? 0x7fc00000u : z << 23));
+          } else {
+            if (p_.zero_nibbles) z = (z >> (zero_byte_[f][h] & 4)) & 0xfu;
+            zero_[f][h] = Op::make_zero(z);
+          }
+        }
+      }
+    }
+  }
+
+  const Sm80Params& p_;
+  int lane_, warp_m_, warp_n_;
+  int weights_, tokens_;
+  int group_ = 0, in_group_ = 0;
+  float scale_[kM][2];
+  std::uint32_t zero_[kM][2];
+  std::uint32_t zero_byte_[kM][2];
+};
+
+}  // namespace moesaic::cuda

@@ -184,11 +184,11 @@ class Multiplier : private Consumer<S, Params> {
       for (int b = 0; b < 2; ++b) {
         if (b * 64 >= rows) break;
         const float* const scales = shared_.scales(stage);
-        sm90::multiply_upright<S::kElement>(
-            sums[b], {.tokens = tokens(stage, 0) + b * (8192 / 16),
-                      .weights = weights(stage, 0, 0, mine * 16384),
-                      .scale = scales + b * 64 + token,
-                      .cells = scales + S::kTokens + mine * 16});
+        sm90::multiply_upright<S::kElement>(p_, sums[b],
+                                            {.tokens = tokens(stage, 0) + b * (8192 / 16),
+                                             .weights = weights(stage, 0, 0, mine * 16384),
+                                             .scale = scales + b * 64 + token,
+                                             .cells = scales + S::kTokens + mine * 16});
       }
       release(stage);
       cursor_.advance();

@@ -9,7 +9,7 @@
 
 #include "check.h"
 #include "cuda/device.h"
-#include "cuda/family.h"
+#include "cuda/gemm.h"
 #include "cuda/stages.h"
 #include "cuda/weights.h"
 

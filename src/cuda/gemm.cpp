@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include "check.h"
-#include "cuda/family.h"
 
 namespace moesaic::cuda {
 

@@ -1,30 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel families behind Backend::gemm on CUDA. All read weights in the caller's own layout
-// [E, N, K]. Which family runs a scheme on a device is decided in one place: gemm.cpp.
+// [E, N, K]. Which family runs a scheme on a device is decided in one place: find_family.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <string>
 #include <vector>
 
 #include "backend.h"
 #include "cuda/launch.h"
 
 namespace moesaic::cuda {
-
-// Packed weights on this device: the dense copy of one product.
-class CudaWeights : public PackedWeights {
- public:
-  const GemmWeights& view() const { return view_; }  // dense [E, N, K], scales f32, zero points
-
- protected:
-  GemmWeights view_;
-};
-
-// The weights a stage reads, packed or the caller's.
-inline const GemmWeights& weights_of(const WeightOperand& b) {
-  return b.packed ? static_cast<const CudaWeights*>(b.packed)->view() : b.plain;
-}
 
 // One kernel family. Functions are pure but for `run`.
 struct GemmFamily {
@@ -39,5 +26,13 @@ struct GemmFamily {
 const GemmFamily& family_sm90();          // wgmma + TMA, SM90a: f16, bf16, fp8 w8a8
 const GemmFamily& family_sm90_dequant();  // the same, weights widened in registers: weight-only
 const GemmFamily& family_sm80();          // mma.sync + cp.async: every scheme the backend supports
+
+// The first of them, in this order, that runs the scheme on the device; null: no kernel here takes
+// it.
+const GemmFamily* find_family(const WeightSpec& spec, const DeviceTraits& device);
+// Throws kUnsupported with refusal() instead.
+const GemmFamily& family_for(const WeightSpec& spec, const DeviceTraits& device);
+// Why no family takes it, and what to use instead.
+std::string refusal(const WeightSpec& spec);
 
 }  // namespace moesaic::cuda

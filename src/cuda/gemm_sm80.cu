@@ -7,6 +7,7 @@
 #include "check.h"
 #include "cuda/gemm.h"
 #include "cuda/gemm_sm80.h"
+#include "cuda/weights.h"
 
 namespace moesaic::cuda {
 namespace {

@@ -6,6 +6,7 @@
 #include "cuda/gemm.h"
 #include "cuda/gemm_sm90.h"
 #include "cuda/gemm_sm90_host.h"
+#include "cuda/weights.h"
 
 namespace moesaic::cuda {
 namespace {

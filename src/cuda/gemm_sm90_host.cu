@@ -2,6 +2,7 @@
 #include <string>
 
 #include "check.h"
+#include "cuda/weights.h"
 #include "cuda/gemm_sm90_host.h"
 
 namespace moesaic::cuda::sm90 {

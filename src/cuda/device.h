@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "divide.h"
 #include "moesaic/types.h"
 
 namespace moesaic::cuda {
@@ -40,9 +41,6 @@ inline cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(str
 inline Dependency overlap(const DeviceTraits& device) {
   return device.compute_capability >= 90 ? Dependency::kOverlap : Dependency::kFull;
 }
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // Blocks for `work` blocks' worth of a grid-stride loop: enough to fill the machine a few times
 // over.

@@ -7,10 +7,10 @@
 
 #include "cuda/gemm.h"
 #include "cuda/gemm_sm90.h"
+#include "divide.h"
 
 namespace moesaic::cuda::sm90 {
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 bool aligned(const void* data, std::size_t bytes);
 
 // What a kernel does at a time.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device side of align: which group of rows a slot belongs to, and its rank among the slots before
-// it.
+// Device side of align, by slots and by groups: which group of rows a slot belongs to, its rank
+// among the slots before it; where each group begins, and what is written of a slot once that is
+// known.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -112,6 +113,106 @@ __device__ __forceinline__ void sum_warps(const AlignParams& p, int warps, std::
 __device__ __forceinline__ void clear(std::uint16_t* counters, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
   __syncthreads();
+}
+
+// --- groups ---
+// From counts (in table.live) to the table and every small output. One block; all threads call it.
+__device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p,
+                                                      const GroupTable& table) {
+  const int per_thread = (p.groups + blockDim.x - 1) / blockDim.x;
+  const int begin = threadIdx.x * per_thread;
+  const int end = begin + per_thread < p.groups ? begin + per_thread : p.groups;
+  const auto padded = [&](int live) {
+    const auto block = static_cast<unsigned>(p.block_rows);
+    return block > 0 ? static_cast<std::int32_t>((live + block - 1) / block * block) : live;
+  };
+  const auto tiles_of = [&](int live) {
+    const auto rows = static_cast<unsigned>(p.tile_rows);
+    return static_cast<std::int32_t>((live + rows - 1) / rows);
+  };
+  const bool counts_meet = p.tokens_per_expert != nullptr && p.block_rows > 0;
+  if (counts_meet) {  // several experts of the model may map to one local expert: their rows add up
+    for (int e = threadIdx.x; e < p.local_count; e += blockDim.x) p.tokens_per_expert[e] = 0;
+    __syncthreads();
+  }
+  ScanSums mine;
+  std::int32_t lost = 0;
+  for (int g = begin; g < end; ++g) {
+    int live = table.live[g];
+    if (p.batched && live > p.capacity) {
+      lost += live - static_cast<int>(p.capacity);
+      live = static_cast<int>(p.capacity);
+      table.live[g] = live;
+    }
+    mine = {mine.rows + padded(live), mine.tiles + tiles_of(live)};
+    if (counts_meet) {
+      const int expert = expert_of(p, g);
+      if (expert >= 0 && live > 0) atomicAdd(p.tokens_per_expert + expert, live);
+    } else if (p.tokens_per_expert != nullptr) {
+      p.tokens_per_expert[g] = live;
+    }
+  }
+  ScanSums total;
+  ScanSums at = block_scan(mine, &total);
+  for (int g = begin; g < end; ++g) {
+    table.start[g] = at.rows;
+    table.first_tile[g] = at.tiles;
+    at = {at.rows + padded(table.live[g]), at.tiles + tiles_of(table.live[g])};
+  }
+  ScanSums lost_total;
+  if (p.dropped != nullptr) block_scan({lost, 0}, &lost_total);
+  if (threadIdx.x == 0) {
+    if (p.num_tiles != nullptr)
+      *p.num_tiles =
+          total.tiles < p.max_tiles ? total.tiles : static_cast<std::int32_t>(p.max_tiles);
+    if (p.num_padded != nullptr) *p.num_padded = total.rows;
+    if (p.dropped != nullptr) *p.dropped = lost_total.rows;
+  }
+  __syncthreads();
+  return total.tiles;
+}
+
+// A slot at `rank` within its group (padded and compact: `base` is the group's first position).
+__device__ __forceinline__ void place(const AlignParams& p, std::int64_t slot, int group,
+                                      std::int64_t base, std::int64_t rank) {
+  std::int64_t position = -1;
+  if (group >= 0) {
+    if (p.batched)
+      position = rank < p.capacity ? group * p.capacity + rank : -1;
+    else
+      position = base + rank;
+    if (position >= p.positions) position = -1;
+  }
+  if (position >= 0 && p.row_slot != nullptr)
+    p.row_slot[position] = static_cast<std::int32_t>(slot);
+  if (p.slot_row != nullptr) p.slot_row[slot] = static_cast<std::int32_t>(position);
+}
+
+// Padded lists: everything is padding until a slot is placed there.
+__device__ __forceinline__ void fill_padding(const AlignParams& p, std::int64_t begin,
+                                             std::int64_t stride) {
+  if (p.block_rows == 0 || p.row_slot == nullptr) return;
+  for (std::int64_t i = begin; i < p.positions; i += stride)
+    p.row_slot[i] = static_cast<std::int32_t>(p.slot_count);
+}
+__device__ __forceinline__ void write_blocks(const AlignParams& p, const GroupTable& table,
+                                             std::int32_t rows_used, std::int64_t begin,
+                                             std::int64_t stride) {
+  if (p.block_experts == nullptr) return;
+  for (std::int64_t b = begin; b < p.positions / p.block_rows; b += stride) {
+    const std::int64_t row = b * p.block_rows;
+    int expert = -1;
+    if (row < rows_used) {
+      expert = expert_of(p, group_at(table.start, p.groups, static_cast<std::int32_t>(row)));
+    }
+    p.block_experts[b] = expert;
+  }
+}
+
+__device__ __forceinline__ std::int32_t padded_rows(const AlignParams& p, const GroupTable& table) {
+  const int last = p.groups - 1;
+  const std::int64_t live = table.live[last], block = p.block_rows > 0 ? p.block_rows : 1;
+  return table.start[last] + static_cast<std::int32_t>((live + block - 1) / block * block);
 }
 
 }  // namespace moesaic::cuda

@@ -12,6 +12,9 @@
 
 namespace moesaic::cuda {
 
+inline constexpr int kThreads = 256;  // of every quantizer's block
+inline constexpr int kWarps = kThreads / 32;
+
 struct QuantizeParams {
   const void* input = nullptr;
   std::int64_t input_rows = 0, input_stride = 0, columns = 0;

@@ -220,7 +220,8 @@ QuantizeParams make_params(const QuantizeStage& s) {
     p.positions = s.output.shape[0];
   }
   if (s.rows != nullptr) {
-    p.settled = s.list_age == ListAge::kSettled;
+    // Row weights, which are looked up with the row, are not promised to be as old as the list.
+    p.settled = s.list_age == ListAge::kSettled && s.row_weights == nullptr;
     // Rows that lie where their positions say, and have no factor, need no slot. A caller's padding
     // is then quantized with the rest, and nobody reads it; but it must not enter a scale that
     // others share.

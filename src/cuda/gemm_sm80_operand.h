@@ -12,9 +12,9 @@
 //            sides agree, and so the caller's plain layout *is* fragment order: one 4, 8 or 16 byte
 //            read per row, no shuffles, no repacking.
 // Quantized weights enter the product as the exact integers (or e4m3 values) they store; their
-// scales multiply fp32 partial sums of 32 elements (see gemm_sm80_consumer.h). Rounding w = round16(q
-// * scale) would be less exact and, at decode, cost more instructions than the memory leaves time
-// for.
+// scales multiply fp32 partial sums of 32 elements (see gemm_sm80_consumer.h). Rounding
+// w = round16(q * scale) would be less exact and, at decode, cost more instructions than the memory
+// leaves time for.
 #pragma once
 
 #include "cuda/ptx_sm80.h"

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Programmatic dependent launch, the device's side: kernels of a stream overlap, and this is what each of them keeps to
-// (a launch asks for it with Dependency::kOverlap; below SM90 there is no such thing, and the functions are empty).
+// Programmatic dependent launch, the device's side: kernels of a stream overlap, and this is what
+// each of them keeps to. (A launch asks for it with Dependency::kOverlap; below SM90 there is no
+// such thing, and the functions are empty.)
 //
-// 1. Nothing that an earlier kernel wrote or reads is touched before wait_for_earlier_kernels: it returns when all of
-//    them have ended and what they wrote is visible. (Weights are written by no kernel: they may be fetched before.)
-// 2. let_next_kernel_start comes behind the wait, never before. The next kernel may then be scheduled on free SMs; it
-//    waits for our end in the same way. So once a kernel has started, all have ended but the one in front of it, and
-//    what only those have to do with it may use without a wait: ListAge::kSettled says so of lists. It reads them
-//    through L2 (__ldcg), because a line of L1 may be older.
+// 1. Nothing that an earlier kernel wrote or reads is touched before wait_for_earlier_kernels: it
+//    returns when all of them have ended and what they wrote is visible. (Weights are written by no
+//    kernel: they may be fetched before.)
+// 2. let_next_kernel_start comes behind the wait, never before. The next kernel may then be
+//    scheduled on free SMs; it waits for our end in the same way. So once a kernel has started, all
+//    have ended but the one in front of it, and what that one does not touch may be used without a
+//    wait: ListAge::kSettled says so of lists. Such reads go through L2 (__ldcg), because a line of
+//    L1 may be older.
 // 3. Every grid waits before it ends, whatever it had to do: its successor waits for nobody else.
 #pragma once
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hopper's own instructions as functions: mbarrier, TMA, cp.async, stmatrix, warpgroup control. With
-// the other ptx_*_sm90.h and overlap.h all inline assembly of the SM90 families.
+// Hopper's own instructions as functions: mbarrier, TMA, cp.async, stmatrix, warpgroup control.
+// With the other ptx_*_sm90.h and overlap.h all inline assembly of the SM90 families.
 #pragma once
 
 #include <cuda.h>

@@ -98,8 +98,8 @@ __device__ __forceinline__ unsigned expert_max(const QuantizeParams& p, std::int
   return __reduce_max_sync(kAllLanes, top);
 }
 
-// A settled list says where the first row lies before the kernel in front has ended. A dynamic scale per tensor gains
-// nothing by that: behind tensor_absmax, a short kernel, its maxima are wanted first.
+// A settled list says where the first row lies before the kernel in front has ended. A dynamic scale
+// per tensor gains nothing by that: behind tensor_absmax, a short kernel, its maxima come first.
 template <typename In, int kVec>
 __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, int row_threads) {
   bool begun = !p.settled || p.granularity == ActScale::kTensorDynamic;

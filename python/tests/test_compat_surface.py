@@ -106,6 +106,20 @@ def test_flashinfer_deepseek_blocks():
     _close(y, _layer64(x, ids, weights, q1.float() * s1, q2.float() * s2, gate_first=False), 0.06)
 
 
+def test_flashinfer_int4_groups():
+    x, ids, weights, _, _ = _problem()
+    group = 32
+    q1, q2 = (torch.randint(0, 256, s, dtype=torch.uint8) for s in ((E, 2 * I, H // 2), (E, H, I // 2)))
+    s1, s2 = torch.rand(E, 2 * I, H // group) * 0.02, torch.rand(E, H, I // group) * 0.02
+
+    def numbers(q, s):
+        pair = torch.stack([q & 15, q >> 4], -1).reshape(*q.shape[:-1], -1)
+        return (pair.float() - 8) * s.repeat_interleave(group, 2)
+
+    y = flashinfer.cutlass_fused_moe(x, ids, weights, q1, q2, torch.bfloat16, [s1, s2])[0]
+    _close(y, _layer64(x, ids, weights, numbers(q1, s1), numbers(q2, s2), gate_first=False), 1e-2)
+
+
 # --- SGLang ---------------------------------------------------------------------------------------------
 
 def test_sglang_names():
@@ -232,6 +246,27 @@ def test_sglang_other_pieces():
     assert torch.allclose(sglang.gelu_tanh_and_mul(h), tanh, atol=1e-6)
     q, s = sglang.scaled_fp8_quant(h[0], num_token_padding=8)
     assert q.shape == (8, 32) and (q[5:].float() == 0).all() and s.numel() == 1
+
+
+@pytest.mark.parametrize("module", ["sglang", "vllm", "flashinfer"])
+def test_nothing_is_cached_by_address(module):
+    """Weights changed in place are used by the next call."""
+    x, ids, weights, w1, w2 = _problem()
+    gate_first = module != "flashinfer"
+
+    def run():
+        if module == "sglang":
+            return sglang.fused_experts(x, w1, w2, (weights, ids, None))
+        if module == "flashinfer":
+            return flashinfer.cutlass_fused_moe(x, ids, weights, w1, w2, torch.bfloat16, [])[0]
+        kernel = v0_22.FusedMoEKernel(v0_22.BatchedPrepareAndFinalize(T, E, 1, 0), v0_22.BatchedTritonExperts(
+            None, v0_22.FUSED_MOE_UNQUANTIZED_CONFIG, T, 1))
+        return kernel.apply(x, w1, w2, weights, ids, v0_22.MoEActivation.SILU, E, None, False)
+
+    for _ in range(3):
+        _close(run(), _layer64(x, ids, weights, w1, w2, gate_first), 1e-2)
+        w1.copy_(torch.randn_like(w1) * 0.3)
+        w2.copy_(torch.randn_like(w2) * 0.3)
 
 
 # --- vLLM -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import copy
 import pickle
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -367,3 +368,30 @@ def test_jax_in_jax_out():
     y = bf16(jnp.asarray(X, jnp.bfloat16), jnp.asarray(IDS), jnp.asarray(P))
     assert isinstance(y, jax.Array) and y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float32), _forward(), rtol=0.1, atol=0.05)
+
+
+def test_the_gil_is_released():
+    """Nobody is made to give the GIL up here (the switch interval is endless), so that another thread runs during a
+    forward only if the forward lets go of it."""
+    layer = moesaic.Layer(experts=4, hidden=512, intermediate=1024, top_k=2, max_tokens=512, scheme="f32")
+    layer.load(dict(weight=_f(4, 2048, 512)), dict(weight=_f(4, 512, 1024)))
+    call = _f(512, 512), np.tile(np.array([[0, 3]], np.int32), (512, 1)), np.ones((512, 2), np.float32)
+    layer(*call)
+    state, seen, interval = [], set(), sys.getswitchinterval()
+
+    def work():
+        state.append("in")
+        layer(*call)
+        state.append("out")
+
+    thread = threading.Thread(target=work)
+    sys.setswitchinterval(1e3)
+    try:
+        thread.start()
+        while len(state) < 2:
+            seen.add(tuple(state))
+            time.sleep(0)
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert ("in",) in seen

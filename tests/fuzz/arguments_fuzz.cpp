@@ -55,8 +55,11 @@ class Memory {
     if (source_.rare() && shape.size() < Tensor::kMaxRank) shape.push_back(2);
     if (source_.rare() && shape.size() > 1) shape.pop_back();
     Tensor t = Tensor::contiguous(nullptr, dtype, shape.data(), static_cast<int>(shape.size()));
-    if (source_.rare())
-      t.strides[static_cast<std::size_t>(source_.below(t.rank))] += source_.below(7) - 3;
+    if (source_.rare()) {
+      std::int64_t& stride = t.strides[static_cast<std::size_t>(source_.below(t.rank))];
+      const std::int64_t change = source_.below(7) - 3;
+      if (stride < INT64_MAX - 3) stride += change;
+    }
     // Room for what shape and strides address; impossible ones get none.
     __int128 low = 0, high = 0;
     bool empty = false, bad = false;

@@ -6,6 +6,11 @@
 
 namespace moesaic {
 
+#ifdef MOESAIC_HAS_CUDA
+// Why no device was found, in the CUDA runtime's words: cuda/backend_cuda.cpp. No part of the contract, only of a message.
+std::string cuda_absence();
+#endif
+
 const Backend& backend(Device device) {
   if (device.type == DeviceType::kCpu) {
     if (device.index != 0)
@@ -14,8 +19,8 @@ const Backend& backend(Device device) {
   }
 #ifdef MOESAIC_HAS_CUDA
   if (const Backend* found = cuda_backend(device.index)) return *found;
-  unsupported("device: this machine has no usable " + to_string(device) +
-              "; moesaic info lists what there is. Use cpu");
+  unsupported("device: this machine has no usable " + to_string(device) + " (" + cuda_absence() +
+              "); moesaic info lists what there is. Use cpu");
 #else
   unsupported(
       "device: " + to_string(device) +

@@ -22,8 +22,15 @@ def devices() -> list:
 
 
 def info() -> dict:
-    """Version, devices, and for each scheme the formats that each device runs."""
+    """Version, devices, for each scheme the formats that each device runs, and under "cuda" why there is no CUDA
+    device ("" when there is one)."""
     shape = dict(experts=8, hidden=512, intermediate=512, top_k=2, max_tokens=1)
+    why = ""
+    if not any(d["device"].startswith("cuda") for d in devices()):
+        try:
+            why = supports(shape, "standard", "cuda:0")
+        except ValueError as error:
+            why = str(error)
     runs: dict = {}
     for device in (d["device"] for d in devices()):
         for scheme in schemes():
@@ -31,7 +38,7 @@ def info() -> dict:
             config = dict(shape, quant=dict(scheme=scheme), input_dtype=dtype, output_dtype=dtype)
             runs.setdefault(scheme, {})[device] = [f for f in ("standard", "sorted", "batched")
                                                    if not supports(config, f, device)]
-    return dict(version=__version__, devices=devices(), runs=runs)
+    return dict(version=__version__, devices=devices(), cuda=why, runs=runs)
 
 
 def schemes() -> list:

@@ -46,4 +46,6 @@ def test_what_is_not_there_is_named(tmp_path):
 
 def test_info():
     info = moesaic.info()
+    has_cuda = any(d["device"].startswith("cuda") for d in info["devices"])
+    assert (info["cuda"] == "") if has_cuda else info["cuda"].startswith("device: ")
     assert info["version"] == moesaic.__version__ and info["runs"]["int4_w4a16"]["cpu"] == ["standard", "sorted", "batched"]

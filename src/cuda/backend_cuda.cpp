@@ -172,15 +172,20 @@ DeviceBackends make_backends(int index) {
   return made;
 }
 
+// What the runtime says of the machine: no driver, one that is too old, no device.
+cudaError_t count_devices(int& count) {
+  count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) (void)cudaGetLastError();
+  return status;
+}
+
 // Made once for all devices, when the first of them is asked for; contexts are not created here.
 const std::vector<DeviceBackends>& all_backends() {
   static const std::vector<DeviceBackends> all = [] {
     std::vector<DeviceBackends> made;
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess) {  // no driver, or no device: not an error here
-      (void)cudaGetLastError();
-      return made;
-    }
+    int count;
+    if (count_devices(count) != cudaSuccess) return made;  // not an error here
     for (int index = 0; index < count; ++index) made.push_back(make_backends(index));
     return made;
   }();
@@ -209,6 +214,13 @@ std::atomic<Level>& level() {
 }  // namespace moesaic::cuda
 
 namespace moesaic {
+
+std::string cuda_absence() {
+  int count;
+  const cudaError_t status = cuda::count_devices(count);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  return std::to_string(count) + " CUDA devices, which must be SM80 or newer";
+}
 
 const Backend* cuda_backend(int index) {
   const auto& all = cuda::all_backends();

@@ -51,7 +51,7 @@ int main() {
     const LayerConfig config = config_of({.first = rank * half, .count = half});
     std::vector<float> rows(half * capacity * kHidden), out(rows.size());
     std::vector<std::int32_t> counts(half), slot_row(kTokens * kTopK);
-    WorkspaceBuffer workspace({}, stage_workspace_bytes(config, Format::kBatched, kTokens, capacity));
+    WorkspaceBuffer workspace({}, stage_workspace_bytes(config, {.tokens = kTokens, .capacity = capacity}));
     prepare(config, {.hidden_states = f32(x, {kTokens, kHidden}), .topk_ids = i32(ids, {kTokens, kTopK}),
                      .rows = f32(rows, {half, capacity, kHidden}), .num_tokens = i32(counts, {half}),
                      .slot_row = i32(slot_row, {kTokens, kTopK}), .workspace = workspace.view()});

@@ -120,7 +120,7 @@ void run_sorted(const Layer& layer, const Batch& batch, const Execution& how, Bu
   e.output =
       b->output("slot outputs", how.expert_output, {slots, config.hidden}, b->placement()).view();
   e.workspace =
-      b->workspace(stage_workspace_bytes(config, Format::kSorted, tokens, capacity, b->device()));
+      b->workspace(stage_workspace_bytes(config, {Format::kSorted, tokens, capacity, b->device()}));
   experts(layer, e);
 
   // Ids that no list holds have no row: they are skipped by their id.
@@ -181,8 +181,8 @@ void run_batched(const Layer& layer, const Batch& batch, const Execution& how, B
   p.slot_row = b->output("slot_row", DType::kI32, {tokens, config.top_k}).view();
   const DeviceTensor& status = b->output("status", DType::kI32, {1});
   p.status = status.view();
-  p.workspace = b->workspace(stage_workspace_bytes(defer ? plain : config, Format::kBatched, tokens,
-                                                   capacity, b->device()));
+  p.workspace = b->workspace(stage_workspace_bytes(
+      defer ? plain : config, {Format::kBatched, tokens, capacity, b->device()}));
   if (defer)
     prepare(plain, p);
   else
@@ -197,7 +197,7 @@ void run_batched(const Layer& layer, const Batch& batch, const Execution& how, B
                        b->placement())
                  .view();
   e.workspace =
-      b->workspace(stage_workspace_bytes(config, Format::kBatched, tokens, capacity, b->device()));
+      b->workspace(stage_workspace_bytes(config, {Format::kBatched, tokens, capacity, b->device()}));
   experts(layer, e);
 
   FinalizeArgs f;

@@ -29,7 +29,7 @@ FormatRunner::FormatRunner(const Layer& layer, Format format, std::int64_t token
         (align_capacity(slots, c.experts, block_rows_) + block_rows_ - 1) / block_rows_;
     const std::int64_t positions = blocks * block_rows_;
     workspace_ = WorkspaceBuffer(
-        device, stage_workspace_bytes(c, Format::kSorted, tokens, positions, device));
+        device, stage_workspace_bytes(c, {Format::kSorted, tokens, positions, device}));
     slots_ = DeviceTensor(device, DType::kI32, {positions});
     block_experts_ = DeviceTensor(device, DType::kI32, {blocks});
     num_padded_ = DeviceTensor(device, DType::kI32, {1});
@@ -37,7 +37,7 @@ FormatRunner::FormatRunner(const Layer& layer, Format format, std::int64_t token
     align_workspace_ = WorkspaceBuffer(device, align_workspace_bytes(slots, c.experts, device));
     return;
   }
-  workspace_ = WorkspaceBuffer(device, stage_workspace_bytes(c, format, tokens, capacity_, device));
+  workspace_ = WorkspaceBuffer(device, stage_workspace_bytes(c, {format, tokens, capacity_, device}));
   const WeightSpec fc1 = weight_spec(c, Product::kFc1);
   rows_ = DeviceTensor(device, fc1.act_dtype, {local, capacity_, c.hidden});
   if (fc1.act_scale != ActScale::kDefault) {

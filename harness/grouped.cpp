@@ -166,7 +166,7 @@ class GroupedRun {
   void make_c(std::vector<std::int64_t> shape) {
     c_tensor_ = DeviceTensor(device_, c_.c, shape, c_.placement);
     on_device_.c = c_tensor_.view();
-    on_host_.c = Tensor::contiguous(nullptr, c_.c, shape.data(), static_cast<int>(shape.size()));
+    on_host_.c = Tensor::contiguous(nullptr, c_.c, shape);
   }
 
   std::string compare_rows() const {

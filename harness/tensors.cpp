@@ -47,7 +47,7 @@ std::int64_t HostTensor::numel() const {
 }
 Tensor HostTensor::view() const {
   if (!defined()) return {};
-  return Tensor::contiguous(bytes_.data(), dtype_, shape_.data(), static_cast<int>(shape_.size()));
+  return Tensor::contiguous(bytes_.data(), dtype_, shape_);
 }
 
 double load_element(const void* data, DType dtype, std::int64_t index) {
@@ -133,7 +133,7 @@ DeviceTensor::DeviceTensor(Device device, DType dtype, std::vector<std::int64_t>
                            Placement placement)
     : shape_(std::move(shape)) {
   view_ =
-      Tensor::contiguous(nullptr, dtype, shape_.data(), static_cast<int>(shape_.size()), device);
+      Tensor::contiguous(nullptr, dtype, shape_, device);
   if (placement == Placement::kStrided && view_.rank > 1) {
     std::int64_t stride = shape_.back() + kRowGap;
     for (int d = view_.rank - 2; d >= 0; --d) {

@@ -24,6 +24,14 @@ PrepareArgs to_prepare(const moesaic_prepare_args* given) {
           .stream = {a.stream}};
 }
 
+StageShape to_stage_shape(const moesaic_stage_shape* given) {
+  const auto s = read("shape", given, moesaic_stage_shape MOESAIC_STAGE_SHAPE);
+  return {.format = to_format(s.format),
+          .tokens = s.tokens,
+          .capacity = s.capacity,
+          .device = to_device(s.device)};
+}
+
 ExpertsArgs to_experts(const moesaic_experts_args* given) {
   const auto a = read("args", given, moesaic_experts_args MOESAIC_EXPERTS_ARGS);
   return {.format = to_format(a.format),
@@ -117,12 +125,9 @@ moesaic_status moesaic_finalize(const moesaic_layer_config* config,
   return guarded([&] { finalize(to_config(config), to_finalize(args)); });
 }
 moesaic_status moesaic_stage_workspace_bytes(const moesaic_layer_config* config,
-                                             moesaic_format format, int64_t tokens,
-                                             int64_t capacity, moesaic_device device,
-                                             size_t* bytes) {
+                                             const moesaic_stage_shape* shape, size_t* bytes) {
   return guarded([&] {
-    needed("bytes", bytes) = stage_workspace_bytes(to_config(config), to_format(format), tokens,
-                                                   capacity, to_device(device));
+    needed("bytes", bytes) = stage_workspace_bytes(to_config(config), to_stage_shape(shape));
   });
 }
 

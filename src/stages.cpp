@@ -400,8 +400,8 @@ void finalize(const LayerConfig& config, const FinalizeArgs& args) {
   run_finalize(make_plan(config, args.output.device), args);
 }
 
-std::size_t stage_workspace_bytes(const LayerConfig& config, Format format, std::int64_t tokens,
-                                  std::int64_t capacity, Device device) {
+std::size_t stage_workspace_bytes(const LayerConfig& config, const StageShape& shape) {
+  const auto [format, tokens, capacity, device] = shape;
   check_range("tokens", tokens, 0, INT64_C(0x7fffffff) / std::max<std::int64_t>(1, config.top_k));
   check_range("capacity", capacity, 0, INT64_C(0x7fffffff));
   const LayerPlan plan = make_plan(config, device);

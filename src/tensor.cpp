@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensor views, devices, workspaces.
+#include <algorithm>
 #include <fmt/format.h>
 
 #include <charconv>
@@ -46,10 +47,12 @@ Device parse_device(std::string_view text) {
   invalid(fmt::format("device: expected cpu, cuda or cuda:N, got '{}'", text));
 }
 
-Tensor Tensor::contiguous(const void* data, DType dtype, const std::int64_t* shape, int rank,
+Tensor Tensor::contiguous(const void* data, DType dtype, std::span<const std::int64_t> shape,
                           Device device) {
+  const auto rank = static_cast<int>(std::min<std::size_t>(shape.size(), kMaxRank + 1));
   if (rank < 1 || rank > kMaxRank)
-    invalid(fmt::format("tensor: expected rank 1 to {}, got {}; reshape it", kMaxRank, rank));
+    invalid(fmt::format("tensor: expected rank 1 to {}, got {}; reshape it", kMaxRank,
+                        shape.size()));
   Tensor t{.data = const_cast<void*>(data), .dtype = dtype, .device = device, .rank = rank};
   std::int64_t stride = 1;
   for (int i = rank - 1; i >= 0; --i) {
@@ -62,7 +65,7 @@ Tensor Tensor::contiguous(const void* data, DType dtype, const std::int64_t* sha
 
 Tensor Tensor::contiguous(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
                           Device device) {
-  return contiguous(data, dtype, shape.begin(), static_cast<int>(shape.size()), device);
+  return contiguous(data, dtype, std::span(shape.begin(), shape.size()), device);
 }
 
 std::int64_t Tensor::numel() const {

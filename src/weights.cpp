@@ -220,7 +220,8 @@ void SideStore::load(std::int64_t expert, const SideTensors& one, std::string_vi
       memory_.push_back(backend_->allocate(size));
       bytes_ += size;
       const std::int64_t shape[2] = {spec_.experts, entry.width};
-      stored = Tensor::contiguous(memory_.back(), DType::kF32, shape, entry.width > 1 ? 2 : 1,
+      stored = Tensor::contiguous(memory_.back(), DType::kF32,
+                                  std::span(shape).first(entry.width > 1 ? 2 : 1),
                                   backend_->info().device);
       entry.seen.assign(static_cast<std::size_t>(spec_.experts), false);
     }

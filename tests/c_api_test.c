@@ -125,8 +125,11 @@ static void test_stages(void) {
   moesaic_prepare_args prepare = MOESAIC_PREPARE_ARGS;
   moesaic_experts_args experts = MOESAIC_EXPERTS_ARGS;
   moesaic_finalize_args finalize = MOESAIC_FINALIZE_ARGS;
+  moesaic_stage_shape shape = MOESAIC_STAGE_SHAPE;
 
-  EXPECT_OK(moesaic_stage_workspace_bytes(&config, MOESAIC_BATCHED, T, CAPACITY, kCpu, &bytes));
+  shape.tokens = T;
+  shape.capacity = CAPACITY;
+  EXPECT_OK(moesaic_stage_workspace_bytes(&config, &shape, &bytes));
   EXPECT_OK(moesaic_workspace_create(kCpu, bytes, &workspace));
   prepare.hidden_states = &x_view;
   prepare.topk_ids = &ids_view;

@@ -349,7 +349,10 @@ TEST_P(Convert, WrittenLayerLoadsAgainBitForBit) {
   const Checkpoint demo = Checkpoint::open(MOESAIC_SOURCE_DIR "/examples/data/qwen3-moe-tiny");
   QuantSpec quant = GetParam().quant;
   std::int64_t calls = 0;
-  quantize_layer(demo, 1, quant, out, [&](std::int64_t, std::int64_t) { ++calls; });
+  quantize_layer(demo, {.layer = 1,
+                        .quant = quant,
+                        .out_path = out,
+                        .progress = [&](std::int64_t, std::int64_t) { ++calls; }});
   EXPECT_EQ(calls, 16);
   const Checkpoint native = Checkpoint::open(out);
   ASSERT_EQ(native.layers().size(), 1u);

@@ -266,7 +266,8 @@ TEST_P(Transformers, TheCommandGivesTheSameAnswer) {
 TEST_P(Transformers, QuantizedLayerLoadsAgain) {
   const Checkpoint checkpoint = Checkpoint::open(path_);
   const std::string out = path_ + "/native.safetensors";
-  quantize_layer(checkpoint, kLayer, {.scheme = Scheme::kFp8W8A16}, out);
+  quantize_layer(checkpoint,
+                 {.layer = kLayer, .quant = {.scheme = Scheme::kFp8W8A16}, .out_path = out});
   const Checkpoint native = Checkpoint::open(out);
   EXPECT_EQ(native.family(), "moesaic");
   const LayerOverrides as_fp8{.scheme = Scheme::kFp8W8A16};

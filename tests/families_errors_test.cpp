@@ -152,8 +152,9 @@ TEST(Families, NativeMetadataIsChecked) {
   Model m;
   m.per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
   const std::string out = m.path() + "/native.safetensors";
-  quantize_layer(m.open(), 0, {.scheme = Scheme::kInt4W4A16, .group_size = 4, .zero_points = true},
-                 out);
+  quantize_layer(m.open(),
+                 {.quant = {.scheme = Scheme::kInt4W4A16, .group_size = 4, .zero_points = true},
+                  .out_path = out});
   const TensorFile file = TensorFile::open(out);
   const Json good = Json::parse(file.metadata().at("moesaic"));
   std::vector<NamedTensor> tensors;

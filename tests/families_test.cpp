@@ -245,7 +245,7 @@ TEST(Families, ALayerIsNotWrittenOverItsOwnCheckpoint) {
   for (const std::string& out : {own, m.path() + "/./model.safetensors", link}) {
     EXPECT_TRUE(c.files().is_mapped(out));
     try {
-      quantize_layer(c, 0, {.scheme = Scheme::kInt8Channel}, out);
+      quantize_layer(c, {.quant = {.scheme = Scheme::kInt8Channel}, .out_path = out});
       ADD_FAILURE() << out << " was overwritten";
     } catch (const Error& e) {
       EXPECT_EQ(e.code(), ErrorCode::kInvalidArgument);

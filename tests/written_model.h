@@ -42,7 +42,7 @@ class Model {
            std::vector<std::uint16_t> data) {
     storage_.push_back(std::make_unique<std::vector<std::uint16_t>>(std::move(data)));
     tensors_.push_back({name, Tensor::contiguous(storage_.back()->data(), DType::kBF16,
-                                                 shape.data(), static_cast<int>(shape.size()))});
+                                                 shape)});
   }
   // One tensor of any bytes.
   template <typename T>
@@ -51,8 +51,7 @@ class Model {
     storage_.push_back(
         std::make_unique<std::vector<std::uint16_t>>((data.size() * sizeof(T) + 1) / 2));
     std::memcpy(storage_.back()->data(), data.data(), data.size() * sizeof(T));
-    tensors_.push_back({name, Tensor::contiguous(storage_.back()->data(), dtype, shape.data(),
-                                                 static_cast<int>(shape.size()))});
+    tensors_.push_back({name, Tensor::contiguous(storage_.back()->data(), dtype, shape)});
   }
   void put_zeros(const std::string& name, std::vector<std::int64_t> shape) {
     std::int64_t n = 1;

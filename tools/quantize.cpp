@@ -41,10 +41,12 @@ int quantize(const QuantizeFlags& flags, const Common& common) {
   const CheckpointLayer& layer = checkpoint.layer(flags.layer);
   {
     Progress progress;
-    quantize_layer(checkpoint, flags.layer, quant, flags.out,
-                   [&](std::int64_t done, std::int64_t total) {
-                     progress.show(fmt::format("expert {} of {}", done, total));
-                   });
+    quantize_layer(checkpoint, {.layer = flags.layer,
+                                .quant = quant,
+                                .out_path = flags.out,
+                                .progress = [&](std::int64_t done, std::int64_t total) {
+                                  progress.show(fmt::format("expert {} of {}", done, total));
+                                }});
   }
   std::error_code error;
   const std::uintmax_t size = std::filesystem::file_size(flags.out, error);

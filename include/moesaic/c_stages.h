@@ -92,11 +92,20 @@ MOESAIC_C_API moesaic_status moesaic_experts(const moesaic_layer_config* config,
                                              const moesaic_experts_args* args);
 MOESAIC_C_API moesaic_status moesaic_finalize(const moesaic_layer_config* config,
                                               const moesaic_finalize_args* args);
-/* What any of the three needs. capacity: batched, rows per expert; sorted, the length of `slots`.
- */
+
+typedef struct moesaic_stage_shape {
+  size_t struct_size;
+  int32_t format;   /* moesaic_format */
+  int32_t reserved; /* 0 */
+  int64_t tokens;
+  int64_t capacity; /* batched: rows per expert; sorted: the length of `slots` */
+  moesaic_device device;
+} moesaic_stage_shape;
+#define MOESAIC_STAGE_SHAPE \
+  { .struct_size = sizeof(moesaic_stage_shape), .format = MOESAIC_BATCHED }
+/* What any of the three stages needs at most. */
 MOESAIC_C_API moesaic_status moesaic_stage_workspace_bytes(const moesaic_layer_config* config,
-                                                           moesaic_format format, int64_t tokens,
-                                                           int64_t capacity, moesaic_device device,
+                                                           const moesaic_stage_shape* shape,
                                                            size_t* bytes);
 
 #ifdef __cplusplus

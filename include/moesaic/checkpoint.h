@@ -130,6 +130,13 @@ struct HostShared {
 // Called after each expert: how many are done, of how many.
 using LoadProgress = std::function<void(std::int64_t done, std::int64_t total)>;
 
+struct QuantizeLayerArgs {
+  std::int64_t layer = 0;
+  QuantSpec quant;
+  std::string out_path;
+  LoadProgress progress{};
+};
+
 class MOESAIC_API Checkpoint {
  public:
   // `path`: a directory with config.json, a .safetensors file, or an index.json. Throws kIo,
@@ -158,20 +165,17 @@ class MOESAIC_API Checkpoint {
   HostRouter router(std::int64_t index) const;
 
  private:
-  friend MOESAIC_API void quantize_layer(const Checkpoint& checkpoint, std::int64_t index,
-                                         const QuantSpec& quant, const std::string& out_path,
-                                         const LoadProgress& progress);
+  friend MOESAIC_API void quantize_layer(const Checkpoint& checkpoint,
+                                         const QuantizeLayerArgs& args);
   struct Impl;
   struct Kept;
   std::shared_ptr<const Impl> impl_;
 };
 
-// Converts layer `index` (16-bit or f32, or anything that can be dequantized) into `quant` and
-// writes it, router and shared experts included, in this library's own layout: one .safetensors
-// file that Checkpoint::open reads without a config.json. Streams expert by expert. Throws what open
-// and load throw, and kInvalidArgument where `out_path` is one of the checkpoint's own files.
-MOESAIC_API void quantize_layer(const Checkpoint& checkpoint, std::int64_t index,
-                                const QuantSpec& quant, const std::string& out_path,
-                                const LoadProgress& progress = {});
+// Converts a layer (16-bit or f32, or anything that can be dequantized) and writes it, router and
+// shared experts included, in this library's own layout: one .safetensors file that
+// Checkpoint::open reads without a config.json. Streams expert by expert. Throws what open and load
+// throw, and kInvalidArgument where `out_path` is one of the checkpoint's own files.
+MOESAIC_API void quantize_layer(const Checkpoint& checkpoint, const QuantizeLayerArgs& args);
 
 }  // namespace moesaic

@@ -74,10 +74,14 @@ MOESAIC_API void experts(const LayerConfig& config, const LayerWeights& weights,
 MOESAIC_API void prepare(const LayerConfig& config, const PrepareArgs& args);
 MOESAIC_API void finalize(const LayerConfig& config, const FinalizeArgs& args);
 
-// What any of the three needs for `tokens` tokens. `capacity`: batched, rows per expert; sorted, the
-// length of `slots`.
-MOESAIC_API std::size_t stage_workspace_bytes(const LayerConfig& config, Format format,
-                                              std::int64_t tokens, std::int64_t capacity,
-                                              Device device = {});
+struct StageShape {
+  Format format = Format::kBatched;
+  std::int64_t tokens = 0;
+  std::int64_t capacity = 0;  // batched: rows per expert; sorted: the length of `slots`
+  Device device{};
+};
+// The workspace that any of the three stages needs at most. A pure function; throws kInvalidArgument
+// for extents that 32-bit slot ids cannot number.
+MOESAIC_API std::size_t stage_workspace_bytes(const LayerConfig& config, const StageShape& shape);
 
 }  // namespace moesaic

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -88,7 +89,7 @@ struct MOESAIC_API Tensor {
   // for more elements than 64 bits count.
   static Tensor contiguous(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
                            Device device = {});
-  static Tensor contiguous(const void* data, DType dtype, const std::int64_t* shape, int rank,
+  static Tensor contiguous(const void* data, DType dtype, std::span<const std::int64_t> shape,
                            Device device = {});
 
   bool defined() const { return rank > 0; }

@@ -136,18 +136,18 @@ void layer_forward(LayerRef ref, ffi::AnyView hidden_states, ffi::AnyView hidden
 // Scratch is for a call that is shaped as it must be; of any other the call itself complains.
 std::size_t needed(const LayerConfig& config, const PrepareArgs& a) {
   if (a.topk_ids.rank != 2 || a.rows.rank != 3) return 0;
-  return stage_workspace_bytes(config, Format::kBatched, a.topk_ids.shape[0], a.rows.shape[1], a.hidden_states.device);
+  return stage_workspace_bytes(config, {Format::kBatched, a.topk_ids.shape[0], a.rows.shape[1], a.hidden_states.device});
 }
 std::size_t needed(const LayerConfig& config, const ExpertsArgs& a) {
   if (a.format == Format::kBatched && a.rows.rank == 3)
-    return stage_workspace_bytes(config, a.format, 0, a.rows.shape[1], a.rows.device);
+    return stage_workspace_bytes(config, {a.format, 0, a.rows.shape[1], a.rows.device});
   if (a.format == Format::kSorted && a.rows.rank == 2 && a.sorted.slots.rank == 1)
-    return stage_workspace_bytes(config, a.format, a.rows.shape[0], a.sorted.slots.shape[0], a.rows.device);
+    return stage_workspace_bytes(config, {a.format, a.rows.shape[0], a.sorted.slots.shape[0], a.rows.device});
   return 0;
 }
 std::size_t needed(const LayerConfig& config, const FinalizeArgs& a) {
   if (a.output.rank != 2 || a.expert_output.rank != 3) return 0;
-  return stage_workspace_bytes(config, Format::kBatched, a.output.shape[0], a.expert_output.shape[1], a.output.device);
+  return stage_workspace_bytes(config, {Format::kBatched, a.output.shape[0], a.expert_output.shape[1], a.output.device});
 }
 std::size_t needed(const GroupedGemmArgs& a) { return grouped_gemm_workspace_bytes(a); }
 std::size_t needed(const AlignArgs& a) {

@@ -70,7 +70,8 @@ class Stack {
     if (!all.defined()) {
       std::array<std::int64_t, Tensor::kMaxRank> shape = one.shape;
       shape[0] = count_;
-      all = Tensor::contiguous(nullptr, one.dtype, shape.data(), one.rank);
+      all = Tensor::contiguous(nullptr, one.dtype,
+                               std::span(shape).first(static_cast<std::size_t>(one.rank)));
       all.data = arena_.allocate(static_cast<std::size_t>(all.numel()) * size_of(all.dtype));
     }
     const auto bytes = static_cast<std::size_t>(one.numel()) * size_of(one.dtype);
@@ -354,8 +355,8 @@ HostRouter Checkpoint::router(std::int64_t index) const {
   return out;
 }
 
-void quantize_layer(const Checkpoint& checkpoint, std::int64_t index, const QuantSpec& quant,
-                    const std::string& out_path, const LoadProgress& progress) {
+void quantize_layer(const Checkpoint& checkpoint, const QuantizeLayerArgs& args) {
+  const auto& [index, quant, out_path, progress] = args;
   const Checkpoint::Impl& impl = *checkpoint.impl_;
   const LayerSource& s = impl.source(index);
   if (impl.files.is_mapped(out_path))

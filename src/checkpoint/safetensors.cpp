@@ -394,8 +394,7 @@ Tensor TensorFile::tensor(std::string_view name) const {
                     show_name(name), stored->dtype));
   if (stored->shape.empty())  // a scalar: rank 0 means "not given" here
     return Tensor::contiguous(stored->data, *dtype, {1});
-  return Tensor::contiguous(stored->data, *dtype, stored->shape.data(),
-                            static_cast<int>(stored->shape.size()));
+  return Tensor::contiguous(stored->data, *dtype, stored->shape);
 }
 
 void TensorFile::release(const StoredTensor& tensor) const {

@@ -149,8 +149,7 @@ Tensor read_fp8(const TensorFile& files, const StoredTensor& stored, Arena& aren
       out.as<float>()[r * columns + c] =
           e4m3_to_float(unaligned<std::uint8_t>(stored.data, r * columns + c)) * scale_at(r, c);
   // In the stored shape: whoever reads it compares that with what it should be.
-  return Tensor::contiguous(out.data, DType::kF32, stored.shape.data(),
-                            static_cast<int>(stored.shape.size()));
+  return Tensor::contiguous(out.data, DType::kF32, stored.shape);
 }
 
 Tensor read_f64(const StoredTensor& stored, Arena& arena) {
@@ -158,8 +157,7 @@ Tensor read_f64(const StoredTensor& stored, Arena& arena) {
   Tensor out = arena.tensor(DType::kF32, {count});
   for (std::int64_t i = 0; i < count; ++i)
     out.as<float>()[i] = static_cast<float>(unaligned<double>(stored.data, i));
-  return Tensor::contiguous(out.data, DType::kF32, stored.shape.data(),
-                            static_cast<int>(stored.shape.size()));
+  return Tensor::contiguous(out.data, DType::kF32, stored.shape);
 }
 
 }  // namespace
@@ -183,8 +181,7 @@ Tensor read_floats(const TensorFile& files, const std::string& name, Arena& aren
     std::memcpy(copy, data, stored->bytes);
     data = copy;
   }
-  return Tensor::contiguous(data, *dtype, stored->shape.data(),
-                            static_cast<int>(stored->shape.size()));
+  return Tensor::contiguous(data, *dtype, stored->shape);
 }
 
 std::vector<std::int64_t> load_integers(const Slice& slice) {

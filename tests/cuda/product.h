@@ -78,8 +78,7 @@ class Product {
   template <typename T>
   Tensor keep(const std::vector<T>& v, DType dtype, std::vector<std::int64_t> shape) {
     buffers_.push_back(upload(v));
-    return Tensor::contiguous(buffers_.back()->data(), dtype, shape.data(),
-                              static_cast<int>(shape.size()), kGpu);
+    return Tensor::contiguous(buffers_.back()->data(), dtype, shape, kGpu);
   }
 
   void make_spec() {

@@ -54,7 +54,7 @@ class Memory {
     for (std::int64_t& extent : shape) extent = source_.extent(extent);
     if (source_.rare() && shape.size() < Tensor::kMaxRank) shape.push_back(2);
     if (source_.rare() && shape.size() > 1) shape.pop_back();
-    Tensor t = Tensor::contiguous(nullptr, dtype, shape.data(), static_cast<int>(shape.size()));
+    Tensor t = Tensor::contiguous(nullptr, dtype, shape);
     if (source_.rare()) {
       std::int64_t& stride = t.strides[static_cast<std::size_t>(source_.below(t.rank))];
       const std::int64_t change = source_.below(7) - 3;
@@ -322,7 +322,7 @@ void fuzz_stages(Source& s) {
   const std::int64_t experts = std::clamp<std::int64_t>(
                          c.local.count > 0 ? c.local.count : c.experts, 0, 8),
                      tokens = s.below(9), capacity = s.below(9);
-  const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, Format::kBatched, tokens, capacity));
+  const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, {.tokens = tokens, .capacity = capacity}));
   const bool scaled = c.quant.scheme > Scheme::kBF16;
   PrepareArgs p;
   p.hidden_states = m.tensor(c.input_dtype, {tokens, c.hidden});

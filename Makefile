@@ -51,7 +51,7 @@ asan: build/asan/build.ninja
 	@ctest --preset asan -j $(JOBS)
 
 # The tests in which threads meet; the others run one product after the other and take ten times as long here.
-TSAN_TESTS ?= thread_pool_test layer_test stages_test
+TSAN_TESTS ?= thread_pool_test numa_test layer_test stages_test
 tsan: build/tsan/build.ninja
 	@cmake --build --preset tsan -j $(JOBS) --target $(TSAN_TESTS)
 	@ctest --preset tsan -R '^($(subst $(eval) ,|,$(strip $(TSAN_TESTS))))$$'

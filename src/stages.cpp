@@ -401,12 +401,12 @@ void finalize(const LayerConfig& config, const FinalizeArgs& args) {
 }
 
 std::size_t stage_workspace_bytes(const LayerConfig& config, const StageShape& shape) {
-  const auto [format, tokens, capacity, device] = shape;
+  const std::int64_t tokens = shape.tokens, capacity = shape.capacity;
   check_range("tokens", tokens, 0, INT64_C(0x7fffffff) / std::max<std::int64_t>(1, config.top_k));
   check_range("capacity", capacity, 0, INT64_C(0x7fffffff));
-  const LayerPlan plan = make_plan(config, device);
-  if (format == Format::kSorted)
-    return counted([&](Arena& a) { take_experts(a, plan, format, tokens, capacity); });
+  const LayerPlan plan = make_plan(config, shape.device);
+  if (shape.format == Format::kSorted)
+    return counted([&](Arena& a) { take_experts(a, plan, shape.format, tokens, capacity); });
   check_positions(plan.fc1.experts, capacity);
   return std::max({counted([&](Arena& a) { take_prepare(a, plan, tokens, capacity); }),
                    counted([&](Arena& a) { take_experts(a, plan, Format::kBatched, 0, capacity); }),

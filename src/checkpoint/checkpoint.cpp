@@ -356,9 +356,10 @@ HostRouter Checkpoint::router(std::int64_t index) const {
 }
 
 void quantize_layer(const Checkpoint& checkpoint, const QuantizeLayerArgs& args) {
-  const auto& [index, quant, out_path, progress] = args;
+  const QuantSpec& quant = args.quant;
+  const std::string& out_path = args.out_path;
   const Checkpoint::Impl& impl = *checkpoint.impl_;
-  const LayerSource& s = impl.source(index);
+  const LayerSource& s = impl.source(args.layer);
   if (impl.files.is_mapped(out_path))
     invalid(
         fmt::format("out: '{}' is a file of the checkpoint itself, whose other tensors would be "
@@ -406,7 +407,7 @@ void quantize_layer(const Checkpoint& checkpoint, const QuantizeLayerArgs& args)
     Arena memory;
     for (const NamedTensor& t : expert_tensors(e, memory)) writer.write(t.name, t.tensor);
     if (!impl.native) release_expert(impl.files, s.experts, e);
-    if (progress) progress(e + 1, s.layer.experts);
+    if (args.progress) args.progress(e + 1, s.layer.experts);
   }
   writer.finish();
 }

@@ -6,11 +6,6 @@
 
 namespace moesaic {
 
-#ifdef MOESAIC_HAS_CUDA
-// Why no device was found, in the CUDA runtime's words: cuda/backend_cuda.cpp. No part of the contract, only of a message.
-std::string cuda_absence();
-#endif
-
 const Backend& backend(Device device) {
   if (device.type == DeviceType::kCpu) {
     if (device.index != 0)

@@ -147,9 +147,7 @@ struct GemmStage {
   const WeightOperand* b = nullptr;
   const ActivationSpec* activation = nullptr;  // fc1: applied in fp32 on the finished sums; C is [*, N or N/2]
   const float* row_weights = nullptr;          // by slot, behind the bias
-  Tensor c;                      // [*, N] f32, f16, bf16 in any strides; or, when Fusions say so, 8-bit
-  float* c_scale = nullptr;      // 8-bit c: scales, row stride below
-  std::int64_t c_scale_row_stride = 0;
+  Tensor c;                      // [*, N] f32, f16, bf16 in any strides
   RowOf c_row = RowOf::kPosition;
   int tactic = -1;
   void* scratch = nullptr;       // gemm_scratch_bytes
@@ -176,11 +174,6 @@ struct CombineStage {
   Tensor output;                 // [T, H]
 };
 
-// What a backend does inside a product, so that the plan leaves the separate stage out.
-struct Fusions {
-  bool gemm1_quantizes = false;  // GEMM1 writes 8-bit rows and their scales itself
-};
-
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -197,7 +190,6 @@ class Backend {
   virtual std::unique_ptr<PackedWeights> make_packed(const WeightSpec& spec) const = 0;
 
   // Pure functions of their arguments: what the plan is made from.
-  virtual Fusions fusions(const WeightSpec& fc1, const WeightSpec& fc2, Format format) const = 0;
   // 16-bit slot outputs, or f32: one choice per scheme, whatever T and format.
   virtual DType slot_dtype(const WeightSpec& fc2) const = 0;
   virtual std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const = 0;
@@ -229,6 +221,7 @@ const Backend* cpu_backend();
 void set_cpu_kernels(std::string_view level);
 std::vector<std::string> available_cpu_kernels();
 const Backend* cuda_backend(int index);
+std::string cuda_absence();  // why there is none, in the CUDA runtime's words: for messages
 // What the CUDA backend would answer on a device of compute capability 9.0, asked of the code alone: for the
 // support matrix of a build on a machine without such a device.
 Support cuda_support(const LayerConfig& config);

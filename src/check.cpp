@@ -108,8 +108,8 @@ const Check& Check::distinct() const {
     const __int128 stride = tensor_.strides[i];
     return stride < 0 ? -stride : stride;
   };
-  std::array<int, Tensor::kMaxRank>
-      order{};  // no std::sort over it: GCC 12 warns of its unrolled tail
+  // No std::sort over it: GCC 12 warns of its unrolled tail.
+  std::array<int, Tensor::kMaxRank> order{};
   std::size_t count = 0;
   for (int i = 0; i < tensor_.rank; ++i) {
     if (tensor_.shape[i] <= 1) continue;

@@ -70,8 +70,8 @@ std::size_t bytes_for(const LayerPlan& plan, const LayerPlan* shared, std::int64
 std::int64_t chunk_tokens(const LayerPlan& plan, const LayerPlan* shared, std::int64_t tokens) {
   const std::size_t cap = plan.config.workspace_cap;
   if (cap == 0 || tokens <= 1 || bytes_for(plan, shared, tokens, tokens) <= cap) return tokens;
-  std::int64_t low = 1,
-               high = tokens;  // a single token always fits: least_workspace_bytes was checked
+  // A single token always fits: least_workspace_bytes was checked.
+  std::int64_t low = 1, high = tokens;
   while (high - low > 1) {
     const std::int64_t middle = low + (high - low) / 2;
     (bytes_for(plan, shared, tokens, middle) <= cap ? low : high) = middle;
@@ -227,24 +227,17 @@ Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stre
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {
   const LayerPlan& plan = *run.plan;
   const Backend& backend = *plan.backend;
-  const bool fused = plan.quantizes_hidden() && !run.fc2->side.prequant.defined() &&
-                     backend.fusions(plan.fc1, plan.fc2, run.format).gemm1_quantizes;
-  GemmStage gemm1{.rows = run.rows,
-                  .a = run.input.values,
-                  .a_scale = run.input.scale,
-                  .a_row = run.input.row,
-                  .top_k = plan.config.top_k,
-                  .b = run.fc1,
-                  .activation = &plan.config.activation,
-                  .c = buffers.hidden,
-                  .tactic = run.tactics.gemm1,
-                  .scratch = buffers.gemm_scratch};
-  if (fused) {
-    gemm1.c = buffers.hidden_quantized;
-    gemm1.c_scale = buffers.hidden_scale;
-    gemm1.c_scale_row_stride = scale_row_stride(plan.fc2);
-  }
-  backend.gemm(gemm1, stream);
+  backend.gemm({.rows = run.rows,
+                .a = run.input.values,
+                .a_scale = run.input.scale,
+                .a_row = run.input.row,
+                .top_k = plan.config.top_k,
+                .b = run.fc1,
+                .activation = &plan.config.activation,
+                .c = buffers.hidden,
+                .tactic = run.tactics.gemm1,
+                .scratch = buffers.gemm_scratch},
+               stream);
 
   Rows hidden{.values = buffers.hidden};
   const SideTensors& side = run.fc2->side;
@@ -252,22 +245,21 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
     const bool per_expert =
         (plan.fc2.act_scale == ActScale::kTensorDynamic && run.per_expert_absmax) ||
         (plan.fc2.act_scale == ActScale::kTensorStatic && side.input_scale.shape[0] > 1);
-    if (!fused)
-      backend.quantize({.input = buffers.hidden,
-                        .rows = &run.rows,
-                        .list_age = ListAge::kSettled,
-                        .prequant = side.prequant,
-                        .round_to = plan.fc2.dtype16,
-                        .granularity = plan.fc2.act_scale,
-                        .group = plan.fc2.act_group,
-                        .int8_rounding = plan.fc2.int8_rounding,
-                        .static_scale = side.input_scale,
-                        .per_expert_absmax = run.per_expert_absmax,
-                        .output = buffers.hidden_quantized,
-                        .scale = buffers.hidden_scale,
-                        .scale_row_stride = scale_row_stride(plan.fc2),
-                        .scratch = buffers.quantize_scratch},
-                       stream);
+    backend.quantize({.input = buffers.hidden,
+                      .rows = &run.rows,
+                      .list_age = ListAge::kSettled,
+                      .prequant = side.prequant,
+                      .round_to = plan.fc2.dtype16,
+                      .granularity = plan.fc2.act_scale,
+                      .group = plan.fc2.act_group,
+                      .int8_rounding = plan.fc2.int8_rounding,
+                      .static_scale = side.input_scale,
+                      .per_expert_absmax = run.per_expert_absmax,
+                      .output = buffers.hidden_quantized,
+                      .scale = buffers.hidden_scale,
+                      .scale_row_stride = scale_row_stride(plan.fc2),
+                      .scratch = buffers.quantize_scratch},
+                     stream);
     hidden = {.values = buffers.hidden_quantized,
               .scale = scale_view(plan.fc2, buffers.hidden_scale, per_expert)};
   } else if (side.prequant.defined()) {

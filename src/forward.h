@@ -33,7 +33,6 @@ struct ExpertsRun {
   Tensor output;
   RowOf output_row = RowOf::kPosition;
   TacticPair tactics{};
-  Format format = Format::kStandard;
 };
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream);
 

@@ -18,8 +18,7 @@
 
 namespace moesaic {
 
-// --- one product of a layer
-// -----------------------------------------------------------------------
+// --- one product of a layer ----------------------------------------------------------------------
 
 PackedProduct::PackedProduct(const LayerPlan& plan, const WeightSpec& spec)
     : backend_(plan.backend), packed_(plan.backend->make_packed(spec)), side_(*plan.backend, spec) {
@@ -38,9 +37,8 @@ void PackedProduct::load(std::int64_t expert, const GemmWeights& weights,
 void PackedProduct::unpack(std::int64_t expert, const Tensor& weight,
                            std::string_view argument) const {
   const WeightSpec& spec = operand_.spec;
-  const bool four_bit = spec.format == WeightFormat::kU4 || spec.format == WeightFormat::kE2M1;
   check(argument, weight)
-      .shape({1, spec.n, four_bit ? spec.k / 2 : spec.k})
+      .shape({1, spec.n, is_four_bit(spec.format) ? spec.k / 2 : spec.k})
       .dtype({weight_dtype(spec.format)});
   packed_->unpack(expert, weight);
 }
@@ -58,8 +56,7 @@ void PackedProduct::finish(std::string_view argument) {
   }
 }
 
-// --- attaching weights
-// ----------------------------------------------------------------------------
+// --- attaching weights ---------------------------------------------------------------------------
 
 namespace {
 
@@ -246,8 +243,7 @@ std::size_t Layer::weight_bytes() const {
   return bytes;
 }
 
-// --- running
-// --------------------------------------------------------------------------------------
+// --- running -------------------------------------------------------------------------------------
 
 LoadedLayer Layer::Impl::loaded_layer() const {
   LoadedLayer view{.plan = &plan,

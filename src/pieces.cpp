@@ -160,8 +160,8 @@ QuantizeBuffers take_quantize(Arena& arena, const QuantizeArgs& args, const Quan
   QuantizeBuffers b;
   if (q.batched) {
     b.rows = take_row_map(arena, q.positions, q.experts, q.positions);
-    set_tile_rows(b.rows, q.experts,
-                  kMinTileRows);  // a row is all the work there is: no reason for larger tiles
+    // A row is all the work there is: no reason for larger tiles.
+    set_tile_rows(b.rows, q.experts, kMinTileRows);
   }
   if (q.batched || args.granularity == ActScale::kTensorDynamic)
     b.scratch =
@@ -256,8 +256,7 @@ void activate(const ActivateArgs& args) {
                            args.stream);
 }
 
-// --- the support matrix
-// -----------------------------------------------------------------------------
+// --- the support matrix --------------------------------------------------------------------------
 
 Support supports(const LayerConfig& config, Format format, Device device) {
   try {

@@ -30,93 +30,38 @@ using enum WeightFormat;
 constexpr WeightScale kNoScale = WeightScale::kDefault;
 constexpr ActScale kNoAct = ActScale::kDefault;
 
+// clang-format off
 constexpr std::array<SchemeTraits, kNumSchemes> kSchemes{{
-    {Scheme::kF32,
-     "f32",
-     kF32,
-     ActFormat::kF32,
-     kNoScale,
-     {},
-     kNoAct,
-     {},
-     false,
+    {Scheme::kF32, "f32", kF32, ActFormat::kF32, kNoScale, {}, kNoAct, {}, false,
      "f32 weights and activations"},
-    {Scheme::kF16,
-     "f16",
-     kF16,
-     ActFormat::k16,
-     kNoScale,
-     {},
-     kNoAct,
-     {},
-     false,
+    {Scheme::kF16, "f16", kF16, ActFormat::k16, kNoScale, {}, kNoAct, {}, false,
      "f16 weights and activations"},
-    {Scheme::kBF16,
-     "bf16",
-     kBF16,
-     ActFormat::k16,
-     kNoScale,
-     {},
-     kNoAct,
-     {},
-     false,
+    {Scheme::kBF16, "bf16", kBF16, ActFormat::k16, kNoScale, {}, kNoAct, {}, false,
      "bf16 weights and activations"},
     {Scheme::kFp8Tensor, "fp8_tensor", kE4M3, ActFormat::kE4M3, WeightScale::kTensor, kByTensor,
-     ActScale::kTensorDynamic, kActTensor, false,
-     "e4m3 x e4m3, one scale per expert and per tensor"},
+     ActScale::kTensorDynamic, kActTensor, false, "e4m3 x e4m3, one scale per expert and per tensor"},
     {Scheme::kFp8Channel, "fp8_channel", kE4M3, ActFormat::kE4M3, WeightScale::kChannel, kByChannel,
      ActScale::kToken, kActToken, false, "e4m3 x e4m3, scales per output channel and per token"},
     {Scheme::kFp8Block, "fp8_block", kE4M3, ActFormat::kE4M3, WeightScale::kBlock, kByBlock,
      ActScale::kGroup, kActGroup, false, "e4m3 x e4m3, scales per weight block and (token, group)"},
-    {Scheme::kFp8W8A16,
-     "fp8_w8a16",
-     kE4M3,
-     ActFormat::k16,
-     WeightScale::kChannel,
-     kByAnyFp8,
-     kNoAct,
-     {},
-     false,
-     "e4m3 weights, 16-bit activations"},
+    {Scheme::kFp8W8A16, "fp8_w8a16", kE4M3, ActFormat::k16, WeightScale::kChannel, kByAnyFp8, kNoAct,
+     {}, false, "e4m3 weights, 16-bit activations"},
     {Scheme::kInt8Channel, "int8_channel", kI8, ActFormat::kI8, WeightScale::kChannel, kByChannel,
      ActScale::kToken, kActToken, false, "int8 x int8, scales per output channel and per token"},
     {Scheme::kInt8Block, "int8_block", kI8, ActFormat::kI8, WeightScale::kBlock, kByBlock,
      ActScale::kGroup, kActGroup, false, "int8 x int8, scales per weight block and (token, group)"},
-    {Scheme::kInt8W8A16,
-     "int8_w8a16",
-     kI8,
-     ActFormat::k16,
-     WeightScale::kChannel,
-     kByChannelOrGroup,
-     kNoAct,
-     {},
-     true,
-     "int8 per channel or uint8 in groups, 16-bit activations"},
-    {Scheme::kInt4W4A16,
-     "int4_w4a16",
-     kU4,
-     ActFormat::k16,
-     WeightScale::kGroup,
-     kByGroup,
-     kNoAct,
-     {},
-     true,
-     "uint4 in groups, 16-bit activations"},
+    {Scheme::kInt8W8A16, "int8_w8a16", kI8, ActFormat::k16, WeightScale::kChannel, kByChannelOrGroup,
+     kNoAct, {}, true, "int8 per channel or uint8 in groups, 16-bit activations"},
+    {Scheme::kInt4W4A16, "int4_w4a16", kU4, ActFormat::k16, WeightScale::kGroup, kByGroup, kNoAct, {},
+     true, "uint4 in groups, 16-bit activations"},
     {Scheme::kInt4W4A8Fp8, "int4_w4a8_fp8", kU4, ActFormat::kE4M3, WeightScale::kGroup, kByGroup,
      ActScale::kToken, kActTokenOrTensor, true, "uint4 in groups, e4m3 activations"},
     {Scheme::kInt4W4A8Int8, "int4_w4a8_int8", kU4, ActFormat::kI8, WeightScale::kGroup, kByGroup,
      ActScale::kToken, kActTokenOrTensor, true, "uint4 in groups, int8 activations"},
-    {Scheme::kMxfp4W4A16,
-     "mxfp4_w4a16",
-     kE2M1,
-     ActFormat::k16,
-     WeightScale::kGroup,
-     kByGroup,
-     kNoAct,
-     {},
-     false,
-     "e2m1 in groups of 32 with E8M0 scales, 16-bit activations"},
+    {Scheme::kMxfp4W4A16, "mxfp4_w4a16", kE2M1, ActFormat::k16, WeightScale::kGroup, kByGroup, kNoAct,
+     {}, false, "e2m1 in groups of 32 with E8M0 scales, 16-bit activations"},
 }};
+// clang-format on
 
 constexpr std::int64_t kMxGroup = 32;
 
@@ -286,16 +231,8 @@ DType weight_dtype(WeightFormat format) {
 }
 
 DType intermediate_dtype(const LayerConfig& config) {
-  switch (config.quant.scheme) {
-    case Scheme::kF32:
-      return DType::kF32;
-    case Scheme::kF16:
-      return DType::kF16;
-    case Scheme::kBF16:
-      return DType::kBF16;
-    default:
-      break;
-  }
+  const DType own = weight_dtype(traits(config.quant.scheme).weight);
+  if (is_float(own)) return own;
   if (is_16bit(config.input_dtype)) return config.input_dtype;
   if (is_16bit(config.output_dtype)) return config.output_dtype;
   return DType::kBF16;

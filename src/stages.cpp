@@ -37,8 +37,7 @@ void check_positions(std::int64_t experts, std::int64_t capacity) {
               INT64_C(0x7fffffff));
 }
 
-// --- workspaces: each stage's buffers, and (on an empty arena) their size
-// ---------------------------
+// --- workspaces: each stage's buffers, and (on an empty arena) their size ------------------------
 
 struct PrepareBuffers {
   RowMap rows;
@@ -99,8 +98,7 @@ std::size_t counted(Take&& take) {
   return arena.used();
 }
 
-// --- the stages
-// -------------------------------------------------------------------------------------
+// --- the stages ----------------------------------------------------------------------------------
 
 void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   const LayerConfig& config = plan.config;
@@ -296,8 +294,7 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
                .row_weights = on_input ? nullptr : weights,
                .output = output,
                .output_row = batched ? RowOf::kPosition : RowOf::kSlot,
-               .tactics = tactics,
-               .format = args.format},
+               .tactics = tactics},
               b.experts, args.stream);
 }
 

@@ -8,22 +8,32 @@
 namespace moesaic::harness {
 namespace {
 
+// A call of eight tokens that is right, of which a test makes one thing wrong.
+struct GoodCall {
+  Fixture f{small_config()};
+  Batch batch = f.batch(8);
+  HostTensor y{DType::kBF16, {8, 64}};
+  WorkspaceBuffer workspace{{}, f.layer.workspace_bytes(8)};
+  ForwardArgs args{.hidden_states = batch.hidden_states.view(),
+                   .topk_ids = batch.topk_ids.view(),
+                   .topk_weights = batch.topk_weights.view(),
+                   .output = y.view(),
+                   .workspace = workspace.view()};
+
+  // What the layer says of the call with `change` made, "" when nothing.
+  template <typename Change>
+  std::string complaint_of(const Change& change) const {
+    ForwardArgs changed = args;
+    change(&changed);
+    return complaint([&] { f.layer.forward(changed); });
+  }
+};
+
 TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
-  const Fixture f(small_config());
-  const Batch batch = f.batch(8);
-  HostTensor y(DType::kBF16, {8, 64});
-  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
-  ForwardArgs good;
-  good.hidden_states = batch.hidden_states.view();
-  good.topk_ids = batch.topk_ids.view();
-  good.topk_weights = batch.topk_weights.view();
-  good.output = y.view();
-  good.workspace = workspace.view();
-  EXPECT_EQ(complaint([&] { f.layer.forward(good); }), "");
+  const GoodCall call;
+  EXPECT_EQ(call.complaint_of([](ForwardArgs*) {}), "");
   const auto expect = [&](const char* what, const char* came, auto change) {
-    ForwardArgs bad = good;
-    change(&bad);
-    const std::string text = complaint([&] { f.layer.forward(bad); });
+    const std::string text = call.complaint_of(change);
     EXPECT_NE(text.find(what), std::string::npos) << "'" << text << "'";
     EXPECT_NE(text.find(came), std::string::npos) << "'" << text << "'";
   };
@@ -32,7 +42,7 @@ TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
   expect("hidden_states", "f32", [&](ForwardArgs* a) { a->hidden_states = wrong.view(); });
   expect("hidden_states", "63", [&](ForwardArgs* a) { a->hidden_states = narrow.view(); });
   expect("hidden_states", "65", [&](ForwardArgs* a) { a->hidden_states = many.view(); });
-  expect("topk_ids", "bf16", [&](ForwardArgs* a) { a->topk_ids = y.view(); });
+  expect("topk_ids", "bf16", [&](ForwardArgs* a) { a->topk_ids = call.y.view(); });
   expect("topk_weights", "", [&](ForwardArgs* a) { a->topk_weights = {}; });
   expect("output", "f32", [&](ForwardArgs* a) { a->output = wrong.view(); });
   expect("workspace", "", [&](ForwardArgs* a) { a->workspace.bytes = 1; });
@@ -44,25 +54,15 @@ TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
 
 // What a message consists of: the argument, what was expected, what came, a way out.
 TEST(LayerErrors, OfferAWayOut) {
-  HostTensor narrow(DType::kBF16, {8, 63}), whole(DType::kBF16, {8, 64});
-  const Fixture f(small_config());
-  const Batch batch = f.batch(8);
-  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
-  ForwardArgs good;
-  good.hidden_states = batch.hidden_states.view();
-  good.topk_ids = batch.topk_ids.view();
-  good.topk_weights = batch.topk_weights.view();
-  good.output = whole.view();
-  good.workspace = workspace.view();
+  const GoodCall call;
+  HostTensor narrow(DType::kBF16, {8, 63});
   const auto says = [&](const char* text, auto change) {
-    ForwardArgs bad = good;
-    change(&bad);
-    EXPECT_EQ(complaint([&] { f.layer.forward(bad); }), text);
+    EXPECT_EQ(call.complaint_of(change), text);
   };
   says("hidden_states: expected shape [*, 64], got bf16[8, 63] on cpu; pass a view of that shape",
        [&](ForwardArgs* a) { a->hidden_states = narrow.view(); });
   says("topk_ids: expected dtype i32 or i64, got f32[8, 2] on cpu; convert it",
-       [&](ForwardArgs* a) { a->topk_ids = batch.topk_weights.view(); });
+       [&](ForwardArgs* a) { a->topk_ids = call.batch.topk_weights.view(); });
   says("output: is required and was not given; pass it", [&](ForwardArgs* a) { a->output = {}; });
 }
 
@@ -98,20 +98,9 @@ TEST(LayerErrors, AnIncompleteLayerSaysWhichExpertIsMissing) {
 
 // Memory that cannot be what it is said to be: between two elements, or written in two places.
 TEST(LayerErrors, MisplacedAndOverlappingTensorsAreRefused) {
-  const Fixture f(small_config());
-  const Batch batch = f.batch(8);
-  HostTensor y(DType::kBF16, {8, 64});
-  const WorkspaceBuffer workspace({}, f.layer.workspace_bytes(8));
-  ForwardArgs good;
-  good.hidden_states = batch.hidden_states.view();
-  good.topk_ids = batch.topk_ids.view();
-  good.topk_weights = batch.topk_weights.view();
-  good.output = y.view();
-  good.workspace = workspace.view();
+  const GoodCall call;
   const auto says = [&](const char* text, auto change) {
-    ForwardArgs bad = good;
-    change(&bad);
-    const std::string got = complaint([&] { f.layer.forward(bad); });
+    const std::string got = call.complaint_of(change);
     EXPECT_TRUE(got.starts_with(text)) << got;
   };
   says("hidden_states: bf16[8, 64] on cpu must be aligned to its elements of 2 bytes",
@@ -121,13 +110,15 @@ TEST(LayerErrors, MisplacedAndOverlappingTensorsAreRefused) {
   for (const std::int64_t stride : {0, 1, 63, -63})
     says("output: is written, and its elements overlap", [&](ForwardArgs* a) {
       a->output.strides[0] = stride;
-      a->output.data = y.view().as<std::uint16_t>() + (stride < 0 ? 7 * 63 : 0);
+      a->output.data = a->output.as<std::uint16_t>() + (stride < 0 ? 7 * 63 : 0);
     });
-  says("", [](ForwardArgs* a) { a->hidden_states.strides[0] = 0; });  // one token, eight times
-  ForwardArgs backwards = good;
-  backwards.output.data = y.view().as<std::uint16_t>() + 7 * 64;
-  backwards.output.strides[0] = -64;
-  EXPECT_EQ(complaint([&] { f.layer.forward(backwards); }), "");
+  // One token, eight times; and the rows of the output in descending order.
+  EXPECT_EQ(call.complaint_of([](ForwardArgs* a) { a->hidden_states.strides[0] = 0; }), "");
+  EXPECT_EQ(call.complaint_of([](ForwardArgs* a) {
+              a->output.data = a->output.as<std::uint16_t>() + 7 * 64;
+              a->output.strides[0] = -64;
+            }),
+            "");
 }
 
 TEST(LayerErrors, ConfigurationsThatCannotBeAreRefusedByName) {

@@ -39,16 +39,9 @@ QuantSpec spec_for_scheme(const StoredLayout& stored, Scheme scheme) {
 }
 
 DType dtype_for(const QuantSpec& quant, DType checkpoint) {
-  switch (quant.scheme) {
-    case Scheme::kF32:
-      return DType::kF32;
-    case Scheme::kF16:
-      return DType::kF16;
-    case Scheme::kBF16:
-      return DType::kBF16;
-    default:
-      return is_16bit(checkpoint) ? checkpoint : DType::kBF16;
-  }
+  const DType own = weight_dtype(traits(quant.scheme).weight);
+  if (is_float(own)) return own;
+  return is_16bit(checkpoint) ? checkpoint : DType::kBF16;
 }
 
 // Views on [leading, ...] filled one expert at a time.

@@ -58,7 +58,6 @@ std::unique_ptr<PackedWeights> CpuBackend::make_packed(const WeightSpec& spec) c
   return make_packed_cpu(spec);
 }
 
-Fusions CpuBackend::fusions(const WeightSpec&, const WeightSpec&, Format) const { return {}; }
 // Slots stay in fp32 until the sum: memory is cheap next to one more rounding.
 DType CpuBackend::slot_dtype(const WeightSpec&) const { return DType::kF32; }
 std::int64_t CpuBackend::tile_rows(const WeightSpec&, std::int64_t) const { return kCpuTileRows; }

@@ -17,7 +17,6 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<PackedWeights> make_packed(const WeightSpec& spec) const override;
 
-  Fusions fusions(const WeightSpec& fc1, const WeightSpec& fc2, Format format) const override;
   DType slot_dtype(const WeightSpec& fc2) const override;
   std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const override;
   std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const override;

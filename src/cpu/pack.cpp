@@ -348,10 +348,14 @@ PackedCpu::PackedCpu(const WeightSpec& spec)
 
 void PackedCpu::Free::operator()(std::byte* data) const { std::free(data); }
 
-const std::byte* PackedCpu::tile(std::int64_t expert, std::int64_t tile) const {
+std::byte* PackedCpu::place_of(std::int64_t expert, std::int64_t tile) const {
   const int node = nodes_.node_of(tile);
   const std::int64_t at = expert * nodes_.count(node) + tile - nodes_.first(node);
   return data_.get() + regions_[static_cast<std::size_t>(node)] + at * layout_.tile_bytes;
+}
+
+const std::byte* PackedCpu::tile(std::int64_t expert, std::int64_t tile) const {
+  return place_of(expert, tile);
 }
 
 void PackedCpu::load(std::int64_t local_expert, const GemmWeights& one) {
@@ -366,7 +370,7 @@ void PackedCpu::load(std::int64_t local_expert, const GemmWeights& one) {
 }
 
 void PackedCpu::load_tile(std::int64_t local_expert, std::int64_t tile, const GemmWeights& one) {
-  auto* base = const_cast<std::byte*>(this->tile(local_expert, tile));
+  std::byte* base = place_of(local_expert, tile);
   for (std::int64_t segment = 0; segment < layout_.segments; ++segment) {
     const PackPart part{.expert = 0, .tile = tile, .segment = segment, .first_step = 0,
                         .steps = layout_.steps(segment)};

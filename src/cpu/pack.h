@@ -106,6 +106,7 @@ class PackedCpu final : public PackedWeights {
   const std::byte* tile(std::int64_t expert, std::int64_t tile) const;
 
  private:
+  std::byte* place_of(std::int64_t expert, std::int64_t tile) const;
   void load_tile(std::int64_t local_expert, std::int64_t tile, const GemmWeights& one);
 
   struct Free {

@@ -62,12 +62,6 @@ std::unique_ptr<PackedWeights> CudaBackend::make_packed(const WeightSpec& spec) 
 }
 
 // --- what the plan is made from ------------------------------------------------------------------
-Fusions CudaBackend::fusions(const WeightSpec&, const WeightSpec&, Format) const {
-  // Every family writes 16-bit rows behind the activation: the separate quantizer reads them from
-  // L2.
-  return {};
-}
-
 DType CudaBackend::slot_dtype(const WeightSpec& fc2) const { return fc2.dtype16; }
 
 std::int64_t CudaBackend::tile_rows(const WeightSpec& fc1, std::int64_t slots) const {

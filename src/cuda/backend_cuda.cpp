@@ -68,15 +68,16 @@ std::int64_t CudaBackend::tile_rows(const WeightSpec& fc1, std::int64_t slots) c
   return family_for(fc1, device_).tile_rows(fc1, slots, device_);
 }
 RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
-  // A family with boxes gathers other rows by cp.async. In tiles of 64 rows and more the gathering
-  // threads hold the product up: in e4m3 by a third, in 16 bit by a tenth. That pays for the copy
-  // where a row meets enough weights: from intermediate 768 on in e4m3 (512 lost at 64 rows), from
-  // 2048 on in 16 bit.
+  // A family with boxes gathers other rows by cp.async, which holds the product up: in e4m3 by a
+  // third, in 16 bit by a tenth. Where a tile's rows are many that pays for a copy of the rows in
+  // order: in e4m3 from tiles of 256 on (mixtral T = 512: 0.70 ms instead of 0.92; at 128 rows it
+  // loses up to a tenth); in 16 bit only where a row meets enough weights (28672 of mixtral: 3 to
+  // 5% won; 4096 and 5760: 2 to 10% lost).
   const GemmFamily& family = family_for(fc1, device_);
   if (!family.boxes) return RowOf::kToken;
-  if (family.tile_rows(fc1, slots, device_) < 64) return RowOf::kToken;
-  const std::int64_t enough = fc1.act == ActFormat::kE4M3 ? 1536 : 4096;
-  return fc1.n >= enough ? RowOf::kPosition : RowOf::kToken;
+  const std::int64_t rows = family.tile_rows(fc1, slots, device_);
+  const bool pays = fc1.act == ActFormat::kE4M3 ? rows > 128 : rows > 64 && fc1.n >= 8192;
+  return pays ? RowOf::kPosition : RowOf::kToken;
 }
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Host side of the SM90a family: which schemes it takes, which kernel runs a stage.
+#include <algorithm>
 #include <string>
 
 #include "check.h"
@@ -14,8 +15,8 @@ namespace {
 using namespace sm90;
 
 // --- the closed list of kernels
-enum class Kernel : int { kNarrow, kMiddle, kWide, kWidest, kNarrowHalf };
-constexpr int kKernels = 5;
+enum class Kernel : int { kNarrow, kMiddle, kWide, kWidest, kNarrowHalf, kNarrowRuns, kMiddleRuns };
+constexpr int kKernels = 7;
 
 struct KernelTraits {
   TaskShape task;
@@ -31,10 +32,12 @@ template <Element E>
 KernelTraits traits_of(Kernel kernel) {
   switch (kernel) {
     case Kernel::kNarrow:
+    case Kernel::kNarrowRuns:
       return traits_of<Narrow<E>>();
     case Kernel::kNarrowHalf:
       return traits_of<Narrow<E>>(32);
     case Kernel::kMiddle:
+    case Kernel::kMiddleRuns:
       return traits_of<Middle<E>>();
     case Kernel::kWide:
       return traits_of<Wide<E>>();
@@ -60,6 +63,23 @@ Element element_of(WeightFormat format) {
   return format == WeightFormat::kE4M3  ? Element::kE4M3
          : format == WeightFormat::kF16 ? Element::kF16
                                         : Element::kBF16;
+}
+
+// As many tasks as one CTA (of those that share an SM) has in kRunBytes of weights: then what the
+// loading warps find out for each run takes them less time than the weights. More would only make
+// the last wave longer.
+constexpr std::int64_t kRunBytes = 128 << 10, kLongestRun = 8;
+std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
+  const std::int64_t bytes = spec.k * (spec.format == WeightFormat::kE4M3 ? 1 : 2) * task.rows;
+  return std::min(kRunBytes / task.per_sm / bytes, kLongestRun);
+}
+
+KernelTraits traits_of(const WeightSpec& spec, Kernel kernel) {
+  KernelTraits traits = traits_of(element_of(spec.format), kernel);
+  if (kernel == Kernel::kNarrowRuns || kernel == Kernel::kMiddleRuns) {
+    traits.task.run = static_cast<int>(std::max<std::int64_t>(run_of(spec, traits.task), 2));
+  }
+  return traits;
 }
 
 bool block_scaled(const WeightSpec& spec) {
@@ -95,28 +115,44 @@ std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTr
   if (mean <= 9) return 16;
   if (mean <= 50) return 64;
   if (mean <= 108) return 128;
-  return traits_of(element_of(fc1.format), Kernel::kWidest).task.tokens;
+  return traits_of(fc1, Kernel::kWidest).task.tokens;
 }
 
+bool forced(const GemmStage& stage) { return stage.tactic >= 0 && stage.tactic < kKernels; }
+
 Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
-  const int forced = stage.tactic;
-  if (forced >= 0 && forced < kKernels) return static_cast<Kernel>(forced);
+  if (forced(stage)) return static_cast<Kernel>(stage.tactic);
   const std::int64_t rows = stage.rows.tile_rows;
   if (rows <= 16) {
     // Too few tasks to occupy the machine: halve them. The idle half of the instruction costs
     // nothing where memory is the bound.
     const std::int64_t tasks = stage.rows.max_tiles * ceil_div(stage.b->spec.n, 64);
-    return tasks * 4 <= device.sm_count * 3 ? Kernel::kNarrowHalf : Kernel::kNarrow;
+    return tasks * 4 <= device.sm_count * 3 ? Kernel::kNarrowHalf : Kernel::kNarrowRuns;
   }
-  if (rows <= 64) return Kernel::kMiddle;
+  if (rows <= 64) return Kernel::kMiddleRuns;
   return rows <= 128 ? Kernel::kWide : Kernel::kWidest;
+}
+
+// What a CTA does at a time: runs are as long as a forced tactic says, or so short that every CTA
+// still gets some.
+KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
+  constexpr std::int64_t kLeast = 6;  // runs of a CTA
+  const WeightSpec& spec = stage.b->spec;
+  KernelTraits traits = traits_of(spec, kernel_for(stage, device));
+  TaskShape& task = traits.task;
+  if (task.run > 1 && !forced(stage)) {
+    const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, task.rows);
+    const std::int64_t fair = tasks / (kLeast * device.sm_count * task.per_sm);
+    const std::int64_t run = std::min(fair, run_of(spec, task));
+    task.run = static_cast<int>(std::max<std::int64_t>(run, 1));
+  }
+  return traits;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
   std::vector<Tactic> list;
-  const Element element = element_of(spec.format);
   for (int i = 0; i < kKernels; ++i) {
-    list.push_back({i, "wgmma " + describe(traits_of(element, static_cast<Kernel>(i)).task)});
+    list.push_back({i, "wgmma " + describe(traits_of(spec, static_cast<Kernel>(i)).task)});
   }
   return list;
 }
@@ -131,7 +167,7 @@ void set_scales(Params& p, const GemmStage& stage, const Tensor& scale) {
     p.scale_expert = scale.strides[0];
     p.scale_row = scale.rank > 1 && scale.shape[1] > 1 ? scale.strides[1] : 0;
     p.scale_k = scale.rank > 2 && scale.shape[2] > 1 ? scale.strides[2] : 0;
-    p.scale_group = spec.scale.group_n > 0 ? spec.scale.group_n : 1;
+    p.scale_group = std::clamp<std::int64_t>(spec.scale.group_n, 1, spec.n);
   }
   p.a_scale = stage.a_scale.data;
   p.a_scale_row = stage.a_scale.row_stride;
@@ -164,7 +200,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   if (stage.rows.max_tiles == 0 || stage.rows.positions == 0) return;
   const WeightSpec& spec = stage.b->spec;
   const Element element = element_of(spec.format);
-  const KernelTraits traits = traits_of(element, kernel_for(stage, device));
+  const KernelTraits traits = choice(stage, device);
   const TaskShape& task = traits.task;
   Params p{};
   set_stage(p, stage, element, task);

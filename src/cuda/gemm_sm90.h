@@ -36,6 +36,7 @@ struct Shape {
 
   static constexpr bool kPromotes = kElement == Element::kE4M3;
   static constexpr bool kHasUpright = kPromotes && kBlocks == 2;  // see gemm_sm90_upright.h
+  static constexpr bool kHasRuns = kTokens <= 64;                 // see Params::run
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
   static constexpr int kChunkK = 128 / kElementBytes;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
@@ -72,7 +73,7 @@ struct Shape {
       kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8;
   static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
   static_assert(kTokenBytes % 1024 == 0);
-  // Tokens of a TMA load.
+  // Tokens of a TMA load; where it is all of them, rows are gathered.
   static constexpr int kBox = kTokens % 32 == 0 ? 32 : kTokens % 48 == 0 ? 48 : 16;
   static_assert(kTokens % kBox == 0);
 };
@@ -118,6 +119,9 @@ struct Params {
   RowMap rows;
   std::int32_t experts, sub_tiles;  // sub_tiles: pieces of kTokens rows that one tile may have
   std::int32_t row_tasks;           // tasks along the weight rows
+  // So many of them are walked as one, for the same tokens: what the loading warps have to find out
+  // for each walk takes them longer than a task of short K lasts. 1, unless S::kHasRuns.
+  std::int32_t run, row_runs;       // row_runs: along the weight rows
   std::int32_t task_rows;           // weight rows of a task: kRows, or 32 of 64
   std::int32_t group_tiles;  // tiles that are walked together, if experts allow: see Schedule
   bool even_tiles;           // give the tiles of an expert the same number of rows

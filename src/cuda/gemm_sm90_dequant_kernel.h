@@ -32,8 +32,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     if (threadIdx.x < 32) {
       load_packed_weights<S>(p, shared);
     } else if (threadIdx.x < 32 + kLoaders) {
-      wait_for_earlier_kernels();
-      let_next_kernel_start();
       TokenLoader<S>(p, shared).run();
     } else {
       load_scales<S>(p, shared);

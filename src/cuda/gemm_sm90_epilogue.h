@@ -11,6 +11,13 @@
 
 namespace moesaic::cuda::sm90 {
 
+// The thread's number. Warps that are short of registers read it again wherever they need it; the
+// others keep what follows from it, which is a fifth of what a short task consists of.
+template <bool kKept>
+__device__ __forceinline__ int thread_index() {
+  return kKept ? static_cast<int>(threadIdx.x) : ptx::thread_index();
+}
+
 __device__ __forceinline__ float load_small(const void* data, OutType type, std::int64_t index) {
   if (type == OutType::kBF16)
     return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
@@ -86,12 +93,12 @@ class Epilogue {
         table_(table),
         warpgroup_(warpgroup),
         flip_(flip),
-        thread_(ptx::thread_index() % 128),
+        thread_(thread_index<S::kHasRuns>() % 128),
         lane_(thread_ % 32),
         warp_(thread_ / 32) {}
 
-  // Before the main loop, which hides the latency. Tasks alternate between two places, so nobody
-  // can still read what is overwritten.
+  // Before the main loop, which hides the latency. Tasks, also those of a run, alternate between
+  // two places, so nobody can still read what is overwritten.
   __device__ void begin(const Task& task) {
     if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
   }

@@ -16,6 +16,7 @@ bool aligned(const void* data, std::size_t bytes);
 // What a kernel does at a time.
 struct TaskShape {
   int tokens = 0, rows = 0;  // of a task
+  int run = 1;               // such tasks one after another, of the same tokens
   int pair = 1;              // CTAs that run it together
   int per_sm = 1;            // CTAs that fit into an SM
   int box = 0;               // tokens of a TMA load

@@ -27,35 +27,50 @@ class Multiplier : private Consumer<S, Params> {
     wait_for_earlier_kernels();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
-      const Task task = load_task(ring);
+      Task task = load_task(ring);
       if (task.expert == kEndOfTasks) return;
       if (task.expert < 0) {
         release(cursor_.stage);
         cursor_.advance();
-        epilogue(ring, task).zeros(task);
+        for (;; ++task.row_task) {
+          epilogue(ring, task).zeros(task);
+          if (!S::kHasRuns || --task.run == 0) break;
+        }
         continue;
       }
-      epilogue(ring, task).begin(task);
-      Sums sums;
-      if constexpr (S::kHasUpright) {
-        if (runs_upright(p_, task.rows)) {
-          multiply_upright(task.rows, sums);
-          const Task again = load_task(ring);
-          const int mine = warpgroup();
-          UprightEpilogue<S>(p_, shared_.epilogue(mine), shared_.table(ring), mine, again.flip)
-              .finish(again, sums);
-          continue;
+      for (int r = 0;; task = load_task_of_run(ring, r)) {
+        epilogue(ring, task).begin(task);
+        Sums sums;
+        if constexpr (S::kHasUpright) {
+          if (runs_upright(p_, task.rows)) {
+            multiply_upright(task.rows, sums);
+            const Task again = load_task(ring);
+            const int mine = warpgroup();
+            UprightEpilogue<S>(p_, shared_.epilogue(mine), shared_.table(ring), mine, again.flip)
+                .finish(again, sums);
+            break;
+          }
         }
+        multiply_rows<S::kTokens>(task.rows, sums);
+        // The task is still there: its place is needed only when a stage of the next task is free
+        // again. Read twice, since registers are what the main loop is short of.
+        const Task again = load_task_of_run(ring, r);
+        epilogue(ring, again).finish(again, sums);
+        if (!S::kHasRuns || ++r == again.run) break;
       }
-      multiply_rows<S::kTokens>(task.rows, sums);
-      // The task is still there: its place is needed only when a stage of the next task is free
-      // again. Read twice, since registers are what the main loop is short of.
-      const Task again = load_task(ring);
-      epilogue(ring, again).finish(again, sums);
     }
   }
 
  private:
+  __device__ Task load_task_of_run(int ring, int r) const {
+    Task task = load_task(ring);
+    if constexpr (S::kHasRuns) {
+      task.row_task += r;
+      task.flip = (task.flip + r) % 2;
+    }
+    return task;
+  }
+
   using Base::cursor_;
   using Base::epilogue;
   using Base::load_task;
@@ -72,7 +87,9 @@ class Multiplier : private Consumer<S, Params> {
     if constexpr (kSmaller >= (S::kTokens > 16 ? 16 : 8)) {
       if (rows <= kSmaller) return multiply_rows<kSmaller>(rows, sums);
     }
-    if constexpr (S::kPromotes) {
+    if constexpr (S::kPromotes && S::kPerSm == 2) {
+      multiply_queued<N>(sums);
+    } else if constexpr (S::kPromotes) {
       multiply_promoted<N>(sums);
     } else {
       multiply<N>(sums);
@@ -129,7 +146,7 @@ class Multiplier : private Consumer<S, Params> {
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int thread = ptx::thread_index() % 128, mine = warpgroup() * S::kBlocks * 8192;
+    const int thread = thread_index<S::kHasRuns>() % 128, mine = warpgroup() * S::kBlocks * 8192;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();
@@ -147,24 +164,64 @@ class Multiplier : private Consumer<S, Params> {
           for (int k = 0; k < 4; ++k) ptx::wgmma<S::kElement, N>(part, a + 2 * k, t + 2 * k, k > 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
-          if (p_.block_scaled) {
-            const float2 now = *reinterpret_cast<const float2*>(row_scale + b * 8);
-#pragma unroll
-            for (int j = 0; j < N / 8; ++j) {
-              const float2 s = *reinterpret_cast<const float2*>(token_scale + 8 * j);
-              sums[b][4 * j] = fmaf(part[4 * j], s.x * now.x, sums[b][4 * j]);
-              sums[b][4 * j + 1] = fmaf(part[4 * j + 1], s.y * now.x, sums[b][4 * j + 1]);
-              sums[b][4 * j + 2] = fmaf(part[4 * j + 2], s.x * now.y, sums[b][4 * j + 2]);
-              sums[b][4 * j + 3] = fmaf(part[4 * j + 3], s.y * now.y, sums[b][4 * j + 3]);
-            }
-          } else {
-#pragma unroll
-            for (int j = 0; j < N / 2; ++j) sums[b][j] += part[j];
-          }
+          promote<N>(sums[b], part, token_scale, row_scale + b * 8);
         }
       }
       release(cursor_.stage);
       cursor_.advance();
+    }
+  }
+
+  // The same where sums are few: both chunks of a stage are queued before the first is waited for.
+  template <int N>
+  __device__ void multiply_queued(Sums& sums) {
+    static_assert(S::kChunks == 2 && S::kBlocks == 1);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) sums[0][i] = 0.0f;
+    const bool gathered = p_.token_load == TokenLoad::kGather;
+    const int stages = (p_.k_chunks + 1) / 2, mine = warpgroup() * 8192;
+    const int thread = thread_index<S::kHasRuns>() % 128;
+    for (int i = 0; i < stages; ++i) {
+      ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
+      if (gathered) ptx::fence_async_proxy();
+      float part[2][N / 2];
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const std::uint64_t a = weights(cursor_.stage, c, 0, mine), t = tokens(cursor_.stage, c);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          ptx::wgmma<S::kElement, N>(part[c], a + 2 * k, t + 2 * k, k > 0);
+        ptx::wgmma_commit();
+      }
+      const float* const scales = shared_.scales(cursor_.stage);
+      const float* const token_scale = scales + 2 * (thread % 4);
+      const float* const row_scale = scales + S::kTokens + mine / 1024 + thread / 32 * 2;
+      ptx::wgmma_wait<1>();
+      promote<N>(sums[0], part[0], token_scale, row_scale);
+      ptx::wgmma_wait<0>();
+      promote<N>(sums[0], part[1], token_scale + S::kScales, row_scale + S::kScales);
+      release(cursor_.stage);
+      cursor_.advance();
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void promote(float (&sum)[S::kTokens / 2], const float (&part)[N / 2],
+                                          const float* token_scale, const float* row_scale) {
+    if (p_.block_scaled) {
+      const float2 now = *reinterpret_cast<const float2*>(row_scale);
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+        const float2 s = *reinterpret_cast<const float2*>(token_scale + 8 * j);
+        sum[4 * j] = fmaf(part[4 * j], s.x * now.x, sum[4 * j]);
+        sum[4 * j + 1] = fmaf(part[4 * j + 1], s.y * now.x, sum[4 * j + 1]);
+        sum[4 * j + 2] = fmaf(part[4 * j + 2], s.x * now.y, sum[4 * j + 2]);
+        sum[4 * j + 3] = fmaf(part[4 * j + 3], s.y * now.y, sum[4 * j + 3]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j) sum[j] += part[j];
     }
   }
 
@@ -227,8 +284,6 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
     if (threadIdx.x < 32) {
       load_weights<S>(p, shared);
     } else if (threadIdx.x < 32 + kLoaders) {
-      wait_for_earlier_kernels();
-      let_next_kernel_start();
       TokenLoader<S>(p, shared).run();
     }
   } else {

@@ -1,64 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loading warpgroup of the SM90 product: what lies in shared memory, and who brings it there.
+// The loading warpgroup of the SM90 product: who brings what into the ring of stages.
 #pragma once
 
-#include "cuda/gemm_sm90_epilogue.h"
+#include "cuda/gemm_sm90_ring.h"
 #include "cuda/overlap.h"
 
 namespace moesaic::cuda::sm90 {
-
-inline constexpr int kLoaders = 64;  // threads that gather tokens: eight rows at a time
-
-extern __shared__ __align__(1024) unsigned char shared_bytes[];  // it begins aligned so: no padding
-
-template <typename S>
-struct SharedMemory {
-  __device__ unsigned char* weights(int stage) const {
-    return shared_bytes + stage * S::kStageBytes;
-  }
-  __device__ unsigned char* tokens(int stage) const {
-    return weights(stage) + S::kChunks * S::kWeightBytes;
-  }
-  __device__ float* scales(int stage) const {
-    return reinterpret_cast<float*>(shared_bytes + S::kStages * S::kStageBytes +
-                                    stage * S::kScaleBytes);
-  }
-  __device__ unsigned char* epilogue(int warpgroup) const {
-    return shared_bytes + S::kStages * (S::kStageBytes + S::kScaleBytes) +
-           warpgroup * S::kEpilogueBytes;
-  }
-  __device__ unsigned char* table(int ring) const {
-    return epilogue(S::kWarpgroups) + ring * S::kTableBytes;
-  }
-  __device__ std::uint32_t* gathered() const {
-    return reinterpret_cast<std::uint32_t*>(table(S::kRing));
-  }
-  __device__ Task* tasks() const {
-    return reinterpret_cast<Task*>(table(S::kRing) + S::kGatherBytes);
-  }
-  __device__ std::uint32_t full(int stage) const {
-    return ptx::shared_address(tasks() + S::kRing) + stage * 8;
-  }
-  __device__ std::uint32_t empty(int stage) const { return full(S::kStages + stage); }
-};
-
-// A position in the ring of stages and the parity of its round.
-template <int kStages>
-struct Cursor {
-  int stage = 0;
-  std::uint32_t round = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      round ^= 1;
-    }
-  }
-};
-
-template <typename S>
-__device__ int stages_of(const Params& p, const Task& task) {
-  return task.expert < 0 ? 1 : (p.k_chunks + S::kChunks - 1) / S::kChunks;
-}
 
 // --- warp 0
 template <typename S>
@@ -71,38 +18,40 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   for (;;) {
     Task task = part_of<S::kPair>(schedule.next(), rank);
     task.flip = flip;
-    flip ^= 1;
+    flip = (flip + loaded_run<S>(task)) % 2;
     if (threadIdx.x == 0) {
-      const int stages = stages_of<S>(p, task);
-      const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p.task_rows;
-      const std::int64_t mine = row + rank * (S::kRows / S::kPair);
-      const int y = p.gated ? 0 : static_cast<int>(mine);
-      const int u = p.gated ? static_cast<int>(mine / 16) : 0;
-      for (int i = 0; i < stages; ++i) {
-        ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
-        if (i == 0) shared.tasks()[ring] = task;
-        const std::uint32_t full = shared.full(cursor.stage);
-        if (task.expert < 0) {
-          ptx::barrier_arrive(full);
-        } else {
-          // A last chunk behind the end of K arrives as zeros, too: so the multiplying loop needs
-          // no condition (one inside it makes ptxas serialize the whole batch).
-          ptx::barrier_arrive_expect(full,
-                                     static_cast<std::uint32_t>(S::kChunks * p.task_rows * 128));
+      const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
+      for (int r = 0; r < run; ++r) {
+        const std::int64_t row = static_cast<std::int64_t>(task.row_task + r) * p.task_rows;
+        const std::int64_t mine = row + rank * (S::kRows / S::kPair);
+        const int y = p.gated ? 0 : static_cast<int>(mine);
+        const int u = p.gated ? static_cast<int>(mine / 16) : 0;
+        for (int i = 0; i < stages; ++i) {
+          ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
+          if (r + i == 0) shared.tasks()[ring] = task;
+          const std::uint32_t full = shared.full(cursor.stage);
+          if (task.expert < 0) {
+            ptx::barrier_arrive(full);
+          } else {
+            // A last chunk behind the end of K arrives as zeros, too: so the multiplying loop needs
+            // no condition (one inside it makes ptxas serialize the whole batch).
+            ptx::barrier_arrive_expect(full,
+                                       static_cast<std::uint32_t>(S::kChunks * p.task_rows * 128));
 #pragma unroll
-          for (int c = 0; c < S::kChunks; ++c) {
-            const std::uint32_t to =
-                ptx::shared_address(shared.weights(cursor.stage)) + c * S::kWeightBytes;
-            const int x = (i * S::kChunks + c) * S::kChunkK;
-            if constexpr (S::kPair == 2) {
-              ptx::tma_load_5d_pair(to + rank * (S::kWeightBytes / 2), &p.weights, full, x, y, 0, u,
-                                    task.expert);
-            } else {
-              ptx::tma_load_5d(to, &p.weights, full, x, y, 0, u, task.expert);
+            for (int c = 0; c < S::kChunks; ++c) {
+              const std::uint32_t to =
+                  ptx::shared_address(shared.weights(cursor.stage)) + c * S::kWeightBytes;
+              const int x = (i * S::kChunks + c) * S::kChunkK;
+              if constexpr (S::kPair == 2) {
+                ptx::tma_load_5d_pair(to + rank * (S::kWeightBytes / 2), &p.weights, full, x, y, 0,
+                                      u, task.expert);
+              } else {
+                ptx::tma_load_5d(to, &p.weights, full, x, y, 0, u, task.expert);
+              }
             }
           }
+          cursor.advance();
         }
-        cursor.advance();
       }
     }
     __syncwarp();
@@ -120,24 +69,46 @@ class TokenLoader {
   __device__ TokenLoader(const Params& p, const SharedMemory<S>& shared) : p_(p), shared_(shared) {}
 
   __device__ void run() {
+    // What the lists say of the first task is asked before the wait, where they are old enough: two
+    // trips to memory less between the end of the kernel in front and the first product.
+    if (!p_.settled) begin_kernel();
     const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
     Schedule<S::kTokens * S::kPair, S::kPair> schedule(p_);
     Task task = part_of<S::kPair>(schedule.next(), rank);
     fetch_slots(task);
+    // So is the table, where it holds nothing but what the lists say.
+    bool early = S::kHasRuns && p_.settled && p_.row_weights == nullptr &&
+                 (p_.a_scale == nullptr || block_scales());
+    if (p_.settled && !early) begin_kernel();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       // With its first stage free, its place in the ring is, too.
       ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
       prepare(task, shared_.table(ring));
+      if (early) {
+        early = false;
+        begin_kernel();
+      }
       // All that is left to know: registers are scarce here, too.
       const Load load{task.expert >= 0 ? task.rows : 0, stages_of<S>(p_, task),
                       static_cast<int>(task.first)};
+      const Run run{task.expert, task.row_task, loaded_run<S>(task)};
       const bool last = task.expert == kEndOfTasks;
-      if (!last) {
-        // The next task's slots are on their way while this one's rows are loaded.
-        task = part_of<S::kPair>(schedule.next(), rank);
-        fetch_slots(task);
+      // The next task is looked for behind the first stage, so that its slots are on their way
+      // while the others are loaded; with only one, in front of it.
+      const bool others = S::kHasRuns && (load.stages > 1 || run.length > 1);
+      for (int part = 0, r = 0, from = 0; r < run.length; ++part) {
+        if (!last && part == (others ? 1 : 0)) {
+          task = part_of<S::kPair>(schedule.next(), rank);
+          fetch_slots(task);
+        }
+        const int to = others && part == 0 ? 1 : load.stages;
+        load_stages(load, from, to);
+        from = to;
+        if (to == load.stages) {
+          from = 0;
+          if (++r < run.length) find_weight_scale(run.expert, run.row_task + r);
+        }
       }
-      load_stages(load);
       if (last) return;
     }
   }
@@ -151,9 +122,14 @@ class TokenLoader {
   // multiplying warps need nearly all registers they come from shared memory each time (and rows by
   // TMA as a rule).
   static constexpr bool kInRegisters = !(S::kPromotes && S::kBlocks == 2);
-  __device__ static int me() { return ptx::thread_index() - 32; }
+  static constexpr bool kKeepsThread = S::kHasRuns && S::kWarpgroups == 1;
+  __device__ static int thread() { return thread_index<kKeepsThread>(); }
+  __device__ static int me() { return thread() - 32; }
   struct Load {
     int rows, stages, first;
+  };
+  struct Run {
+    int expert, row_task, length;
   };
   __device__ int pass_of(int entry) const { return (me() % 32 + entry * 32) / 4; }
   __device__ int row_in_pass() const { return me() / 32 * 4 + me() % 4; }
@@ -198,18 +174,23 @@ class TokenLoader {
         token_factors<S>(table)[token] = factor;
       }
     }
-    if (block_scales() && task.expert >= 0 && me() < S::kRows / 8) {
-      // Cells begin at multiples of eight rows, so one scale serves eight of them.
-      const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
-      std::int64_t n = weight_row(p_, task.row_task, me() * 8);
-      if (n >= rows) n = rows - 1;
-      weight_scale_ = static_cast<std::uint32_t>(task.expert * p_.scale_expert +
-                                                 n / p_.scale_group * p_.scale_row);
-    }
+    find_weight_scale(task.expert, task.row_task);
     __syncwarp();
   }
 
-  __device__ void load_stages(const Load& load) {
+  // Cells begin at multiples of eight rows, so one scale serves eight of them.
+  __device__ void find_weight_scale(int expert, int row_task) {
+    if (!block_scales() || expert < 0 || me() >= S::kRows / 8) return;
+    const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
+    std::int64_t n = weight_row(p_, row_task, me() * 8);
+    if (n >= rows) n = rows - 1;
+    // Both fit 32 bits (TMA counts rows with as many), whose division is a third as long.
+    const std::uint32_t cell =
+        static_cast<std::uint32_t>(n) / static_cast<std::uint32_t>(p_.scale_group);
+    weight_scale_ = static_cast<std::uint32_t>(expert * p_.scale_expert + cell * p_.scale_row);
+  }
+
+  __device__ void load_stages(const Load& load, int from, int to) {
     const bool gather = p_.token_load == TokenLoad::kGather;
     std::uint32_t rows[S::kPassRoom];
     if (kInRegisters && gather) {
@@ -227,17 +208,17 @@ class TokenLoader {
     if constexpr (S::kPromotes && S::kBlocks == 2) {
       if (p_.scale_quads && !gather) return load_boxes_and_scales(load);
     }
-    for (int i = 0; i < load.stages; ++i) {
+    for (int i = from; i < to; ++i) {
       ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
       const std::uint32_t full = shared_.full(cursor_.stage);
-      const std::uint32_t to = ptx::shared_address(shared_.tokens(cursor_.stage));
-      if (gather && kInRegisters) gather_rows(load.rows, i, to, rows);
-      if (gather && !kInRegisters) gather_listed_rows(load.rows, i, to);
+      const std::uint32_t dst = ptx::shared_address(shared_.tokens(cursor_.stage));
+      if (gather && kInRegisters) gather_rows(load.rows, i, dst, rows);
+      if (gather && !kInRegisters) gather_listed_rows(load.rows, i, dst);
       if (block_scales()) copy_scales(load.rows, i);
       if (gather || block_scales()) ptx::copy_async_arrive(full);
-      if (!gather && me() == 0) load_boxes(load, i, to, full);
+      if (!gather && me() == 0) load_boxes(load, i, dst, full);
       // The tables are there: one arrival per warp (the last sync was behind them).
-      if (ptx::thread_index() % 32 == 0) ptx::barrier_arrive(full);
+      if (thread() % 32 == 0) ptx::barrier_arrive(full);
       cursor_.advance();
     }
     __syncwarp();
@@ -331,7 +312,7 @@ class TokenLoader {
       if (me() == 0) load_boxes(load, i, ptx::shared_address(shared_.tokens(cursor_.stage)), full);
       store_scales(load.rows, i, scales);
       __syncwarp();
-      if (ptx::thread_index() % 32 == 0) ptx::barrier_arrive(full);
+      if (thread() % 32 == 0) ptx::barrier_arrive(full);
       cursor_.advance();
     }
   }

@@ -11,11 +11,13 @@ namespace moesaic::cuda::sm90 {
 inline constexpr int kEndOfTasks = -2;
 inline constexpr int kFiltered = -1;
 
+// Or a run of tasks: see Params::run.
 struct Task {
   std::int32_t expert, rows;  // expert: kEndOfTasks, kFiltered, or a local expert
   std::int64_t first;         // position
-  std::int32_t row_task;
-  std::int32_t flip, unused[2];  // flip: 0 and 1 in turn
+  std::int32_t row_task;      // of a run the first
+  std::int32_t run;           // how many, at least 1
+  std::int32_t flip, unused;  // flip: 0 and 1 in turn, task by task
 };
 static_assert(sizeof(Task) == 32);
 
@@ -55,7 +57,7 @@ class Schedule {
       rotation_ += 41 % stride;
       if (rotation_ >= stride) rotation_ -= stride;
       while (wanted - base_ >= tasks()) {
-        if (first_ + size_ >= num_tiles_) return {.expert = kEndOfTasks};
+        if (first_ + size_ >= num_tiles_) return {.expert = kEndOfTasks, .run = 1};
         base_ += tasks();
         first_ += size_;
         const int index = first_ + lane();
@@ -63,8 +65,8 @@ class Schedule {
         measure();
       }
       const unsigned pieces = static_cast<unsigned>(size_ * p_.sub_tiles);
-      const unsigned row_task = (wanted - base_) / pieces;
-      const int piece = static_cast<int>((wanted - base_) - row_task * pieces);
+      const unsigned row_run = (wanted - base_) / pieces;
+      const int piece = static_cast<int>((wanted - base_) - row_run * pieces);
       const int source = p_.sub_tiles == 1 ? piece : piece / p_.sub_tiles;
       const int skip = (piece - source * p_.sub_tiles) * kTokens;
       Task task{};
@@ -75,7 +77,9 @@ class Schedule {
       if (task.rows <= 0) continue;
       if (task.rows > kTokens) task.rows = kTokens;
       task.first = static_cast<std::int64_t>(std::uint64_t{high} << 32 | low) + skip;
-      task.row_task = static_cast<std::int32_t>(row_task);
+      task.row_task = static_cast<std::int32_t>(row_run) * p_.run;
+      task.run = p_.row_tasks - task.row_task;
+      if (task.run > p_.run) task.run = p_.run;
       if (task.expert < 0 || task.expert >= p_.experts) task.expert = kFiltered;
       return task;
     }
@@ -89,7 +93,7 @@ class Schedule {
     return __ldcg(reinterpret_cast<const int4*>(p_.rows.tiles) + index);
   }
   __device__ unsigned tasks() const {
-    return static_cast<unsigned>(size_) * static_cast<unsigned>(p_.sub_tiles * p_.row_tasks);
+    return static_cast<unsigned>(size_) * static_cast<unsigned>(p_.sub_tiles * p_.row_runs);
   }
   // How many tiles the group that starts at first_ has.
   __device__ void measure() {

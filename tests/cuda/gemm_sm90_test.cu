@@ -542,6 +542,29 @@ TEST(Sm90, LargeTilesAndManyExperts) {
                3);
 }
 
+// K so short, and tasks so many, that the policy takes them in runs, the last of which is shorter;
+// more tiles than a group has; zeros in between.
+TEST(Sm90, RunsOfTasks) {
+  if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
+  unsigned seed = 200;
+  for (const std::int64_t tile_rows : {16, 64}) {
+    for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
+      expect_right({.dtype = dtype,
+                    .scales = dtype == DType::kBF16 ? Scales::kNone : Scales::kBlock,
+                    .experts = 260,
+                    .n = 2064,
+                    .k = 128,
+                    .tokens = 400,
+                    .top_k = 2,
+                    .tile_rows = tile_rows,
+                    .a_row = RowOf::kPosition,
+                    .c_row = RowOf::kSlot,
+                    .filtered = true},
+                   seed++);
+    }
+  }
+}
+
 // Tiles whose halves nearly fill blocks of 64 tokens: there the pair kernel for e4m3 exchanges the
 // sides, by itself as other bits would tell.
 TEST(Sm90, UprightTiles) {

@@ -136,6 +136,14 @@ struct QuantizeStage {
   void* scratch = nullptr;               // quantize_scratch_bytes
 };
 
+// How GEMM1 writes 8-bit rows, where Backend::gemm1_quantizes says that it does: its values are rounded to `round_to`
+// and quantized from there, to the bits that a quantize stage behind a 16-bit C gives.
+struct GemmQuantizer {
+  ActScale granularity = ActScale::kDefault;  // kDefault: C is not quantized
+  DType round_to = DType::kBF16;
+  Tensor static_scale;               // [1] or [E] f32
+};
+
 // The grouped product, with gather before and everything element-wise behind.
 struct GemmStage {
   RowMap rows;
@@ -147,7 +155,8 @@ struct GemmStage {
   const WeightOperand* b = nullptr;
   const ActivationSpec* activation = nullptr;  // fc1: applied in fp32 on the finished sums; C is [*, N or N/2]
   const float* row_weights = nullptr;          // by slot, behind the bias
-  Tensor c;                      // [*, N] f32, f16, bf16 in any strides
+  Tensor c;                      // [*, N] f32, f16, bf16 in any strides; 8 bit with a quantizer
+  GemmQuantizer quantizer;
   RowOf c_row = RowOf::kPosition;
   int tactic = -1;
   void* scratch = nullptr;       // gemm_scratch_bytes
@@ -196,6 +205,9 @@ class Backend {
   // Where GEMM1 of the standard format wants float inputs: kToken as they are, gathered by the product; kPosition
   // laid out by position, where reading consecutive rows gains more than writing them costs.
   virtual RowOf input_rows(const WeightSpec&, std::int64_t /*slots*/) const { return RowOf::kToken; }
+  // Whether GEMM1 writes its rows as GEMM2 reads them, in 8 bit, whatever its tactic and tiles (GemmStage::quantizer):
+  // the quantize stage between them is then left out. Not asked where a factor per channel lies between them.
+  virtual bool gemm1_quantizes(const WeightSpec& /*fc1*/, const WeightSpec& /*fc2*/) const { return false; }
   virtual std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const = 0;
   virtual std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const = 0;
   virtual std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const = 0;

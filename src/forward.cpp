@@ -224,53 +224,72 @@ Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stre
           .row = by_position ? RowOf::kPosition : run.input.row};
 }
 
+namespace {
+
+// What GEMM1 left in 16 bit -> rows that GEMM2 reads: as they are, quantized, or multiplied by a factor per channel.
+Rows prepare_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {
+  const LayerPlan& plan = *run.plan;
+  const SideTensors& side = run.fc2->side;
+  const bool quantizes = plan.quantizes_hidden();
+  if (!quantizes && !side.prequant.defined()) return {.values = buffers.hidden};
+  QuantizeStage stage{.input = buffers.hidden,
+                      .rows = &run.rows,
+                      .list_age = ListAge::kSettled,
+                      .prequant = side.prequant,
+                      .round_to = plan.fc2.dtype16,
+                      .output = buffers.hidden};  // element-wise: in place
+  if (quantizes) {
+    stage.granularity = plan.fc2.act_scale;
+    stage.group = plan.fc2.act_group;
+    stage.int8_rounding = plan.fc2.int8_rounding;
+    stage.static_scale = side.input_scale;
+    stage.per_expert_absmax = run.per_expert_absmax;
+    stage.output = buffers.hidden_quantized;
+    stage.scale = buffers.hidden_scale;
+    stage.scale_row_stride = scale_row_stride(plan.fc2);
+    stage.scratch = buffers.quantize_scratch;
+  }
+  plan.backend->quantize(stage, stream);
+  if (!quantizes) return {.values = buffers.hidden};
+  const bool per_expert =
+      (plan.fc2.act_scale == ActScale::kTensorDynamic && run.per_expert_absmax) ||
+      (plan.fc2.act_scale == ActScale::kTensorStatic && side.input_scale.shape[0] > 1);
+  return {.values = buffers.hidden_quantized,
+          .scale = scale_view(plan.fc2, buffers.hidden_scale, per_expert)};
+}
+
+// What GEMM1 quantized itself, with scales that came with the weights.
+Rows quantized_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers) {
+  const Tensor& given = run.fc2->side.input_scale;
+  return {.values = buffers.hidden_quantized,
+          .scale = {.data = given.as<float>(),
+                    .expert_stride = given.shape[0] > 1 ? given.strides[0] : 0}};
+}
+
+}  // namespace
+
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {
   const LayerPlan& plan = *run.plan;
   const Backend& backend = *plan.backend;
-  backend.gemm({.rows = run.rows,
-                .a = run.input.values,
-                .a_scale = run.input.scale,
-                .a_row = run.input.row,
-                .top_k = plan.config.top_k,
-                .b = run.fc1,
-                .activation = &plan.config.activation,
-                .c = buffers.hidden,
-                .tactic = run.tactics.gemm1,
-                .scratch = buffers.gemm_scratch},
-               stream);
-
-  Rows hidden{.values = buffers.hidden};
-  const SideTensors& side = run.fc2->side;
-  if (plan.quantizes_hidden()) {
-    const bool per_expert =
-        (plan.fc2.act_scale == ActScale::kTensorDynamic && run.per_expert_absmax) ||
-        (plan.fc2.act_scale == ActScale::kTensorStatic && side.input_scale.shape[0] > 1);
-    backend.quantize({.input = buffers.hidden,
-                      .rows = &run.rows,
-                      .list_age = ListAge::kSettled,
-                      .prequant = side.prequant,
-                      .round_to = plan.fc2.dtype16,
-                      .granularity = plan.fc2.act_scale,
-                      .group = plan.fc2.act_group,
-                      .int8_rounding = plan.fc2.int8_rounding,
-                      .static_scale = side.input_scale,
-                      .per_expert_absmax = run.per_expert_absmax,
-                      .output = buffers.hidden_quantized,
-                      .scale = buffers.hidden_scale,
-                      .scale_row_stride = scale_row_stride(plan.fc2),
-                      .scratch = buffers.quantize_scratch},
-                     stream);
-    hidden = {.values = buffers.hidden_quantized,
-              .scale = scale_view(plan.fc2, buffers.hidden_scale, per_expert)};
-  } else if (side.prequant.defined()) {
-    backend.quantize({.input = buffers.hidden,
-                      .rows = &run.rows,
-                      .list_age = ListAge::kSettled,
-                      .prequant = side.prequant,
-                      .round_to = plan.fc2.dtype16,
-                      .output = buffers.hidden},  // element-wise: in place
-                     stream);
+  GemmStage gemm1{.rows = run.rows,
+                  .a = run.input.values,
+                  .a_scale = run.input.scale,
+                  .a_row = run.input.row,
+                  .top_k = plan.config.top_k,
+                  .b = run.fc1,
+                  .activation = &plan.config.activation,
+                  .c = buffers.hidden,
+                  .tactic = run.tactics.gemm1,
+                  .scratch = buffers.gemm_scratch};
+  if (plan.gemm1_quantizes) {
+    gemm1.c = buffers.hidden_quantized;
+    gemm1.quantizer = {.granularity = plan.fc2.act_scale,
+                       .round_to = plan.fc2.dtype16,
+                       .static_scale = run.fc2->side.input_scale};
   }
+  backend.gemm(gemm1, stream);
+  const Rows hidden = plan.gemm1_quantizes ? quantized_hidden(run, buffers)
+                                           : prepare_hidden(run, buffers, stream);
   backend.gemm({.rows = run.rows,
                 .list_age = ListAge::kSettled,
                 .a = hidden.values,

@@ -93,7 +93,7 @@ Layer::Impl::Impl(const LayerConfig& config, Device device)
     : plan(make_plan(config, device)), fc1(plan, plan.fc1), fc2(plan, plan.fc2) {
   loaded.assign(static_cast<std::size_t>(plan.fc1.experts), false);
   if (plan.config.shared_experts > 0) {
-    shared = std::make_unique<SharedExperts>(make_shared_plan(plan));
+    shared = std::make_unique<SharedLayer>(make_shared_plan(plan));
     shared->ids = WorkspaceBuffer(
         device, std::max<std::size_t>(1, static_cast<std::size_t>(plan.config.max_tokens)) * 4);
     const std::vector<std::int32_t> zeros(static_cast<std::size_t>(plan.config.max_tokens), 0);
@@ -110,7 +110,7 @@ Layer::Impl::Impl(const LayerConfig& config, Device device)
   }
 }
 
-SharedExperts::SharedExperts(LayerPlan shared_plan)
+SharedLayer::SharedLayer(LayerPlan shared_plan)
     : plan(std::move(shared_plan)), fc1(plan, plan.fc1), fc2(plan, plan.fc2) {}
 
 Layer::Layer(const LayerConfig& config, Device device) {

@@ -32,8 +32,8 @@ class PackedProduct {
   WeightOperand operand_;
 };
 
-struct SharedExperts {
-  explicit SharedExperts(LayerPlan shared_plan);
+struct SharedLayer {
+  explicit SharedLayer(LayerPlan shared_plan);
   LayerPlan plan;
   PackedProduct fc1, fc2;
   Tensor gate;           // f32 [1, H] or undefined
@@ -46,7 +46,7 @@ struct Layer::Impl {
 
   LayerPlan plan;
   PackedProduct fc1, fc2;
-  std::unique_ptr<SharedExperts> shared;
+  std::unique_ptr<SharedLayer> shared;
   RouterWeights router;
   TacticPair tactics{};
   std::vector<bool> loaded;

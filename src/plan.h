@@ -45,6 +45,7 @@ struct LayerPlan {
   Device device{};
   WeightSpec fc1, fc2;
   DType slot_dtype = DType::kF32;
+  bool gemm1_quantizes = false;  // hidden, itself: no stage of its own, no 16-bit rows
 
   bool quantizes_input() const { return fc1.act_scale != ActScale::kDefault && is_float(config.input_dtype); }
   bool quantizes_hidden() const { return fc2.act_scale != ActScale::kDefault; }
@@ -82,7 +83,7 @@ bool must_expand(const LayerPlan& plan, const SideTensors* side);
 
 // The buffers of run_experts.
 struct ExpertsBuffers {
-  Tensor hidden;               // [positions, intermediate] in the 16-bit dtype (f32: f32)
+  Tensor hidden;               // [positions, intermediate] in the 16-bit dtype (f32: f32), unless GEMM1 quantizes
   Tensor hidden_quantized;     // the same in e4m3 / int8, schemes with such activations
   float* hidden_scale = nullptr;
   void* quantize_scratch = nullptr;

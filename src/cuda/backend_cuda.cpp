@@ -79,6 +79,10 @@ RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
   const bool pays = fc1.act == ActFormat::kE4M3 ? rows > 128 : rows > 64 && fc1.n >= 8192;
   return pays ? RowOf::kPosition : RowOf::kToken;
 }
+bool CudaBackend::gemm1_quantizes(const WeightSpec& fc1, const WeightSpec& fc2) const {
+  const GemmFamily& family = family_for(fc1, device_);
+  return family.quantizes != nullptr && family.quantizes(fc1, fc2);
+}
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);
 }

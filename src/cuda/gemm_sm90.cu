@@ -106,6 +106,13 @@ bool supports(const WeightSpec& spec) {
   return !along_k;
 }
 
+// A static scale is known before the first sum, so every kernel can apply it on the way out. (The
+// other granularities need the largest value of a row, of a group of it or of all rows first.)
+bool quantizes(const WeightSpec& fc1, const WeightSpec& fc2) {
+  return fc1.format == WeightFormat::kE4M3 && fc2.act == ActFormat::kE4M3 &&
+         fc2.act_scale == ActScale::kTensorStatic;
+}
+
 // --- policy
 // The smallest tile that holds nearly every expert's rows: two standard deviations above the mean
 // of uniform routing. A tile with fewer rows runs a smaller instruction, so too large costs little;
@@ -219,8 +226,12 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 }  // namespace
 
 const GemmFamily& family_sm90() {
-  static constexpr GemmFamily kFamily{
-      .supports = supports, .tile_rows = tile_rows, .tactics = tactics, .run = run, .boxes = true};
+  static constexpr GemmFamily kFamily{.supports = supports,
+                                      .tile_rows = tile_rows,
+                                      .tactics = tactics,
+                                      .run = run,
+                                      .quantizes = quantizes,
+                                      .boxes = true};
   return kFamily;
 }
 

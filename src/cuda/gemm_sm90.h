@@ -57,7 +57,9 @@ struct Shape {
       144;  // bytes per token: 128 and 16, so that eight rows hit all banks
   static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;
   static constexpr int kBufferBytes = kEpilogueTokens * kPitch;
-  static constexpr int kEpilogueBytes = 2 * (kBufferBytes + kBlocks * 64 * 8);
+  // (In e4m3 also by what C is multiplied before it is quantized.)
+  static constexpr int kEpilogueBytes =
+      2 * (kBufferBytes + kBlocks * 64 * 8) + (kPromotes ? 16 : 0);
   static_assert(2 * kBufferBytes >= 16 * 68 * 4);
   // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors.
   // Every task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
@@ -112,6 +114,12 @@ struct SmallView {  // of f32, f16 or bf16
   std::int64_t expert_stride = 0, stride = 0;
 };
 
+// C in e4m3. What else would be stored, in 16 bit, is quantized on its way out.
+struct QuantizerView {
+  const float* scale = nullptr;  // of expert e, at e * expert_stride; null: C is not quantized
+  std::int64_t expert_stride = 0;
+};
+
 struct Params {
   CUtensorMap weights;  // {K, 8 or rows, 2 or 1, chunks of 16 rows or 1, E}: see weight_map
   CUtensorMap tokens;   // {K, positions}, TokenLoad::kTma only
@@ -152,8 +160,9 @@ struct Params {
   RowLayout c_rows;       // in elements
   std::int64_t c_column;  // element stride inside a row
   std::int64_t columns;   // of C
-  OutType c_type;
+  OutType c_type;  // quantized: what is quantized, f16 or bf16
   StorePath store;
+  QuantizerView quantizer;
 };
 
 template <typename S>

@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/gemm_sm90_quantize.h"
 #include "cuda/gemm_sm90_schedule.h"
 #include "cuda/ptx_sm90.h"
 
@@ -101,6 +102,8 @@ class Epilogue {
   // two places, so nobody can still read what is overwritten.
   __device__ void begin(const Task& task) {
     if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
+    if (quantizes() && thread_ == 127)
+      *inverse_scale() = inverse_of(p_.quantizer.scale[task.expert * p_.quantizer.expert_stride]);
   }
 
   // Factor and bias of this thread's weight row.
@@ -134,8 +137,9 @@ class Epilogue {
     }
   }
 
-  // A filtered tile: rows of zeros.
+  // A filtered tile: rows of zeros. (Quantized rows of it are read by no product.)
   __device__ void zeros(const Task& task) {
+    if (quantizes()) return;
     const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
     const std::int64_t first =
         (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
@@ -155,6 +159,10 @@ class Epilogue {
   __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
   __device__ float2* row_terms() const {
     return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes) + flip_ * kBlocks * 64;
+  }
+  __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.scale != nullptr; }
+  __device__ float* inverse_scale() const {  // quantizes() only: of this task's expert
+    return reinterpret_cast<float*>(shared_ + 2 * S::kBufferBytes + 2 * kBlocks * 64 * 8) + flip_;
   }
   __device__ const std::uint32_t* rows() const { return token_rows<S>(table_); }
   __device__ const float2* factors() const { return token_factors<S>(table_); }
@@ -255,16 +263,24 @@ class Epilogue {
             const int token = i / kUnits, part = i % kUnits;
             const std::uint32_t row = rows()[chunk * kChunk + token];
             if (row != kNoRow && first + part * 8 < end) {
-              // The host has made sure that one 32-bit stride is all there is.
-              const std::uint64_t offset =
-                  std::uint64_t{row} * static_cast<std::uint32_t>(p_.c_rows.stride);
-              const uint4 v = *reinterpret_cast<const uint4*>(out + token * S::kPitch + part * 16);
-              *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) +
-                                        2 * (offset + first + part * 8)) = v;
+              store_eight(row, first + part * 8,
+                          *reinterpret_cast<const uint4*>(out + token * S::kPitch + part * 16));
             }
           }
         }
       }
+    }
+  }
+
+  // Eight neighbouring values of a row of C whose rows are contiguous and aligned.
+  __device__ void store_eight(std::uint32_t row, std::int64_t n, const uint4& v) const {
+    // The host has made sure that one 32-bit stride is all there is.
+    const std::uint64_t at = std::uint64_t{row} * static_cast<std::uint32_t>(p_.c_rows.stride) + n;
+    if (quantizes()) {
+      *reinterpret_cast<uint2*>(static_cast<char*>(p_.c) + at) =
+          to_e4m3(p_.c_type, v, *inverse_scale());
+    } else {
+      *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) + 2 * at) = v;
     }
   }
 
@@ -336,15 +352,28 @@ class Epilogue {
       if (p_.store == StorePath::kScalar) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if (n + e < end) store_element(p_, offset + (n + e) * p_.c_column, v[e]);
+          if (n + e < end) store_one(offset + (n + e) * p_.c_column, v[e]);
         }
       } else if (p_.c_type == OutType::kF32) {
         *reinterpret_cast<float4*>(static_cast<float*>(p_.c) + offset + n) = {v[0], v[1], v[2],
                                                                               v[3]};
       } else {
-        *reinterpret_cast<uint2*>(static_cast<char*>(p_.c) + 2 * (offset + n)) = {
-            pack16(p_.c_type, v[0], v[1]), pack16(p_.c_type, v[2], v[3])};
+        const uint2 four{pack16(p_.c_type, v[0], v[1]), pack16(p_.c_type, v[2], v[3])};
+        if (quantizes()) {
+          *reinterpret_cast<std::uint32_t*>(static_cast<char*>(p_.c) + offset + n) =
+              to_e4m3(p_.c_type, four, *inverse_scale());
+        } else {
+          *reinterpret_cast<uint2*>(static_cast<char*>(p_.c) + 2 * (offset + n)) = four;
+        }
       }
+    }
+  }
+  __device__ void store_one(std::int64_t at, float v) const {
+    if (quantizes()) {
+      static_cast<std::uint8_t*>(p_.c)[at] = static_cast<std::uint8_t>(
+          to_e4m3(p_.c_type, pack16(p_.c_type, v, 0.0f), *inverse_scale()));
+    } else {
+      store_element(p_, at, v);
     }
   }
 

@@ -81,10 +81,16 @@ OutType out_type(DType dtype) {
                                 : OutType::kF32;
 }
 
-void set_output(Params& p, const Tensor& c) {
+void set_output(Params& p, const Tensor& c, const GemmQuantizer& quantizer) {
   const int last = c.rank - 1;
   p.c = c.data;
   p.c_type = out_type(c.dtype);
+  if (quantizer.granularity != ActScale::kDefault) {
+    const Tensor& scale = quantizer.static_scale;
+    p.c_type = out_type(quantizer.round_to);
+    p.quantizer = {.scale = scale.as<const float>(),
+                   .expert_stride = scale.shape[0] > 1 ? scale.strides[0] : 0};
+  }
   p.c_rows = row_layout(c, 1);
   p.c_column = c.strides[last];
   const bool dense = c.shape[last] <= 1 || c.strides[last] == 1;
@@ -171,7 +177,7 @@ void set_stage(Params& p, const GemmStage& stage, Element element, const TaskSha
   p.c_row = stage.c_row;
   set_tokens(p, stage, element, task);
   set_side(p, stage);
-  set_output(p, stage.c);
+  set_output(p, stage.c, stage.quantizer);
 }
 
 // Gate and up rows are brought together by the map: 8 rows of gate, 8 of up, and so on, whichever

@@ -8,8 +8,10 @@
 #include <thread>
 
 #include "backend.h"
+#include "forward.h"
 #include "harness/execute.h"
 #include "harness/verify.h"
+#include "layer_impl.h"
 
 namespace moesaic::harness {
 namespace {
@@ -205,6 +207,37 @@ TEST_P(OnCuda, TacticsGiveTheSameBits) {
         EXPECT_EQ(call.y.to_host().bytes(), expected) << "gemm2 " << second.description;
       }
     }
+}
+
+// A GEMM1 that quantizes hidden itself gives the bits of the stage that it replaces.
+TEST_P(OnCuda, FusedAndSeparateQuantizersGiveTheSameBits) {
+  int fused = 0;
+  for (const Variant& variant : variants())
+    for (const Activation activation : {Activation::kSwiglu, Activation::kGegluTanh})
+      for (const std::int64_t tokens : {1, 16, 150, 300, 1500}) {  // a tile size each
+        Case c = small_case(variant, tokens);
+        c.activation.kind = activation;
+        if (!supported(c, kGpu).supported) continue;
+        const Loaded loaded(c);
+        const Layer::Impl& layer = loaded.layer.impl();
+        if (!layer.plan.gemm1_quantizes) continue;
+        SCOPED_TRACE(name(c));
+        ++fused;
+        Call call(loaded, loaded.batch);
+        loaded.layer.forward(call.args());
+        const std::vector<std::byte> expected = call.y.to_host().bytes();
+        LayerPlan plan = layer.plan;
+        plan.gemm1_quantizes = false;
+        LoadedLayer separate = layer.loaded_layer();
+        separate.plan = &plan;
+        const WorkspaceBuffer workspace(kGpu, forward_workspace_bytes(plan, nullptr, tokens));
+        ForwardArgs args = call.args();
+        args.workspace = workspace.view();
+        call.y.poison();
+        forward(separate, args);
+        EXPECT_EQ(call.y.to_host().bytes(), expected);
+      }
+  EXPECT_EQ(fused > 0, GetParam() == "sm90a");
 }
 
 TEST_P(OnCuda, NoTokens) {

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// SM90 products that quantize what they write: byte for byte what the same product gives in 16 bit,
+// quantized on the host, with every tactic; nothing else is written.
+#include "gemm_sm90_problem.h"
+
+namespace moesaic::cuda {
+namespace {
+
+void expect_quantized(const Case& c, unsigned seed, const Problem::Quantize& quantize) {
+  const DeviceTraits& device = *hopper();
+  Problem problem(c, seed);
+  ASSERT_TRUE(family_sm90().supports(problem.spec())) << c.text();
+  const Bytes expected = problem.quantized(problem.run(-1, device), quantize);
+  ASSERT_EQ(problem.run(-1, device, quantize), expected) << c.text() << " seed " << seed;
+  for (const Tactic& tactic : family_sm90().tactics(problem.spec(), device)) {
+    ASSERT_EQ(problem.run(tactic.id, device, quantize), expected)
+        << c.text() << " seed " << seed << ": " << tactic.description;
+  }
+}
+
+// One scale, or one for each expert; some saturate, some are 0, which gives zeros.
+std::vector<float> static_scales(std::mt19937& random, std::int64_t experts) {
+  const auto below = [&](unsigned n) { return random() % n; };
+  std::vector<float> scales(below(2) ? static_cast<std::size_t>(experts) : 1);
+  for (float& s : scales)
+    s = below(8) == 0 ? 0.0f : std::exp2(static_cast<float>(below(12)) - 10.0f) * 1.1f;
+  return scales;
+}
+
+TEST(Sm90Quantizes, StaticScales) {
+  if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
+  for (unsigned seed = 0; seed < 80; ++seed) {
+    std::mt19937 random(seed);
+    Case c = random_case(random, DType::kF8E4M3);
+    if (c.out == DType::kF32) c.out = DType::kBF16;
+    if (c.scales == Scales::kBlock) c.scales = Scales::kTensor;
+    ASSERT_NO_FATAL_FAILURE(expect_quantized(
+        c, seed,
+        {.granularity = ActScale::kTensorStatic, .scale = static_scales(random, c.experts)}));
+  }
+}
+
+// Every tile's kernel with full tiles, and the activations that leave through registers.
+TEST(Sm90Quantizes, StaticScalesOfLargeTiles) {
+  if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
+  for (unsigned seed = 0; seed < 12; ++seed) {
+    std::mt19937 random(seed);
+    const int activations[] = {static_cast<int>(Activation::kSwiglu),
+                               static_cast<int>(Activation::kSwigluOai), -1};
+    const Case c{.dtype = DType::kF8E4M3,
+                 .scales = seed % 2 ? Scales::kTensor : Scales::kHalves,
+                 .experts = 3,
+                 .n = 544,
+                 .k = 400,
+                 .tokens = 500,
+                 .top_k = 2,
+                 .tile_rows = 256 >> seed % 4,
+                 .layout = static_cast<Layout>(seed % 3),
+                 .a_row = RowOf::kPosition,
+                 .activation = activations[seed / 4],
+                 .out = seed % 4 == 1 ? DType::kF16 : DType::kBF16,
+                 .alpha = seed % 3 == 1};
+    ASSERT_NO_FATAL_FAILURE(expect_quantized(
+        c, seed,
+        {.granularity = ActScale::kTensorStatic, .scale = static_scales(random, c.experts)}));
+  }
+}
+
+}  // namespace
+}  // namespace moesaic::cuda

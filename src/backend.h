@@ -136,13 +136,17 @@ struct QuantizeStage {
   void* scratch = nullptr;               // quantize_scratch_bytes
 };
 
-// How GEMM1 writes 8-bit rows, where Backend::gemm1_quantizes says that it does: its values are rounded to `round_to`
-// and quantized from there, to the bits that a quantize stage behind a 16-bit C gives.
+// How GEMM1 writes 8-bit rows, where the backend can: its values are rounded to `round_to` and quantized from there, to
+// the bits that a quantize stage behind a 16-bit C gives.
 struct GemmQuantizer {
   ActScale granularity = ActScale::kDefault;  // kDefault: C is not quantized
   DType round_to = DType::kBF16;
-  Tensor static_scale;               // [1] or [E] f32
+  Tensor static_scale;               // kTensorStatic: [1] or [E] f32
+  float* scale = nullptr;            // out, kGroup: [positions, groups], row stride in floats
+  std::int64_t scale_row_stride = 0;
 };
+// Who quantizes hidden rows for GEMM2: a stage of its own; GEMM1 with some tactics or tiles; GEMM1 with any.
+enum class QuantizedBy : std::uint8_t { kStage, kEither, kGemm1 };
 
 // The grouped product, with gather before and everything element-wise behind.
 struct GemmStage {
@@ -205,9 +209,14 @@ class Backend {
   // Where GEMM1 of the standard format wants float inputs: kToken as they are, gathered by the product; kPosition
   // laid out by position, where reading consecutive rows gains more than writing them costs.
   virtual RowOf input_rows(const WeightSpec&, std::int64_t /*slots*/) const { return RowOf::kToken; }
-  // Whether GEMM1 writes its rows as GEMM2 reads them, in 8 bit, whatever its tactic and tiles (GemmStage::quantizer):
-  // the quantize stage between them is then left out. Not asked where a factor per channel lies between them.
-  virtual bool gemm1_quantizes(const WeightSpec& /*fc1*/, const WeightSpec& /*fc2*/) const { return false; }
+  // Whether GEMM1 writes its rows as GEMM2 reads them, in 8 bit (GemmStage::quantizer): the quantize stage between them
+  // is then left out. Not asked where a factor per channel lies between them. kEither: gemm1_quantizes says it of a
+  // GEMM1 that is about to run, with its quantizer; that follows from specs, tactic and tile_rows alone, too.
+  virtual QuantizedBy hidden_quantized_by(const WeightSpec& /*fc1*/, const WeightSpec& /*fc2*/,
+                                          const ActivationSpec&) const {
+    return QuantizedBy::kStage;
+  }
+  virtual bool gemm1_quantizes(const GemmStage&) const { return false; }
   virtual std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const = 0;
   virtual std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const = 0;
   virtual std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const = 0;

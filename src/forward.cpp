@@ -258,12 +258,33 @@ Rows prepare_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream
           .scale = scale_view(plan.fc2, buffers.hidden_scale, per_expert)};
 }
 
-// What GEMM1 quantized itself, with scales that came with the weights.
+// GEMM1 writes 8-bit rows, if the backend does so for this stage.
+bool let_gemm1_quantize(const ExpertsRun& run, const ExpertsBuffers& buffers, GemmStage* gemm1) {
+  const LayerPlan& plan = *run.plan;
+  if (plan.hidden_quantized_by == QuantizedBy::kStage) return false;
+  GemmStage stage = *gemm1;
+  stage.c = buffers.hidden_quantized;
+  stage.quantizer = {.granularity = plan.fc2.act_scale,
+                     .round_to = plan.fc2.dtype16,
+                     .static_scale = run.fc2->side.input_scale,
+                     .scale = buffers.hidden_scale,
+                     .scale_row_stride = scale_row_stride(plan.fc2)};
+  if (plan.hidden_quantized_by == QuantizedBy::kEither && !plan.backend->gemm1_quantizes(stage))
+    return false;
+  *gemm1 = stage;
+  return true;
+}
+// What it wrote. Static scales came with the weights.
 Rows quantized_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers) {
+  Rows hidden{.values = buffers.hidden_quantized};
   const Tensor& given = run.fc2->side.input_scale;
-  return {.values = buffers.hidden_quantized,
-          .scale = {.data = given.as<float>(),
-                    .expert_stride = given.shape[0] > 1 ? given.strides[0] : 0}};
+  if (given.defined()) {
+    hidden.scale = {.data = given.as<float>(),
+                    .expert_stride = given.shape[0] > 1 ? given.strides[0] : 0};
+  } else {
+    hidden.scale = scale_view(run.plan->fc2, buffers.hidden_scale, /*per_expert=*/false);
+  }
+  return hidden;
 }
 
 }  // namespace
@@ -281,15 +302,10 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
                   .c = buffers.hidden,
                   .tactic = run.tactics.gemm1,
                   .scratch = buffers.gemm_scratch};
-  if (plan.gemm1_quantizes) {
-    gemm1.c = buffers.hidden_quantized;
-    gemm1.quantizer = {.granularity = plan.fc2.act_scale,
-                       .round_to = plan.fc2.dtype16,
-                       .static_scale = run.fc2->side.input_scale};
-  }
+  const bool quantized = let_gemm1_quantize(run, buffers, &gemm1);
   backend.gemm(gemm1, stream);
-  const Rows hidden = plan.gemm1_quantizes ? quantized_hidden(run, buffers)
-                                           : prepare_hidden(run, buffers, stream);
+  const Rows hidden =
+      quantized ? quantized_hidden(run, buffers) : prepare_hidden(run, buffers, stream);
   backend.gemm({.rows = run.rows,
                 .list_age = ListAge::kSettled,
                 .a = hidden.values,

@@ -104,8 +104,9 @@ LayerPlan make_plan(const LayerConfig& given, Device device) {
         "workspace_cap: dynamic per-tensor scales span the whole batch, so it cannot run in "
         "token chunks with the same bits; use a static act_scale or no cap");
   plan.slot_dtype = plan.backend->slot_dtype(plan.fc2);
-  plan.gemm1_quantizes = plan.quantizes_hidden() && !may_have_prequant(plan.fc2.scheme) &&
-                         plan.backend->gemm1_quantizes(plan.fc1, plan.fc2);
+  if (plan.quantizes_hidden() && !may_have_prequant(plan.fc2.scheme))
+    plan.hidden_quantized_by =
+        plan.backend->hidden_quantized_by(plan.fc1, plan.fc2, config.activation);
   return plan;
 }
 
@@ -211,11 +212,12 @@ InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, const Input
 ExpertsBuffers take_experts_buffers(Arena& arena, const LayerPlan& plan, std::int64_t positions) {
   const WeightSpec& fc2 = plan.fc2;
   ExpertsBuffers buffers;
-  if (!plan.gemm1_quantizes)
+  const bool staged = plan.hidden_quantized_by != QuantizedBy::kGemm1;
+  if (staged)
     buffers.hidden = arena.take(fc2.dtype16, positions, fc2.k, plan.device);
   if (plan.quantizes_hidden())
     buffers.hidden_quantized = arena.take(fc2.act_dtype, positions, fc2.k, plan.device);
-  if (plan.quantizes_hidden() && !plan.gemm1_quantizes) {
+  if (plan.quantizes_hidden() && staged) {
     buffers.hidden_scale = arena.take<float>(scale_count(fc2, positions, fc2.experts));
     buffers.quantize_scratch =
         arena.take(plan.backend->quantize_scratch_bytes(positions, fc2.experts));

@@ -45,7 +45,7 @@ struct LayerPlan {
   Device device{};
   WeightSpec fc1, fc2;
   DType slot_dtype = DType::kF32;
-  bool gemm1_quantizes = false;  // hidden, itself: no stage of its own, no 16-bit rows
+  QuantizedBy hidden_quantized_by = QuantizedBy::kStage;  // quantizes_hidden() only; kGemm1: there are no 16-bit rows
 
   bool quantizes_input() const { return fc1.act_scale != ActScale::kDefault && is_float(config.input_dtype); }
   bool quantizes_hidden() const { return fc2.act_scale != ActScale::kDefault; }

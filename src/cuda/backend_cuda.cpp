@@ -79,9 +79,13 @@ RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
   const bool pays = fc1.act == ActFormat::kE4M3 ? rows > 128 : rows > 64 && fc1.n >= 8192;
   return pays ? RowOf::kPosition : RowOf::kToken;
 }
-bool CudaBackend::gemm1_quantizes(const WeightSpec& fc1, const WeightSpec& fc2) const {
-  const GemmFamily& family = family_for(fc1, device_);
-  return family.quantizes != nullptr && family.quantizes(fc1, fc2);
+QuantizedBy CudaBackend::hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
+                                             const ActivationSpec& activation) const {
+  const auto by = family_for(fc1, device_).hidden_quantized_by;
+  return by != nullptr ? by(fc1, fc2, activation) : QuantizedBy::kStage;
+}
+bool CudaBackend::gemm1_quantizes(const GemmStage& stage) const {
+  return family_for(stage.b->spec, device_).gemm1_quantizes(stage, device_);
 }
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);

@@ -28,7 +28,9 @@ class CudaBackend final : public Backend {
   DType slot_dtype(const WeightSpec& fc2) const override;
   std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const override;
   RowOf input_rows(const WeightSpec& fc1, std::int64_t slots) const override;
-  bool gemm1_quantizes(const WeightSpec& fc1, const WeightSpec& fc2) const override;
+  QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
+                                  const ActivationSpec& activation) const override;
+  bool gemm1_quantizes(const GemmStage& stage) const override;
   std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const override;
   std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const override;
   std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const override;

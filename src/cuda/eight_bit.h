@@ -18,6 +18,14 @@ __device__ __forceinline__ unsigned finite_magnitude(float v) {
   return m < 0x7f800000u ? m : 0u;
 }
 
+// The largest magnitude of eight f16 or bf16, as their bits: they compare as integers in pairs.
+__device__ __forceinline__ unsigned largest_of_eight(const uint4& raw) {
+  constexpr unsigned kNoSigns = 0x7fff7fffu;
+  const unsigned both = __vmaxu2(__vmaxu2(raw.x & kNoSigns, raw.y & kNoSigns),
+                                 __vmaxu2(raw.z & kNoSigns, raw.w & kNoSigns));
+  return max(both & 0xffffu, both >> 16);
+}
+
 // absmax / 448 or / 127, rounded once as by a division (checked for every float from 1e-10 on): the
 // product with the reciprocal is off by one ulp at most, and the remainder, which an fma finds
 // exactly, says by how much.

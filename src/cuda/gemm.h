@@ -20,8 +20,10 @@ struct GemmFamily {
   std::int64_t (*tile_rows)(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits& device);
   std::vector<Tactic> (*tactics)(const WeightSpec& spec, const DeviceTraits& device);
   void (*run)(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream);
-  // Backend::gemm1_quantizes, where fc1 is this family's; null: never.
-  bool (*quantizes)(const WeightSpec& fc1, const WeightSpec& fc2) = nullptr;
+  // As in Backend, where fc1 is this family's; null: kStage.
+  QuantizedBy (*hidden_quantized_by)(const WeightSpec& fc1, const WeightSpec& fc2,
+                                     const ActivationSpec& activation) = nullptr;
+  bool (*gemm1_quantizes)(const GemmStage& stage, const DeviceTraits& device) = nullptr;
   // Consecutive rows of A come by TMA, whole boxes at once: see CudaBackend::input_rows.
   bool boxes = false;
 };

@@ -106,13 +106,6 @@ bool supports(const WeightSpec& spec) {
   return !along_k;
 }
 
-// A static scale is known before the first sum, so every kernel can apply it on the way out. (The
-// other granularities need the largest value of a row, of a group of it or of all rows first.)
-bool quantizes(const WeightSpec& fc1, const WeightSpec& fc2) {
-  return fc1.format == WeightFormat::kE4M3 && fc2.act == ActFormat::kE4M3 &&
-         fc2.act_scale == ActScale::kTensorStatic;
-}
-
 // --- policy
 // The smallest tile that holds nearly every expert's rows: two standard deviations above the mean
 // of uniform routing. A tile with fewer rows runs a smaller instruction, so too large costs little;
@@ -154,6 +147,24 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
     task.run = static_cast<int>(std::max<std::int64_t>(run, 1));
   }
   return traits;
+}
+
+// A static scale is known before the first sum: every kernel applies it on the way out. A group of
+// 128 is what a pair's CTA makes of a gated row at a time; other kernels make less. (Whole rows, or
+// all of them, nobody has at once.) Groups leave by stmatrix only, which knows two activations.
+QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
+                                const ActivationSpec& activation) {
+  if (fc1.format != WeightFormat::kE4M3 || fc2.act != ActFormat::kE4M3) return QuantizedBy::kStage;
+  if (fc2.act_scale == ActScale::kTensorStatic) return QuantizedBy::kGemm1;
+  const bool by_matrix =
+      activation.kind == Activation::kSwiglu || activation.kind == Activation::kSwigluOai;
+  return fc2.act_scale == ActScale::kGroup && fc2.act_group == 128 && by_matrix
+             ? QuantizedBy::kEither
+             : QuantizedBy::kStage;
+}
+bool gemm1_quantizes(const GemmStage& stage, const DeviceTraits& device) {
+  return stage.quantizer.granularity == ActScale::kTensorStatic ||
+         kernel_for(stage, device) == Kernel::kWidest;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
@@ -230,7 +241,8 @@ const GemmFamily& family_sm90() {
                                       .tile_rows = tile_rows,
                                       .tactics = tactics,
                                       .run = run,
-                                      .quantizes = quantizes,
+                                      .hidden_quantized_by = hidden_quantized_by,
+                                      .gemm1_quantizes = gemm1_quantizes,
                                       .boxes = true};
   return kFamily;
 }

@@ -37,6 +37,8 @@ struct Shape {
   static constexpr bool kPromotes = kElement == Element::kE4M3;
   static constexpr bool kHasUpright = kPromotes && kBlocks == 2;  // see gemm_sm90_upright.h
   static constexpr bool kHasRuns = kTokens <= 64;                 // see Params::run
+  // A task has a group of 128 columns of a gated row: see store_groups.
+  static constexpr bool kHasGroups = kHasUpright && kWarpgroups == 2;
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
   static constexpr int kChunkK = 128 / kElementBytes;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
@@ -114,11 +116,16 @@ struct SmallView {  // of f32, f16 or bf16
   std::int64_t expert_stride = 0, stride = 0;
 };
 
-// C in e4m3. What else would be stored, in 16 bit, is quantized on its way out.
+// C in e4m3: what would be stored in 16 bit is quantized on its way out.
+enum class Quantizes : unsigned char { kNo, kStatic, kGroup };
 struct QuantizerView {
-  const float* scale = nullptr;  // of expert e, at e * expert_stride; null: C is not quantized
+  Quantizes kind = Quantizes::kNo;
+  const float* given = nullptr;  // kStatic: scale of expert e, at e * expert_stride
   std::int64_t expert_stride = 0;
+  float* scale = nullptr;  // kGroup: of row r of C and columns 128 g ..., at r * row_stride + g
+  std::int64_t row_stride = 0;
 };
+inline constexpr std::uint32_t kNoRow = 0xffffffffu;  // in place of a row of C: not stored
 
 struct Params {
   CUtensorMap weights;  // {K, 8 or rows, 2 or 1, chunks of 16 rows or 1, E}: see weight_map

@@ -69,7 +69,6 @@ __device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task
 
 // A task's table: its tokens' rows of C (kNoRow: not stored), and their factors, in front of the
 // bias and behind everything.
-inline constexpr std::uint32_t kNoRow = 0xffffffffu;
 template <typename S, typename Byte>
 __device__ __forceinline__ auto token_rows(Byte* table) {
   using T = std::conditional_t<std::is_const_v<Byte>, const std::uint32_t, std::uint32_t>;
@@ -102,8 +101,8 @@ class Epilogue {
   // two places, so nobody can still read what is overwritten.
   __device__ void begin(const Task& task) {
     if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
-    if (quantizes() && thread_ == 127)
-      *inverse_scale() = inverse_of(p_.quantizer.scale[task.expert * p_.quantizer.expert_stride]);
+    if (S::kPromotes && p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
+      *inverse_scale() = inverse_of(p_.quantizer.given[task.expert * p_.quantizer.expert_stride]);
   }
 
   // Factor and bias of this thread's weight row.
@@ -137,7 +136,7 @@ class Epilogue {
     }
   }
 
-  // A filtered tile: rows of zeros. (Quantized rows of it are read by no product.)
+  // A filtered tile: rows of zeros. (Not of quantized rows: no product reads those.)
   __device__ void zeros(const Task& task) {
     if (quantizes()) return;
     const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
@@ -160,8 +159,8 @@ class Epilogue {
   __device__ float2* row_terms() const {
     return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes) + flip_ * kBlocks * 64;
   }
-  __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.scale != nullptr; }
-  __device__ float* inverse_scale() const {  // quantizes() only: of this task's expert
+  __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.kind != Quantizes::kNo; }
+  __device__ float* inverse_scale() const {  // kStatic: of this task's expert
     return reinterpret_cast<float*>(shared_ + 2 * S::kBufferBytes + 2 * kBlocks * 64 * 8) + flip_;
   }
   __device__ const std::uint32_t* rows() const { return token_rows<S>(table_); }
@@ -258,6 +257,14 @@ class Epilogue {
             }
           }
           sync();
+          if constexpr (S::kHasGroups && kGated) {
+            if (p_.quantizer.kind == Quantizes::kGroup) {
+              static_assert(kChunk == 32 && kTogether == kBlocks);
+              store_groups<S, 2, 16>(p_, staged_groups(task, {.rows = out + warp_ * 4 * S::kPitch,
+                                                              .token = chunk * 32 + warp_ * 4}));
+              continue;
+            }
+          }
 #pragma unroll
           for (int i = thread_; i < kChunk * kUnits; i += 128) {
             const int token = i / kUnits, part = i % kUnits;
@@ -270,6 +277,22 @@ class Epilogue {
         }
       }
     }
+  }
+
+  // What this warp has staged of gated rows, from `token` on. `more`: 1 where a second part of the
+  // task follows at once in the same place.
+  struct Staged {
+    unsigned char* rows;
+    int token, more = 0;
+  };
+  __device__ StagedGroups staged_groups(const Task& task, const Staged& staged) const {
+    return {.rows = staged.rows,
+            .other = warpgroup_ == 0 ? S::kEpilogueBytes : -S::kEpilogueBytes,
+            .slot = flip_ * 2 + staged.more,
+            .c_row = rows() + staged.token,
+            .first = column(task, 0),
+            .end = limit(task),
+            .group = task.row_task};
   }
 
   // Eight neighbouring values of a row of C whose rows are contiguous and aligned.
@@ -323,8 +346,7 @@ class Epilogue {
                             std::int64_t first) {
     const int quads = p_.gated ? 8 : 16;  // per token
     const std::int64_t end = limit(task);
-    const ActivationTerms terms =
-        p_.activates ? p_.activation.terms(task.expert) : ActivationTerms{};
+    const auto terms = p_.activates ? p_.activation.terms(task.expert) : ActivationTerms{};
     for (int i = thread_; i < 16 * quads; i += 128) {
       const int token = i / quads, quad = i % quads;
       const std::uint32_t row = rows()[first_token + token];

@@ -85,11 +85,17 @@ void set_output(Params& p, const Tensor& c, const GemmQuantizer& quantizer) {
   const int last = c.rank - 1;
   p.c = c.data;
   p.c_type = out_type(c.dtype);
-  if (quantizer.granularity != ActScale::kDefault) {
+  if (quantizer.granularity == ActScale::kTensorStatic) {
     const Tensor& scale = quantizer.static_scale;
     p.c_type = out_type(quantizer.round_to);
-    p.quantizer = {.scale = scale.as<const float>(),
+    p.quantizer = {.kind = Quantizes::kStatic,
+                   .given = scale.as<const float>(),
                    .expert_stride = scale.shape[0] > 1 ? scale.strides[0] : 0};
+  } else if (quantizer.granularity == ActScale::kGroup) {
+    p.c_type = out_type(quantizer.round_to);
+    p.quantizer = {.kind = Quantizes::kGroup,
+                   .scale = quantizer.scale,
+                   .row_stride = quantizer.scale_row_stride};
   }
   p.c_rows = row_layout(c, 1);
   p.c_column = c.strides[last];

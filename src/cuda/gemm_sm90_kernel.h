@@ -23,7 +23,7 @@ class Multiplier : private Consumer<S, Params> {
   using Base::Base;
   using Sums = float[S::kBlocks][S::kTokens / 2];
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     wait_for_earlier_kernels();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);

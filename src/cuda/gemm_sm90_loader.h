@@ -18,7 +18,8 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   for (;;) {
     Task task = part_of<S::kPair>(schedule.next(), rank);
     task.flip = flip;
-    flip = (flip + loaded_run<S>(task)) % 2;
+    // Others use neither place: see store_groups.
+    if (task.expert >= 0 && task.rows > 0) flip = (flip + loaded_run<S>(task)) % 2;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
       for (int r = 0; r < run; ++r) {

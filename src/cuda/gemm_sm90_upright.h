@@ -130,6 +130,13 @@ class UprightEpilogue : public Epilogue<S> {
           ptx::store_matrix_x4(at + pair * 32, packed[0], packed[1], packed[2], packed[3]);
         }
         __syncwarp();
+        if constexpr (S::kHasGroups && kGated) {
+          if (this->p_.quantizer.kind == Quantizes::kGroup) {
+            store_groups<S, 4, 4>(this->p_, this->staged_groups(
+                                                task, {.rows = out, .token = token, .more = b}));
+            continue;
+          }
+        }
 #pragma unroll
         for (int i = lane; i < 16 * 8; i += 32) {
           const std::uint32_t row = this->rows()[token + i / 8];

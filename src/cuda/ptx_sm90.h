@@ -184,5 +184,8 @@ template <int kId>
 __device__ __forceinline__ void warpgroup_sync() {
   asm volatile("bar.sync %0, 128;" ::"n"(kId) : "memory");
 }
+__device__ __forceinline__ void pair_of_warps_sync(int id) {
+  asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory");
+}
 
 }  // namespace moesaic::cuda::ptx

@@ -13,15 +13,11 @@ namespace moesaic::cuda {
 // rows, are requested together by a warp: one when there are few, so that a single token still
 // fills the machine.
 
-// The largest magnitude of eight 16-bit floats, which compare as integers in pairs.
 template <typename In>
 __device__ __forceinline__ unsigned packed_magnitude(const Pack<In, 8>& pack) {
   static_assert(sizeof(In) == 2);
-  const uint4 raw = *reinterpret_cast<const uint4*>(&pack);
-  constexpr unsigned kNoSigns = 0x7fff7fffu;
-  const unsigned both = __vmaxu2(__vmaxu2(raw.x & kNoSigns, raw.y & kNoSigns),
-                                 __vmaxu2(raw.z & kNoSigns, raw.w & kNoSigns));
-  const auto half = static_cast<unsigned short>(max(both & 0xffffu, both >> 16));
+  const auto half =
+      static_cast<unsigned short>(largest_of_eight(*reinterpret_cast<const uint4*>(&pack)));
   return __float_as_uint(to_float(*reinterpret_cast<const In*>(&half)));
 }
 

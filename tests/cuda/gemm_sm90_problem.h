@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One product of the SM90 family as its tests want it: random shapes and tensors, a float64
-// reference on the host, poisoned outputs with guard bands. Stages are built by hand, so nothing but the
-// kernels is under test.
+// reference on the host, poisoned outputs with guard bands. Stages are built by hand, so nothing but
+// the kernels is under test.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -155,15 +155,20 @@ class Problem {
     make_tensors();
   }
 
-  // C in e4m3, of what the case would have stored.
+  // C in e4m3, of what the case would have stored: with static scales, or in groups of 128.
   struct Quantize {
     ActScale granularity = ActScale::kDefault;  // kDefault: no
     std::vector<float> scale;                   // static: one, or one for each expert
   };
+  struct Quantized {
+    Bytes c;
+    std::vector<float> scale;  // of groups
+    bool operator==(const Quantized&) const = default;
+  };
 
   // Runs with a tactic and returns all bytes of C, guards included.
-  Bytes run(int tactic, const DeviceTraits& device) { return run(tactic, device, {}); }
-  Bytes run(int tactic, const DeviceTraits& device, const Quantize& quantize) {
+  Bytes run(int tactic, const DeviceTraits& device) { return run(tactic, device, {}).c; }
+  Quantized run(int tactic, const DeviceTraits& device, const Quantize& quantize) {
     const bool quantizes = quantize.granularity != ActScale::kDefault;
     const DType out_dtype = quantizes ? DType::kF8E4M3 : c_.out;
     const std::size_t c_bytes = c_rows_ * c_stride_ * size_of(out_dtype);
@@ -171,7 +176,7 @@ class Problem {
     OnDevice<std::int32_t> count(std::vector<std::int32_t>{num_tiles_}), slots(slots_);
     OnDevice<std::uint8_t> a(a_), w(w_), bias(bias_), out(Bytes(c_bytes + 2 * kGuard, kPoison));
     OnDevice<float> w_scale(w_scale_), a_scale(a_scale_), weights(row_weights_), alpha(alpha_),
-        given(quantize.scale);
+        given(quantize.scale), scale(no_scales());
     const Device on{DeviceType::kCuda, 0};
     WeightOperand b{.spec = spec_};
     b.plain.weight = Tensor::contiguous(w.get(), c_.dtype, {c_.experts, c_.n, c_.k}, on);
@@ -210,14 +215,17 @@ class Problem {
       stage.quantizer = {.granularity = quantize.granularity,
                          .round_to = c_.out,
                          .static_scale =
-                             Tensor::contiguous(given.get(), DType::kF32, {scales}, on)};
+                             Tensor::contiguous(given.get(), DType::kF32, {scales}, on),
+                         .scale = scale.get() + groups(),
+                         .scale_row_stride = groups()};
     }
     stage.c.strides = {c_stride_, c_.c_column};
     stage.c_row = c_.c_row;
     stage.tactic = tactic;
+    EXPECT_TRUE(!quantizes || family_sm90().gemm1_quantizes(stage, device)) << c_.text();
     family_sm90().run(stage, device, nullptr);
     check_cuda(cudaDeviceSynchronize(), c_.text().c_str());
-    return out.host();
+    return {out.host(), scale.host()};
   }
 
   // Norm-wise and per element; every byte that is not an expected element must be poison.
@@ -259,21 +267,36 @@ class Problem {
   const WeightSpec& spec() const { return spec_; }
 
   // What run(.., quantize) must give: the 16-bit C, quantized here.
-  Bytes quantized(const Bytes& c, const Quantize& quantize) const {
-    Bytes out(c_rows_ * c_stride_ + 2 * kGuard, kPoison);
+  Quantized quantized(const Bytes& c, const Quantize& quantize) const {
+    Quantized out{Bytes(c_rows_ * c_stride_ + 2 * kGuard, kPoison), no_scales()};
     for_rows([&](std::int32_t expert, std::int64_t row, std::int64_t, std::int64_t) {
       if (expert < 0) return;  // no product reads them
-      const float scale = quantize.scale[quantize.scale.size() > 1 ? expert : 0];
-      for (std::int64_t i = 0; i < columns_; ++i) {
-        const std::int64_t at = row * c_stride_ + i * c_.c_column;
-        const float v = read_element(c.data() + kGuard, c_.out, at);
-        out[kGuard + at] = float_to_e4m3(v * inverse_scale(scale));
+      const auto at = [&](std::int64_t i) { return row * c_stride_ + i * c_.c_column; };
+      const auto value = [&](std::int64_t i) {
+        return read_element(c.data() + kGuard, c_.out, at(i));
+      };
+      for (std::int64_t g = 0; g < groups(); ++g) {
+        const std::int64_t end = std::min(columns_, 128 * (g + 1));
+        float absmax = 0;
+        for (std::int64_t i = 128 * g; i < end; ++i)
+          absmax = std::max(absmax, std::fabs(value(i)));
+        float scale = activation_scale(absmax, kE4M3Max);
+        if (quantize.granularity == ActScale::kGroup)
+          out.scale[(row + 1) * groups() + g] = scale;
+        else
+          scale = quantize.scale[quantize.scale.size() > 1 ? expert : 0];
+        for (std::int64_t i = 128 * g; i < end; ++i)
+          out.c[kGuard + at(i)] = float_to_e4m3(value(i) * inverse_scale(scale));
       }
     });
     return out;
   }
 
  private:
+  std::int64_t groups() const { return (columns_ + 127) / 128; }
+  std::vector<float> no_scales() const {  // a row of guards on either side
+    return std::vector<float>((c_rows_ + 2) * groups(), -1.0f);
+  }
   double tolerance() const {
     if (c_.out == DType::kBF16) return 6e-3;
     return c_.dtype == DType::kF8E4M3 ? 2e-3 : c_.out == DType::kF16 ? 1e-3 : 2e-4;

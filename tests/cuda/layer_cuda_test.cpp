@@ -214,20 +214,20 @@ TEST_P(OnCuda, FusedAndSeparateQuantizersGiveTheSameBits) {
   int fused = 0;
   for (const Variant& variant : variants())
     for (const Activation activation : {Activation::kSwiglu, Activation::kGegluTanh})
-      for (const std::int64_t tokens : {1, 16, 150, 300, 1500}) {  // a tile size each
+      for (const std::int64_t tokens : {1, 16, 150, 300, 600, 1500}) {  // tiles of every size
         Case c = small_case(variant, tokens);
         c.activation.kind = activation;
         if (!supported(c, kGpu).supported) continue;
         const Loaded loaded(c);
         const Layer::Impl& layer = loaded.layer.impl();
-        if (!layer.plan.gemm1_quantizes) continue;
+        if (layer.plan.hidden_quantized_by == QuantizedBy::kStage) continue;
         SCOPED_TRACE(name(c));
         ++fused;
         Call call(loaded, loaded.batch);
         loaded.layer.forward(call.args());
         const std::vector<std::byte> expected = call.y.to_host().bytes();
         LayerPlan plan = layer.plan;
-        plan.gemm1_quantizes = false;
+        plan.hidden_quantized_by = QuantizedBy::kStage;
         LoadedLayer separate = layer.loaded_layer();
         separate.plan = &plan;
         const WorkspaceBuffer workspace(kGpu, forward_workspace_bytes(plan, nullptr, tokens));

@@ -15,8 +15,8 @@ namespace {
 using namespace sm90;
 
 // --- the closed list of kernels
-enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf };
-constexpr int kKernels = 4;
+enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf, kTwin };
+constexpr int kKernels = 5;
 
 struct KernelTraits {
   TaskShape task;
@@ -44,6 +44,8 @@ KernelTraits traits_of(Kernel kernel) {
       return traits_of<DequantMiddle<W, E, kSteps>>();
     case Kernel::kWide:
       return traits_of<DequantWide<W, E, kSteps>>();
+    case Kernel::kTwin:
+      return traits_of<DequantTwin<W, E, kSteps>>();
   }
   return {};
 }
@@ -99,19 +101,25 @@ bool supports(const WeightSpec& spec) {
 }
 
 // --- policy
-// As in the SM90 family: the smallest tile that holds nearly every expert's rows; but tiles of 64
-// sooner, since their warpgroups widen more rows for each token they load.
+// As in the SM90 family: the smallest tile that holds nearly every expert's rows.
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
   const std::int64_t mean = slots / (fc1.experts > 0 ? fc1.experts : 1);
-  if (mean < 8) return 16;
+  if (mean <= 9) return 16;
   return mean <= 50 ? 64 : traits_of(variant_of(fc1), Kernel::kWide).task.tokens;
 }
 
-Kernel kernel_for(const GemmStage& stage) {
+Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
   const int forced = stage.tactic;
   if (forced >= 0 && forced < kKernels) return static_cast<Kernel>(forced);
   const std::int64_t rows = stage.rows.tile_rows;
-  return rows <= 16 ? Kernel::kNarrow : rows <= 64 ? Kernel::kMiddle : Kernel::kWide;
+  if (rows > 16) return rows <= 64 ? Kernel::kMiddle : Kernel::kWide;
+  // With several tokens a tile the multiplying warps are what is waited for, and Twin has twice as
+  // many; but as long as tasks are few, a last wave of half the machine would cost more, and tasks
+  // of short K are over before the second half of them helps.
+  const WeightSpec& spec = stage.b->spec;
+  const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, 128);
+  const bool several = stage.rows.slot_count >= 2 * spec.experts;
+  return several && tasks >= 6 * device.sm_count && spec.k >= 512 ? Kernel::kTwin : Kernel::kNarrow;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
@@ -176,7 +184,7 @@ void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weig
 void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream) {
   if (stage.rows.max_tiles == 0 || stage.rows.positions == 0) return;
   const WeightSpec& spec = stage.b->spec;
-  const KernelTraits traits = traits_of(variant_of(spec), kernel_for(stage));
+  const KernelTraits traits = traits_of(variant_of(spec), kernel_for(stage, device));
   DequantParams p{};
   set_stage(p, stage, Element::kBF16, traits.task);
   set_weights(

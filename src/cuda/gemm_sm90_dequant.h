@@ -9,13 +9,18 @@
 
 #include "cuda/dequant_sm90.h"
 #include "cuda/gemm_sm90.h"
+#include "cuda/gemm_sm90_schedule.h"
 
 namespace moesaic::cuda::sm90 {
+
+// How a few tokens are multiplied: kAligned, the warps of a warpgroup meet at the end of a task;
+// kFree, they never do.
+enum class Loop : unsigned char { kAligned, kFree };
 
 // A stage holds kRowBytes of every weight row. kSteps: steps of 16 of K between two promotions, 8
 // or 2. Member names that SharedMemory, TokenLoader and Epilogue know are those of Shape.
 template <typename Weight_, Element kElement_, int kSteps_, int kTokens_, int kWarpgroups_,
-          int kBlocks_, int kRowBytes_, int kMostStages_, int kPerSm_>
+          int kBlocks_, int kRowBytes_, int kMostStages_, int kPerSm_, Loop kLoop_ = Loop::kAligned>
 struct DequantShape {
   using Weight = Weight_;
   static constexpr Element kElement = kElement_;
@@ -27,6 +32,7 @@ struct DequantShape {
   static constexpr int kStageK = kRowBytes * 8 / Weight::kBits;
   static constexpr int kPerSm = kPerSm_;
   static constexpr int kPair = 1;
+  static constexpr Loop kLoop = kLoop_;
   // Few tokens: mma.sync, whose warps go their own ways. It gives the same bits.
   static constexpr bool kWarpwise = kTokens <= 16;
 
@@ -69,7 +75,7 @@ struct DequantShape {
   static_assert(kStages >= 2 && kStageBytes % 1024 == 0);
 };
 
-// In the order of their tactics.
+// In the order of their tactics; Twin, two warpgroups that each do what Narrow's does, is the last.
 // clang-format off
 //                                                 tokens wg blocks   row bytes   stages per SM
 template <typename W, Element E, int kSteps>
@@ -78,7 +84,15 @@ template <typename W, Element E, int kSteps>
 using DequantMiddle = DequantShape<W, E, kSteps,     64,  2,    2, W::kBits * 16,      5,    1>;
 template <typename W, Element E, int kSteps>
 using DequantWide = DequantShape<W, E, kSteps,      112,  2,    2, W::kBits * 16,      4,    1>;
+template <typename W, Element E, int kSteps>
+using DequantTwin = DequantShape<W, E, kSteps,       16,  2,    1,           128,      8,    2,
+                                                                                    Loop::kFree>;
 // clang-format on
+
+template <typename W, Element E, int kSteps, int kTokens, int kWarpgroups, int kBlocks,
+          int kRowBytes, int kMostStages, int kPerSm>
+inline constexpr Walk kWalk<DequantShape<W, E, kSteps, kTokens, kWarpgroups, kBlocks, kRowBytes,
+                                         kMostStages, kPerSm, Loop::kFree>> = Walk::kAhead;
 
 struct DequantParams : Params {
   std::uint32_t flip;  // 0x80808080: signed bytes, stored q + 128 behind it

@@ -4,7 +4,7 @@
 // and a multiplying warpgroup that widens its weights itself.
 #pragma once
 
-#include "cuda/gemm_sm90_dequant_multiplier.h"
+#include "cuda/gemm_sm90_dequant_warps.h"
 #include "cuda/launch.h"
 #include "cuda/overlap.h"
 
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    if constexpr (S::kWarpgroups >= 2)
+    if constexpr (S::kWarpgroups >= 2 && !S::kWarpwise)
       ptx::give_registers<56>();  // with 224: what 384 times 168 leaves
     if (threadIdx.x < 32) {
       load_packed_weights<S>(p, shared);
@@ -37,9 +37,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       load_scales<S>(p, shared);
     }
   } else {
-    if constexpr (S::kWarpgroups == 2) ptx::take_registers<224>();
-    if constexpr (S::kWarpgroups == 3) ptx::take_registers<152>();
-    DequantMultiplier<S>(p, shared).run();
+    if constexpr (S::kLoop == Loop::kFree) {
+      DequantWarps<S>(p, shared).run();
+    } else {
+      if constexpr (S::kWarpgroups == 2) ptx::take_registers<224>();
+      if constexpr (S::kWarpgroups == 3) ptx::take_registers<152>();
+      DequantMultiplier<S>(p, shared).run();
+    }
   }
 }
 

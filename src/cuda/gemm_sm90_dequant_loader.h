@@ -38,7 +38,7 @@ __device__ __forceinline__ std::uint32_t existing_row(const Params& p, int row_t
 template <typename S>
 __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S>& shared) {
   if (!p.settled) wait_for_earlier_kernels();
-  Schedule<S::kTokens, 1> schedule(p);
+  Schedule<S::kTokens, 1, kWalk<S>> schedule(p);
   Cursor<S::kStages> cursor;
   int ring = 0, flip = 0;
   for (;;) {
@@ -50,6 +50,7 @@ __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S
       const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p.task_rows;
       const int y = p.gated ? 0 : static_cast<int>(row);
       const int u = p.gated ? static_cast<int>(row / 16) : 0;
+#pragma unroll 1
       for (int i = 0; i < stages; ++i) {
         ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
         if (i == 0) shared.tasks()[ring] = task;
@@ -78,7 +79,7 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
   constexpr int kMine = S::kRows / 32;
   const int lane = ptx::thread_index() % 32;
   if (!p.settled) wait_for_earlier_kernels();
-  Schedule<S::kTokens, 1> schedule(p);
+  Schedule<S::kTokens, 1, kWalk<S>> schedule(p);
   Cursor<S::kStages> cursor;
   for (;;) {
     const Task task = schedule.next();

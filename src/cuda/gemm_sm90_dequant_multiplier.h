@@ -11,7 +11,7 @@
 namespace moesaic::cuda::sm90 {
 
 template <typename S>
-class DequantMultiplier : private Consumer<S, DequantParams> {
+class DequantMultiplier : protected Consumer<S, DequantParams> {
  public:
   using Base = Consumer<S, DequantParams>;
   using Base::Base;
@@ -40,7 +40,7 @@ class DequantMultiplier : private Consumer<S, DequantParams> {
     }
   }
 
- private:
+ protected:
   using Base::cursor_;
   using Base::epilogue;
   using Base::load_task;

@@ -74,7 +74,7 @@ class TokenLoader {
     // trips to memory less between the end of the kernel in front and the first product.
     if (!p_.settled) begin_kernel();
     const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
-    Schedule<S::kTokens * S::kPair, S::kPair> schedule(p_);
+    Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>> schedule(p_);
     Task task = part_of<S::kPair>(schedule.next(), rank);
     fetch_slots(task);
     // So is the table, where it holds nothing but what the lists say.
@@ -192,7 +192,8 @@ class TokenLoader {
   }
 
   __device__ void load_stages(const Load& load, int from, int to) {
-    const bool gather = p_.token_load == TokenLoad::kGather;
+    // Boxes are smaller than tiles, or not used: see set_tokens.
+    const bool gather = S::kBox == S::kTokens || p_.token_load == TokenLoad::kGather;
     std::uint32_t rows[S::kPassRoom];
     if (kInRegisters && gather) {
 #pragma unroll

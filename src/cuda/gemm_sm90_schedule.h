@@ -21,6 +21,13 @@ struct Task {
 };
 static_assert(sizeof(Task) == 32);
 
+// kAhead: the tiles behind a group are asked for while the group is worked on, which costs four
+// registers. Where tasks are short a wave is about one group, and a trip to L2 for each task would
+// hold up every warp that loads.
+enum class Walk : unsigned char { kAsNeeded, kAhead };
+template <typename S>
+inline constexpr Walk kWalk = Walk::kAsNeeded;  // of the kernel with shape S
+
 // Order: tiles are walked in groups of consecutive tiles, and inside a group the weight rows are
 // the slow index. All token tiles of a group pass over the same weight rows at about the same time,
 // so these come from L2 but for the first; and a group's tokens fit L2, too. A group is as many
@@ -37,7 +44,7 @@ static_assert(sizeof(Task) == 32);
 //
 // A full warp runs this together: lane l holds tile l of the group's window.
 // kPair CTAs run the same tasks; kTokens is what they can take together.
-template <int kTokens, int kPair>
+template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded>
 class Schedule {
  public:
   __device__ explicit Schedule(const Params& p) : p_(p), rotation_(blockIdx.x / kPair) {
@@ -47,6 +54,7 @@ class Schedule {
     const int count = __ldcg(p.rows.num_tiles);
     num_tiles_ = count < capacity ? count : capacity;
     measure();
+    ask_ahead();
   }
 
   __device__ Task next() {
@@ -60,9 +68,9 @@ class Schedule {
         if (first_ + size_ >= num_tiles_) return {.expert = kEndOfTasks, .run = 1};
         base_ += tasks();
         first_ += size_;
-        const int index = first_ + lane();
-        tile_ = load(index < num_tiles_ ? index : first_);
+        tile_ = kHow == Walk::kAhead ? arrived() : load_from(first_);
         measure();
+        ask_ahead();
       }
       const unsigned pieces = static_cast<unsigned>(size_ * p_.sub_tiles);
       const unsigned row_run = (wanted - base_) / pieces;
@@ -91,6 +99,25 @@ class Schedule {
   // Through L2: see overlap.h.
   __device__ int4 load(int index) const {
     return __ldcg(reinterpret_cast<const int4*>(p_.rows.tiles) + index);
+  }
+  __device__ int4 load_from(int first) const {
+    const int index = first + lane();
+    return load(index < num_tiles_ ? index : 0);
+  }
+  // In four pieces, and taken by shuffles from a lane to itself: else ptxas moves what it asked for
+  // to other registers right behind the load, and waits for it there.
+  __device__ void ask_ahead() {
+    if constexpr (kHow == Walk::kAhead) {
+      const int index = first_ + size_ + lane();
+      const int* const at =
+          reinterpret_cast<const int*>(p_.rows.tiles + (index < num_tiles_ ? index : 0));
+      ahead_ = {__ldcg(at), __ldcg(at + 1), __ldcg(at + 2), __ldcg(at + 3)};
+    }
+  }
+  __device__ int4 arrived() const {
+    const int here = lane();
+    return {__shfl_sync(~0u, ahead_.x, here), __shfl_sync(~0u, ahead_.y, here),
+            __shfl_sync(~0u, ahead_.z, here), __shfl_sync(~0u, ahead_.w, here)};
   }
   __device__ unsigned tasks() const {
     return static_cast<unsigned>(size_) * static_cast<unsigned>(p_.sub_tiles * p_.row_runs);
@@ -140,7 +167,7 @@ class Schedule {
 
   const Params& p_;
   int num_tiles_ = 0;
-  int4 tile_;
+  int4 tile_, ahead_;  // ahead_: Walk::kAhead only
   int first_ = 0, size_ = 0;
   unsigned base_ = 0, wave_ = 0, rotation_;  // wave_: its first task
 };

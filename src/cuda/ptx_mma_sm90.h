@@ -28,6 +28,12 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], std::uint32
                : "r"(at));
 }
 
+// One 8x8 matrix of 16-bit elements, stored transposed: lane l < 8 gives the address of row l.
+__device__ __forceinline__ void store_matrix_transposed(std::uint32_t dst, std::uint32_t a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(dst), "r"(a)
+               : "memory");
+}
+
 // --- mma.sync: d[16, 8] += a[16, 16] * b[8, 16]^T; a and d lie as in one warp's part of wgmma.
 template <Element kElement>
 __device__ __forceinline__ void mma_16x8(float* d, const std::uint32_t (&a)[4], std::uint32_t b0,

@@ -68,15 +68,16 @@ std::int64_t CudaBackend::tile_rows(const WeightSpec& fc1, std::int64_t slots) c
   return family_for(fc1, device_).tile_rows(fc1, slots, device_);
 }
 RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
-  // A family with boxes gathers other rows by cp.async, which holds the product up: in e4m3 by a
-  // third, in 16 bit by a tenth. Where a tile's rows are many that pays for a copy of the rows in
-  // order: in e4m3 from tiles of 256 on (mixtral T = 512: 0.70 ms instead of 0.92; at 128 rows it
-  // loses up to a tenth); in 16 bit only where a row meets enough weights (28672 of mixtral: 3 to
-  // 5% won; 4096 and 5760: 2 to 10% lost).
+  // A family with boxes gathers other rows by cp.async, which holds the product up a little; a copy
+  // of the rows in order, for boxes, pays where a tile's rows are many and each meets enough
+  // weights: of 4096 and more in e4m3 (deepseek-v3-ep8 T = 8192: 7.3 ms instead of 8.0; at 1536 and
+  // fewer the copy costs what it brings, at 512 a tenth more), of 28672 in 16 bit (3 to 5% won; at
+  // 4096 and 5760 2 to 10% lost).
   const GemmFamily& family = family_for(fc1, device_);
   if (!family.boxes) return RowOf::kToken;
   const std::int64_t rows = family.tile_rows(fc1, slots, device_);
-  const bool pays = fc1.act == ActFormat::kE4M3 ? rows > 128 : rows > 64 && fc1.n >= 8192;
+  const bool e4m3 = fc1.act == ActFormat::kE4M3;
+  const bool pays = rows > (e4m3 ? 128 : 64) && fc1.n >= (e4m3 ? 2048 : 8192);
   return pays ? RowOf::kPosition : RowOf::kToken;
 }
 QuantizedBy CudaBackend::hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,

@@ -114,12 +114,13 @@ Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
   const std::int64_t rows = stage.rows.tile_rows;
   if (rows > 16) return rows <= 64 ? Kernel::kMiddle : Kernel::kWide;
   // With several tokens a tile the multiplying warps are what is waited for, and Twin has twice as
-  // many; but as long as tasks are few, a last wave of half the machine would cost more, and tasks
-  // of short K are over before the second half of them helps.
+  // many: up to a fifth is won. But as long as tasks are few, a last wave of half the machine costs
+  // more, tasks of short K are over too soon, and of long K (2880 and more) a tenth is lost.
   const WeightSpec& spec = stage.b->spec;
   const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, 128);
   const bool several = stage.rows.slot_count >= 2 * spec.experts;
-  return several && tasks >= 6 * device.sm_count && spec.k >= 512 ? Kernel::kTwin : Kernel::kNarrow;
+  const bool twin = several && tasks >= 6 * device.sm_count && spec.k >= 512 && spec.k <= 2048;
+  return twin ? Kernel::kTwin : Kernel::kNarrow;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {

@@ -169,7 +169,8 @@ class TokenLoader {
         }
         if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
       }
-      rows[row_in_pass() * S::kPassRoom + pass] = row;
+      // Padding reads row 0, whose sums nobody stores.
+      rows[row_in_pass() * S::kPassRoom + pass] = row == kNone && !kInRegisters ? 0 : row;
       if (token < S::kTokens) {
         token_rows<S>(table)[token] = c_row;
         token_factors<S>(table)[token] = factor;
@@ -247,19 +248,31 @@ class TokenLoader {
     }
   }
 
+  // The same with the offsets from shared memory, eight at a time.
   __device__ void gather_listed_rows(int live, int stage, std::uint32_t to) {
+    static_assert(S::kPasses % 8 == 0 || kInRegisters);
     const int piece = me() % 8, lead = me() / 8;
     const std::uint32_t* const rows = shared_.gathered() + lead * S::kPassRoom;
     const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
-#pragma unroll 1
+#pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
       const std::int64_t at = static_cast<std::int64_t>(stage * S::kChunks + c) * 128 + piece * 16;
       const bool inside = at < p_.k_bytes;
-#pragma unroll 1
-      for (int i = 0; i * 8 + lead < live; ++i) {
-        const bool reads = inside && rows[i] != kNone;
-        ptx::copy_async_16(dst + c * S::kTokenBytes + i * 1024,
-                           p_.a + (reads ? std::uint64_t{rows[i]} * 16 + at : 0), reads ? 16 : 0);
+      const char* from = p_.a + (inside ? at : 0);
+      ptx::opaque(from);
+      const std::uint32_t bytes = inside ? 16 : 0;
+#pragma unroll
+      for (int i = 0; i < S::kPasses; i += 8) {
+        const uint4 low = *reinterpret_cast<const uint4*>(rows + i);
+        const uint4 high = *reinterpret_cast<const uint4*>(rows + i + 4);
+        const std::uint32_t row[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if ((i + j) * 8 + lead < live) {
+            ptx::copy_async_16(dst + c * S::kTokenBytes + (i + j) * 1024,
+                               from + std::uint64_t{row[j]} * 16, bytes);
+          }
+        }
       }
     }
   }

@@ -100,6 +100,14 @@ const Check& Check::on(Device device) const {
   return *this;
 }
 
+const Check& Check::within(Device device) const {
+  if (tensor_.device.type != DeviceType::kCpu && !(tensor_.device == device))
+    invalid(fmt::format("{}: expected on {}, got {}; copy it there first", argument_,
+                        device.type == DeviceType::kCpu ? "cpu" : "cpu or " + to_string(device),
+                        to_string(tensor_)));
+  return *this;
+}
+
 const Check& Check::distinct() const {
   if (tensor_.numel() <= 1) return *this;
   // From the smallest stride up: each dimension has to step over all that the ones before it span.

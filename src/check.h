@@ -29,6 +29,7 @@ class Check {
   const Check& distinct() const;          // no two elements in one place: what is written must be
   const Check& contiguous() const;
   const Check& on(Device device) const;
+  const Check& within(Device device) const;  // there, or in the host's memory
 
  private:
   std::string_view argument_;

@@ -135,6 +135,8 @@ void Layer::load(const LayerWeights& weights) {
   check_leading("fc2.weight", weights.fc2.weight, experts);
   // Whole-tensor checks first: a complaint speaks of the tensor the caller passed, and nothing is
   // half loaded.
+  check_within(impl_->plan.device, weights.fc1, weights.activation, "fc1");
+  check_within(impl_->plan.device, weights.fc2, {}, "fc2");
   side_views(impl_->plan.fc1, experts, normalize(impl_->plan.fc1, experts, weights.fc1, "fc1"),
              weights.activation, "fc1");
   normalize(impl_->plan.fc2, experts, weights.fc2, "fc2");
@@ -147,6 +149,8 @@ void Layer::load(const LayerWeights& weights) {
 void Layer::load_expert(std::int64_t local_expert, const LayerWeights& weights) {
   Impl& self = *impl_;
   check_range("local_expert", local_expert, 0, self.plan.fc1.experts - 1);
+  check_within(self.plan.device, weights.fc1, weights.activation, "fc1");
+  check_within(self.plan.device, weights.fc2, {}, "fc2");
   self.fc1.load(local_expert, weights.fc1, weights.activation, "fc1");
   self.fc2.load(local_expert, weights.fc2, {}, "fc2");
   const std::lock_guard lock(self.mutex);
@@ -160,6 +164,8 @@ void Layer::unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Te
   if (!self.is_ready)
     throw Error(ErrorCode::kNotReady,
                 "unpack_expert: the layer has no weights yet; call load or load_expert");
+  check("fc1", fc1).within(self.plan.device);
+  check("fc2", fc2).within(self.plan.device);
   self.fc1.unpack(local_expert, fc1, "fc1");
   self.fc2.unpack(local_expert, fc2, "fc2");
 }
@@ -185,6 +191,9 @@ void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
         .shape({1, self.plan.config.hidden})
         .dtype({DType::kF32, DType::kF16, DType::kBF16});
   }
+  check_within(self.plan.device, weights.fc1, weights.activation, "shared.fc1");
+  check_within(self.plan.device, weights.fc2, {}, "shared.fc2");
+  if (gate.defined()) check("shared.gate", gate).within(self.plan.device);
   self.shared->fc1.load(0, weights.fc1, weights.activation, "shared.fc1");
   self.shared->fc2.load(0, weights.fc2, {}, "shared.fc2");
   if (gate.defined()) self.shared->gate = self.keep(row, {1, self.plan.config.hidden});
@@ -223,12 +232,16 @@ void Layer::set_router(const RouterWeights& router) {
   if (router.weight.defined()) {
     check("router.weight", router.weight)
         .shape({experts, hidden})
-        .dtype({DType::kF32, DType::kF16, DType::kBF16});
+        .dtype({DType::kF32, DType::kF16, DType::kBF16})
+        .within(self.plan.device);
     kept.weight = self.keep(router.weight, {experts, hidden});
   }
   const auto keep_vector = [&](std::string_view argument, const Tensor& t) {
     if (!t.defined()) return Tensor{};
-    check(argument, t).shape({experts}).dtype({DType::kF32, DType::kF16, DType::kBF16});
+    check(argument, t)
+        .shape({experts})
+        .dtype({DType::kF32, DType::kF16, DType::kBF16})
+        .within(self.plan.device);
     return self.keep(t, {experts});
   };
   kept.bias = keep_vector("router.bias", router.bias);

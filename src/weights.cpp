@@ -126,6 +126,23 @@ GemmWeights normalize(const WeightSpec& spec, std::int64_t experts, const GemmWe
   return w;
 }
 
+void check_within(Device device, const GemmWeights& given, const ActivationWeights& activation,
+                  std::string_view argument) {
+  const std::pair<std::string_view, const Tensor*> all[] = {
+      {"weight", &given.weight},
+      {"scale", &given.scale},
+      {"zero_point", &given.zero_point},
+      {"bias", &given.bias},
+      {"input_scale", &given.input_scale},
+      {"prequant", &given.prequant},
+      {"alpha", &given.alpha},
+      {"activation.alpha", &activation.alpha},
+      {"activation.beta", &activation.beta},
+      {"activation.limit", &activation.limit}};
+  for (const auto& [member, tensor] : all)
+    if (tensor->defined()) check(fmt::format("{}.{}", argument, member), *tensor).within(device);
+}
+
 void check_in_place(Device device, const GemmWeights& given, const ActivationWeights& activation,
                     std::string_view argument) {
   const auto there = [&](std::string_view member, const Tensor& t) {

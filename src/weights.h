@@ -16,6 +16,9 @@ namespace moesaic {
 // backend.h promises. `argument` ("fc1") begins every complaint.
 GemmWeights normalize(const WeightSpec& spec, std::int64_t experts, const GemmWeights& given,
                       std::string_view argument);
+// What is copied: in the host's memory or on the device. Memory of another device faults where a kernel reads it.
+void check_within(Device device, const GemmWeights& given, const ActivationWeights& activation,
+                  std::string_view argument);
 // What weights that are used in place need beyond that: all of them on the device, the small ones dense.
 void check_in_place(Device device, const GemmWeights& given, const ActivationWeights& activation,
                     std::string_view argument);

@@ -26,6 +26,11 @@ Layer& mutable_layer(const LayerRef& ref) {
 // The caller's workspace; on the CPU, without one, a buffer of this thread's that only grows. (On CUDA
 // the Python side takes it from the framework's stream-ordered allocator.)
 Workspace workspace_of(const Tensor& given, Device device, std::size_t needed) {
+  const auto refuse = [&](const std::string& what) { throw Error(ErrorCode::kInvalidArgument, "workspace: " + what); };
+  if (given.defined() && !(given.device == device))
+    refuse("expected on " + to_string(device) + ", got " + to_string(given) + "; pass scratch of that device");
+  if (given.defined() && !given.is_contiguous())
+    refuse("must be contiguous, got " + to_string(given) + " with other strides; pass a flat array of bytes");
   if (given.defined()) return {given.data, static_cast<std::size_t>(given.numel()) * size_of(given.dtype)};
   if (device.type != DeviceType::kCpu || needed == 0) return {};
   static thread_local WorkspaceBuffer buffer;

@@ -70,7 +70,7 @@ def device_name(array: Array) -> str:
     """"cpu" or "cuda:N"."""
     if type(array) is Typed:
         array = array.array
-    if type(array).__module__.startswith("numpy") or not hasattr(array, "__dlpack_device__"):
+    if framework(type(array)) == "numpy" or not hasattr(array, "__dlpack_device__"):
         return "cpu"
     kind, index = array.__dlpack_device__()
     if kind in (1, 3):  # host memory, pinned or not
@@ -89,10 +89,59 @@ def trouble(name: str, array: Any, cause: Any = "") -> Exception:
     if getattr(dtype, "isnative", True) is False:
         return ValueError(f"{name}: dtype {dtype} has the other byte order; convert it with "
                           "astype(array.dtype.newbyteorder('='))")
-    if type(array).__module__.startswith("numpy"):
+    if framework(type(array)) == "numpy":
         return ValueError(f"{name}: dtype {dtype} is not supported ({why}); convert it to one of {', '.join(_SHORT)}")
     return ValueError(f"{name}: this array cannot be used ({why}); pass a dense one on the CPU or a CUDA device, in one "
                       f"of {', '.join(_SHORT)}")
+
+
+# --- frameworks and the streams they work on -------------------------------------------------------------
+
+def framework(kind: type) -> str:
+    """"torch", "cupy", "jax", "numpy": whose arrays `kind` are; a user's subclass is its framework's. Else ""."""
+    for base in kind.__mro__:
+        root = base.__module__.split(".")[0]
+        if root in ("torch", "cupy", "numpy") or root.startswith("jax"):
+            return "jax" if root.startswith("jax") else root
+    return ""
+
+
+def _torch_stream():
+    import torch
+
+    def find(array):
+        if not array.is_cuda:
+            return None
+        stream = torch.cuda.current_stream(array.device)
+        return array.device.index, stream.cuda_stream, stream.synchronize
+
+    return find
+
+
+def _cupy_stream():
+    import cupy
+
+    def find(array):
+        stream = cupy.cuda.get_current_stream(array.device.id)
+        return array.device.id, stream.ptr, stream.synchronize
+
+    return find
+
+
+_streams: dict = {}
+
+
+def stream_of(array: Array):
+    """(device index, handle, synchronize) of the CUDA stream that the framework of `array` works on now. None for what
+    lies on the CPU, and for frameworks without one: they order what they hand over with the default stream."""
+    if type(array) is Typed:
+        array = array.array
+    kind = type(array)
+    find = _streams.get(kind)
+    if find is None:
+        made = {"torch": _torch_stream, "cupy": _cupy_stream}.get(framework(kind))
+        find = _streams[kind] = made() if made else lambda array: None
+    return find(array)
 
 
 class _Writable:
@@ -124,18 +173,32 @@ def _empty_torch(like):
 def _empty_cupy(like):
     import cupy
 
-    return lambda like, shape, dtype: cupy.empty(shape, dtype=_NAMES[dtype])
+    def make(like, shape, dtype):
+        with like.device:  # the current device may be another
+            try:
+                return cupy.empty(shape, dtype=_NAMES[dtype])
+            except TypeError:
+                raise TypeError(f"output: CuPy makes no {dtype}; go in as moesaic.typed(array, '{dtype_text(like.dtype)}')"
+                                ", and results come back as bits") from None
+
+    return make
 
 
 def _empty_typed(like):
     inside = like.array
 
     def make(like, shape, dtype):
-        if type(inside).__module__.startswith("numpy") and dtype in _RAW:
+        origin = framework(type(inside))
+        if dtype in _RAW and origin == "numpy":
             import numpy
 
             return Typed(numpy.empty(shape, _RAW[dtype]), dtype)
-        return empty(like.array, shape, dtype)
+        if dtype in _RAW and origin == "cupy":
+            import cupy
+
+            with inside.device:
+                return Typed(cupy.empty(shape, _RAW[dtype]), dtype)
+        return empty(inside, shape, dtype)
 
     return make
 
@@ -146,6 +209,9 @@ def _empty_numpy(like):
     dtypes = {short: numpy.dtype(long) for short, long in _NAMES.items() if short not in _RAW}
 
     def make(like, shape, dtype):
+        if framework(type(like)) != "numpy" and device_name(like) != "cpu":
+            raise ValueError(f"{type(like).__name__} on {device_name(like)}: results and scratch cannot be made in its "
+                             "framework; hand it over as a torch or CuPy array (their from_dlpack copies nothing)")
         if dtype not in dtypes:
             try:
                 import ml_dtypes
@@ -170,8 +236,7 @@ def _maker(like):
     kind = type(like)
     if kind is Typed:
         return _empty_typed(like)  # its array's framework is not its type's
-    module = kind.__module__.split(".")[0]
-    made = _makers[kind] = {"torch": _empty_torch, "cupy": _empty_cupy}.get(module, _empty_numpy)(like)
+    made = _makers[kind] = {"torch": _empty_torch, "cupy": _empty_cupy}.get(framework(kind), _empty_numpy)(like)
     return made
 
 
@@ -195,7 +260,7 @@ def empty_like(like: Array, dtype: str) -> Array:
     """`empty` in the shape of `like`: what a forward makes when it is given no output."""
     maker = _likers.get(type(like))
     if maker is None:
-        if type(like).__module__.split(".")[0] != "torch":
+        if framework(type(like)) != "torch":
             return empty(like, like.shape, dtype)
         maker = _likers[type(like)] = _torch_like(like)
     return maker(like, dtype)
@@ -207,7 +272,7 @@ def give_back(like: Array, array: Array) -> Array:
         return array.array
     if type(like) is type(array):
         return array
-    if type(like).__module__.startswith("jax") and type(array).__module__.startswith("numpy"):
+    if framework(type(like)) == "jax" and framework(type(array)) == "numpy":
         import jax.numpy
 
         return jax.numpy.asarray(array)

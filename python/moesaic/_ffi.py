@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any, Optional
 
 import tvm_ffi
 
-from ._arrays import Typed, trouble, writable_alias
+from ._arrays import Array, Typed, framework, stream_of, trouble, writable_alias
 
 # MOESAIC_LIBRARY: a build folder's shared object instead of the installed one (the tests use it).
 _PATH = os.environ.get("MOESAIC_LIBRARY") or pathlib.Path(__file__).with_name("libmoesaic_ffi.so")
@@ -49,10 +50,14 @@ def _typed(array):
 _ways: dict = {type(None): lambda array: None, Typed: _typed}
 
 
+tells_its_stream: set = set()  # types for which apache-tvm-ffi finds the current stream, as an argument itself
+
+
 def _way(kind):
-    module = kind.__module__
-    way = _ways[kind] = (lambda array: array) if module.startswith("torch") else (
-        _numpy if module.startswith("numpy") else _from_dlpack)
+    origin = framework(kind)
+    if origin == "torch":
+        tells_its_stream.add(kind)
+    way = _ways[kind] = {"torch": lambda array: array, "numpy": _numpy}.get(origin, _from_dlpack)
     return way
 
 
@@ -63,6 +68,33 @@ def arg(array, name: str = "array"):
         return (_ways.get(kind) or _way(kind))(array)
     except Exception as error:
         raise trouble(name, array, error) from None
+
+
+_default_stream = contextlib.nullcontext()
+
+
+def on_stream_of(like: Array):
+    """A context in which calls run on the current stream of the framework of `like`.
+
+    apache-tvm-ffi asks for it only where a tensor of torch is an argument itself. What is inside a dictionary, and
+    other frameworks' arrays, would run on the default stream: unordered with the caller's work on any other, and an
+    error while a graph is captured.
+    """
+    stream = stream_of(like)
+    return _default_stream if stream is None else tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", stream[0]), stream[1])
+
+
+def settle(values: dict) -> None:
+    """Waits for the frameworks' streams behind `values`: packing and unpacking run on none of theirs, and not often."""
+    waited = set()
+    for value in values.values():
+        if isinstance(value, dict):
+            settle(value)
+        elif hasattr(value, "__dlpack__") or type(value) is Typed:
+            stream = stream_of(value)
+            if stream is not None and stream[:2] not in waited:
+                waited.add(stream[:2])
+                stream[2]()
 
 
 def out(array, name: str):
@@ -122,7 +154,7 @@ def first_trouble(error: Exception, values: dict) -> Exception:
     if isinstance(error, ValueError):
         return error  # ours: it has a name already
     for name, value in values.items():
-        if type(value).__module__.startswith("torch") and hasattr(value, "layout"):
+        if framework(type(value)) == "torch" and hasattr(value, "layout"):
             try:
                 _from_dlpack(value.detach())
             except Exception as cause:

@@ -16,9 +16,16 @@ _forward = lib.layer_forward  # looked up once: it is the call that decode makes
 def run_with_scratch(call, like: Array, *arguments) -> None:
     """The one form of the calls of levels 2 and 3: without the scratch that it needs on a device, a call only says how
     much; that comes from the framework's stream-ordered allocator. On the CPU the library has its own."""
-    needed = call(*arguments, None)
-    if needed:
-        call(*arguments, _arrays.empty(like, (needed,), "u8"))
+    with _ffi.on_stream_of(like):
+        needed = call(*arguments, None)
+        if needed:
+            call(*arguments, _arrays.empty(like, (needed,), "u8"))
+
+
+def _settled(weights: dict) -> dict:
+    """`weights` for the bindings, once their values are there."""
+    _ffi.settle(weights)
+    return _ffi.options(weights)
 
 
 def _spec(value: Union[str, dict], name: str, key: str) -> dict:
@@ -79,6 +86,7 @@ class Layer:
     def _attach(self, handle, config: dict, device: str) -> None:
         self._handle, self.config, self.device = handle, config, device
         self._output_dtype = config["output_dtype"]
+        self._sized: tuple = (0, self.workspace_bytes(0))
 
     def load(self, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None, beta: Optional[Array] = None,
              limit: Optional[Array] = None) -> "Layer":
@@ -87,27 +95,30 @@ class Layer:
         fc1, fc2 : dict(weight=[E, N, K], scale=, zero_point=, bias=[E, N], input_scale=, prequant=, alpha=)
         alpha, beta, limit : f32 [E], per-expert parameters of the activation
         """
-        lib.layer_load(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
+        lib.layer_load(self._handle, _settled(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
         return self
 
     def load_expert(self, expert: int, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None,
                     beta: Optional[Array] = None, limit: Optional[Array] = None) -> None:
         """The same for one local expert; every array has a leading extent of 1."""
         lib.layer_load_expert(self._handle, integer(expert, "expert"),
-                              _ffi.options(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
+                              _settled(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
 
     def load_shared(self, fc1: dict, fc2: dict, gate: Optional[Array] = None) -> None:
         """Shared experts (leading extent 1); `gate` [H]: multiplied by sigmoid(x . gate)."""
-        lib.layer_load_shared(self._handle, _ffi.options(dict(fc1=fc1, fc2=fc2)), arg(gate, "gate"))
+        _ffi.settle(dict(gate=gate))
+        lib.layer_load_shared(self._handle, _settled(dict(fc1=fc1, fc2=fc2)), arg(gate, "gate"))
 
     def set_router(self, weight: Optional[Array] = None, bias: Optional[Array] = None,
                    selection_bias: Optional[Array] = None) -> None:
         """Router weights [E, H] and biases [E]; forward may then be called without logits."""
+        _ffi.settle(dict(weight=weight, bias=bias, selection_bias=selection_bias))
         lib.layer_set_router(self._handle, arg(weight, "weight"), arg(bias, "bias"), arg(selection_bias, "selection_bias"))
 
     def unpack_expert(self, expert: int, fc1: Array, fc2: Array) -> None:
         """Writes one expert's weights back, bit for bit: fc1 [1, N, K] and fc2 [1, H, I] are filled. Not for
         weights of four bits, nor where a device keeps an order of its own (ValueError)."""
+        _ffi.settle(dict(fc1=fc1, fc2=fc2))
         lib.layer_unpack_expert(self._handle, integer(expert, "expert"), arg(_ffi.out(fc1, "fc1"), "fc1"),
                                 arg(_ffi.out(fc2, "fc2"), "fc2"))
 
@@ -150,12 +161,20 @@ class Layer:
             else:
                 _ffi.out(output, "output")
             if workspace is None and self.device != "cpu":
-                needed = self.workspace_bytes(hidden_states.shape[0])
-                workspace = _arrays.empty(hidden_states, (needed,), "u8") if needed else None
-            _forward(self._handle, arg(hidden_states, "hidden_states"), arg(hidden_scale, "hidden_scale"),
-                     arg(topk_ids, "topk_ids"), arg(topk_weights, "topk_weights"), arg(router_logits, "router_logits"),
-                     arg(output, "output"), add, arg(tokens_per_expert, "tokens_per_expert"),
-                     arg(workspace, "workspace"))
+                tokens = hidden_states.shape[0]
+                sized = self._sized
+                if sized[0] != tokens:  # decode asks for the same number again and again
+                    sized = self._sized = (tokens, self.workspace_bytes(tokens))
+                workspace = _arrays.empty(hidden_states, (sized[1],), "u8") if sized[1] else None
+            call = (self._handle, arg(hidden_states, "hidden_states"), arg(hidden_scale, "hidden_scale"),
+                    arg(topk_ids, "topk_ids"), arg(topk_weights, "topk_weights"), arg(router_logits, "router_logits"),
+                    arg(output, "output"), add, arg(tokens_per_expert, "tokens_per_expert"),
+                    arg(workspace, "workspace"))
+            if self.device == "cpu" or type(hidden_states) in _ffi.tells_its_stream:
+                _forward(*call)
+            else:
+                with _ffi.on_stream_of(hidden_states):
+                    _forward(*call)
         except Exception as error:
             _arrays.as_array(hidden_states, "hidden_states")
             raise _ffi.first_trouble(error, dict(

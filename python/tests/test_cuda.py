@@ -18,42 +18,42 @@ E, H, I, K, T = 8, 256, 128, 2, 33
 DEVICE = "cuda:0"
 
 
-def _problem(dtype, seed=0, tokens=T):
+def problem(dtype, seed=0, tokens=T):
     g = torch.Generator().manual_seed(seed)
     r = lambda *s: (torch.randn(*s, generator=g) * 0.3).to(dtype).to(DEVICE)  # noqa: E731
     ids = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(tokens)]).to(torch.int32)
     return r(tokens, H), r(E, 2 * I, H), r(E, H, I), ids.to(DEVICE), torch.rand(tokens, K, generator=g).to(DEVICE)
 
 
-def _layer(w1, w2, **options):
+def make_layer(w1, w2, **options):
     options = {"scheme": {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[w1.dtype], **options}
     layer = moesaic.Layer(experts=E, hidden=H, intermediate=I, top_k=K, max_tokens=128, device=DEVICE, **options)
     return layer.load(dict(weight=w1), dict(weight=w2))
 
 
-def _truth(x, w1, w2, ids, weights):
+def truth_of(x, w1, w2, ids, weights):
     x, w1, w2, weights = (t.double() for t in (x, w1, w2, weights))
     gate, up = torch.einsum("th,enh->ten", x, w1).split(I, 2)
     every = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(gate) * up, w2)
     return sum(weights[:, j, None] * every[torch.arange(len(x), device=x.device), ids[:, j].long()] for j in range(K))
 
 
-def _close(y, truth, tolerance):
+def assert_close(y, truth, tolerance):
     error = (y.double() - truth).norm() / truth.norm()
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_layer_on_the_device(dtype, tolerance):
-    x, w1, w2, ids, weights = _problem(dtype)
-    y = _layer(w1, w2)(x, ids, weights)
+    x, w1, w2, ids, weights = problem(dtype)
+    y = make_layer(w1, w2)(x, ids, weights)
     assert y.device == torch.device(DEVICE) and y.dtype == dtype
-    _close(y, _truth(x, w1, w2, ids, weights), tolerance)
+    assert_close(y, truth_of(x, w1, w2, ids, weights), tolerance)
 
 
 def test_the_frameworks_stream_is_used():
-    x, w1, w2, ids, weights = _problem(torch.bfloat16)
-    layer = _layer(w1, w2)
+    x, w1, w2, ids, weights = problem(torch.bfloat16)
+    layer = make_layer(w1, w2)
     expected = layer(x, ids, weights)
     stream, late = torch.cuda.Stream(), torch.zeros_like(x)
     torch.cuda.synchronize()
@@ -66,15 +66,15 @@ def test_the_frameworks_stream_is_used():
 
 
 def test_stages_give_the_layers_bits():
-    x, w1, w2, ids, weights = _problem(torch.bfloat16, 2)
-    layer = _layer(w1, w2)
+    x, w1, w2, ids, weights = problem(torch.bfloat16, 2)
+    layer = make_layer(w1, w2)
     rows = torch.empty(E, T, H, dtype=torch.bfloat16, device=DEVICE)
     counts = torch.empty(E, dtype=torch.int32, device=DEVICE)
     moesaic.prepare(layer, x, ids, rows, counts)
     out = torch.full_like(rows, float("nan"))
     moesaic.experts(layer, rows, out, num_tokens=counts)
     y = moesaic.finalize(layer, out, weights, torch.empty_like(x), topk_ids=ids)
-    _close(y, _truth(x, w1, w2, ids, weights), 1e-2)
+    assert_close(y, truth_of(x, w1, w2, ids, weights), 1e-2)
     again = moesaic.experts(layer.config, rows, torch.full_like(rows, float("nan")), num_tokens=counts,
                             weights=dict(fc1=dict(weight=w1), fc2=dict(weight=w2)))
     live = torch.arange(T, device=DEVICE)[None] < counts[:, None]
@@ -82,7 +82,7 @@ def test_stages_give_the_layers_bits():
 
 
 def test_pieces_on_the_device():
-    x, w1, w2, ids, weights = _problem(torch.float32, 3)
+    x, w1, w2, ids, weights = problem(torch.float32, 3)
     q, s = moesaic.quantize(x, granularity="token")
     assert q.device == x.device and torch.allclose(s, x.abs().amax(1, keepdim=True) / 448)
     top, p = moesaic.route(torch.randn(T, E, device=DEVICE), K)
@@ -96,8 +96,8 @@ def test_pieces_on_the_device():
 
 
 def test_cuda_graph_replays_with_new_inputs():
-    x, w1, w2, ids, weights = _problem(torch.bfloat16, 4)
-    layer, other = _layer(w1, w2), _problem(torch.bfloat16, 5)
+    x, w1, w2, ids, weights = problem(torch.bfloat16, 4)
+    layer, other = make_layer(w1, w2), problem(torch.bfloat16, 5)
     eager = layer(x, ids, weights)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -116,24 +116,24 @@ def test_cuda_graph_replays_with_new_inputs():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile(backend):
-    x, w1, w2, ids, weights = _problem(torch.bfloat16, 6)
-    layer = _layer(w1, w2)
+    x, w1, w2, ids, weights = problem(torch.bfloat16, 6)
+    layer = make_layer(w1, w2)
     number = torch_op.register(layer)
     compiled = torch.compile(lambda *a: torch_op.forward(*a, number) * 2, backend=backend, fullgraph=True)
     assert torch.equal(compiled(x, ids, weights), layer(x, ids, weights) * 2)
 
 
 def test_the_way_back():
-    _, w1, w2, _, _ = _problem(torch.bfloat16, 7)
-    layer, one, two = _layer(w1, w2), torch.empty_like(w1), torch.empty_like(w2)
+    _, w1, w2, _, _ = problem(torch.bfloat16, 7)
+    layer, one, two = make_layer(w1, w2), torch.empty_like(w1), torch.empty_like(w2)
     for e in range(E):
         layer.unpack_expert(e, one[e:e + 1], two[e:e + 1])
     assert torch.equal(one, w1) and torch.equal(two, w2)
 
 
 def test_wrong_devices_are_named():
-    x, w1, w2, ids, weights = _problem(torch.bfloat16, 8)
-    layer = _layer(w1, w2)
+    x, w1, w2, ids, weights = problem(torch.bfloat16, 8)
+    layer = make_layer(w1, w2)
     with pytest.raises(ValueError, match="hidden_states"):
         layer(x.cpu(), ids.cpu(), weights.cpu())
     with pytest.raises(ValueError, match="topk_ids"):
@@ -142,8 +142,8 @@ def test_wrong_devices_are_named():
 
 def test_cupy_in_cupy_out():
     cupy = pytest.importorskip("cupy")
-    x, w1, w2, ids, weights = _problem(torch.float32, 9)
-    layer = _layer(w1, w2)
+    x, w1, w2, ids, weights = problem(torch.float32, 9)
+    layer = make_layer(w1, w2)
     y = layer(*(cupy.from_dlpack(t) for t in (x, ids, weights)))
     assert isinstance(y, cupy.ndarray)
     np.testing.assert_array_equal(cupy.asnumpy(y), layer(x, ids, weights).cpu().numpy())

@@ -7,6 +7,7 @@ written here in torch, so that a test never holds our results against themselves
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import types
@@ -84,8 +85,11 @@ def fused_topk(hidden_states, gating_output, topk, renormalize, **_):
     return (*_topk(gating_output, topk, renormalize), None)
 
 
+TopKOutput = collections.namedtuple("TopKOutput", ["topk_weights", "topk_ids", "router_logits"])
+
+
 def select_experts(hidden_states, router_logits, topk_config, **_):
-    return (*_topk(router_logits, topk_config.top_k, topk_config.renormalize), router_logits)
+    return TopKOutput(*_topk(router_logits, topk_config.top_k, topk_config.renormalize), router_logits)
 
 
 # --- vLLM ------------------------------------------------------------------------------------------------
@@ -147,17 +151,19 @@ def sglang_project(checkout):
              "register_cuda_ci": lambda **_: None, "register_amd_ci": lambda **_: None}
     return Project(
         ["test/registered/moe/test_fused_moe.py", "test/registered/moe/test_triton_fused_moe.py",
-         "test/registered/moe/test_triton_moe_channel_fp8_kernel.py", "test/srt/test_fused_moe.py",
+         "test/registered/moe/test_triton_moe_channel_fp8_kernel.py", "test/registered/quant/test_block_int8.py",
+         "test/registered/quant/test_int8_kernel.py", "test/srt/test_fused_moe.py",
          "test/srt/test_triton_fused_moe.py", "test/srt/test_triton_moe_channel_fp8_kernel.py",
          "test/srt/test_triton_moe_wna16.py", "test/srt/test_block_int8.py", "test/srt/test_int8_kernel.py",
          "sglang/test/test_block_fp8.py", "python/sglang/test/test_block_fp8.py"],
         {moe + "fused_moe_triton.fused_moe": sglang, moe + "fused_moe_triton": sglang,
          moe + "moe_runner.triton_utils.fused_moe": sglang, moe + "moe_runner.triton_utils": sglang,
          moe + "topk": {"select_experts": select_experts, "TopKConfig": type("TopKConfig", (Record,), {
-             "renormalize": True}), "StandardTopKOutput": lambda *values: values},
+             "renormalize": True}), "StandardTopKOutput": TopKOutput},
          moe + "moe_runner": {"MoeRunnerConfig": Record}, moe + "utils": {},
          srt + "layers.activation": {"SiluAndMul": SiluAndMul},
          srt + "layers.quantization.fp8_kernel": fp8, srt + "layers.quantization.int8_kernel": int8,
+         "sglang.kernels.ops.quantization.int8_kernel": int8,
          srt + "utils": utils, srt + "server_args": {"ServerArgs": Record,
                                                      "set_global_server_args_for_scheduler": lambda *_: None},
          "sglang.test.test_utils": quiet, "sglang.test.ci.ci_register": quiet},

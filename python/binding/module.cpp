@@ -126,9 +126,12 @@ void layer_forward(LayerRef ref, ffi::AnyView hidden_states, ffi::AnyView hidden
                      .tokens_per_expert = tensor_of(tokens_per_expert, "tokens_per_expert")};
     const Layer& layer = layer_of(ref);
     const std::int64_t tokens = args.hidden_states.shape[0];
-    const bool sized = tokens >= 0 && tokens <= layer.config().max_tokens;  // else forward complains
-    args.workspace = workspace_of(tensor_of(workspace, "workspace"), layer.device(),
-                                  sized ? layer.workspace_bytes(tokens) : 0);
+    // Rows of another device, or too many of them: forward complains. Scratch that was made beside such rows lies
+    // where they do, and is not what is wrong.
+    const bool sized = tokens >= 0 && tokens <= layer.config().max_tokens;
+    if (args.hidden_states.device == layer.device())
+      args.workspace = workspace_of(tensor_of(workspace, "workspace"), layer.device(),
+                                    sized ? layer.workspace_bytes(tokens) : 0);
     args.stream = current_stream(args.hidden_states);
     layer.forward(args);
   });

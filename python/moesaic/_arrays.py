@@ -177,7 +177,7 @@ def _empty_cupy(like):
         with like.device:  # the current device may be another
             try:
                 return cupy.empty(shape, dtype=_NAMES[dtype])
-            except TypeError:
+            except (TypeError, ValueError):  # without ml_dtypes it knows no such name, with it no such dtype
                 raise TypeError(f"output: CuPy makes no {dtype}; go in as moesaic.typed(array, '{dtype_text(like.dtype)}')"
                                 ", and results come back as bits") from None
 
@@ -273,7 +273,7 @@ def give_back(like: Array, array: Array) -> Array:
     if type(like) is type(array):
         return array
     if framework(type(like)) == "jax" and framework(type(array)) == "numpy":
-        import jax.numpy
+        import jax
 
-        return jax.numpy.asarray(array)
+        return jax.device_put(array, next(iter(like.devices())))  # jax.numpy.asarray would choose the default device
     return array

@@ -12,11 +12,17 @@ from .layer import Layer
 
 _layers: "weakref.WeakValueDictionary[int, Layer]" = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def register(layer: Layer) -> int:
-    """A number that stands for `layer` inside a traced graph, for as long as the layer lives."""
-    number = next(_numbers)
+    """A number that stands for `layer` inside a traced graph, for as long as the layer lives.
+
+    Its remainder says the output's dtype. From a function's second layer on torch.compile hands the fake implementation a
+    symbol for the number: a dictionary cannot be asked for that, and asking for its value would compile the function
+    anew for every layer, up to torch's limit; its remainder is the same for all the layers of a model.
+    """
+    number = next(_numbers) * len(_DTYPES) + list(_DTYPES).index(layer.config["output_dtype"])
     _layers[number] = layer
     return number
 
@@ -36,5 +42,5 @@ def forward(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: t
 
 @forward.register_fake
 def _(hidden_states, topk_ids, topk_weights, layer):
-    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[_layer(layer).config["output_dtype"]]
+    dtype = next(dtype for remainder, dtype in enumerate(_DTYPES.values()) if layer % len(_DTYPES) == remainder)
     return hidden_states.new_empty(hidden_states.shape, dtype=dtype)

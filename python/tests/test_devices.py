@@ -111,6 +111,13 @@ def test_arguments_of_another_device_are_refused(layer, argument):
         layer(**call)
 
 
+def test_scratch_beside_rows_on_another_device_is_not_what_is_wrong(layer):
+    """On a device, scratch is made where the rows lie: when that is elsewhere, the rows are to be named."""
+    scratch = _OnCuda(_scratch(layer.workspace_bytes(T)))
+    with pytest.raises(ValueError, match="hidden_states: expected on cpu"):
+        layer(_OnCuda(_X), _IDS, _P, output=_OnCuda(np.empty_like(_X)), workspace=scratch)
+
+
 def test_results_of_a_framework_without_an_allocator_are_refused():
     with pytest.raises(ValueError, match="_OnCuda on cuda:0: .* torch or CuPy"):
         moesaic.quantize(_OnCuda(_X))
@@ -118,15 +125,16 @@ def test_results_of_a_framework_without_an_allocator_are_refused():
         _new().load(dict(weight=_W1), dict(weight=_W2))(_OnCuda(_X), _IDS, _P)
 
 
-@pytest.fixture
-def cupy(monkeypatch):
-    """As much of CuPy as making an array takes, in host memory: it knows NumPy's own dtypes."""
+@pytest.fixture(params=[TypeError, ValueError])
+def cupy(monkeypatch, request):
+    """As much of CuPy as making an array takes, in host memory: it knows NumPy's own dtypes. Others NumPy does not
+    understand (TypeError), or, once ml_dtypes has told it, CuPy does not support (ValueError)."""
     class FakeCupy(np.ndarray):
         device = contextlib.nullcontext()
 
     def empty(shape, dtype):
         if dtype in ("float8_e4m3fn", "bfloat16"):
-            raise TypeError(f"data type '{dtype}' not understood")
+            raise request.param(f"data type '{dtype}' not understood")
         return np.empty(shape, dtype).view(FakeCupy)
 
     FakeCupy.__module__ = "cupy._core.core"

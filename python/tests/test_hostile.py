@@ -355,19 +355,34 @@ def test_a_layer_dies_while_another_thread_holds_its_forward():
 
 
 def test_jax_in_jax_out():
+    """Arrays of JAX's CPU, which is not where it puts them by itself on a machine with a GPU; results lie there, too."""
     jax = pytest.importorskip("jax")
-    jnp = jax.numpy
-    y = LAYER(jnp.asarray(X), jnp.asarray(IDS), jnp.asarray(P))
-    assert isinstance(y, jax.Array)
-    np.testing.assert_array_equal(np.asarray(y), _forward())
-    ids, weights = moesaic.route(jnp.asarray(_f(T, E)), K)
-    assert isinstance(ids, jax.Array) and isinstance(weights, jax.Array)
-    q, scale = moesaic.quantize(jnp.asarray(X), to="i8")
-    assert isinstance(q, jax.Array) and q.dtype == jnp.int8 and isinstance(scale, jax.Array)
-    bf16 = _new(scheme="bf16").load(dict(weight=jnp.asarray(W1, jnp.bfloat16)), dict(weight=jnp.asarray(W2, jnp.bfloat16)))
-    y = bf16(jnp.asarray(X, jnp.bfloat16), jnp.asarray(IDS), jnp.asarray(P))
-    assert isinstance(y, jax.Array) and y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y, np.float32), _forward(), rtol=0.1, atol=0.05)
+    jnp, cpu = jax.numpy, jax.devices("cpu")[-1]
+    put = lambda array, dtype=None: jax.device_put(np.asarray(array, dtype), cpu)  # noqa: E731
+
+    def back(array, dtype):
+        assert isinstance(array, jax.Array) and array.dtype == dtype and array.devices() == {cpu}
+        return np.asarray(array)
+
+    y = back(LAYER(put(X), put(IDS), put(P)), jnp.float32)
+    np.testing.assert_array_equal(y, _forward())
+    ids, weights = moesaic.route(put(_f(T, E)), K)
+    back(ids, jnp.int32), back(weights, jnp.float32)
+    q, scale = moesaic.quantize(put(X), to="i8")
+    back(q, jnp.int8), back(scale, jnp.float32)
+    bf16 = _new(scheme="bf16").load(dict(weight=put(W1, jnp.bfloat16)), dict(weight=put(W2, jnp.bfloat16)))
+    y = back(bf16(put(X, jnp.bfloat16), put(IDS), put(P)), jnp.bfloat16)
+    np.testing.assert_allclose(y.astype(np.float32), _forward(), rtol=0.1, atol=0.05)
+
+
+def test_jax_on_a_device_is_refused_by_name():
+    jax = pytest.importorskip("jax")
+    try:
+        there = jax.devices("gpu")[0]
+    except RuntimeError:
+        pytest.skip("needs JAX on a GPU")
+    with pytest.raises(ValueError, match="ArrayImpl on cuda:0: .* torch or CuPy"):
+        moesaic.route(jax.device_put(_f(T, E), there), K)
 
 
 def test_the_gil_is_released():

@@ -22,14 +22,21 @@ def _problem(dtype=torch.bfloat16):
     return r(T, H), ids, torch.rand(T, K), r(E, 2 * I, H), r(E, H, I)
 
 
-def _layer64(x, ids, weights, w1, w2, gate_first=True):
+def _layer64(x, ids, weights, w1, w2, gate_first=True, read=torch.Tensor.double):
+    """The layer in float64. `read`: what the products see of a row."""
     y = torch.zeros(x.shape[0], w2.shape[1], dtype=torch.float64)
     for t, (es, ws) in enumerate(zip(ids.tolist(), weights.tolist())):
         for e, w in zip(es, ws):
-            a, b = (w1[e].double() @ x[t].double()).chunk(2)
+            a, b = (w1[e].double() @ read(x[t])).chunk(2)
             gate, up = (a, b) if gate_first else (b, a)
-            y[t] += w * (w2[e].double() @ (F.silu(gate) * up))
+            y[t] += w * (w2[e].double() @ read(F.silu(gate) * up))
     return y
+
+
+def _as_fp8(row):
+    """A row of one group as fp8 products read it."""
+    scale = row.abs().max().float() / 448
+    return (row.float() * (1 / scale)).to(FP8).double() * scale
 
 
 def _close(a, b, tolerance):
@@ -103,7 +110,9 @@ def test_flashinfer_deepseek_blocks():
     q1, q2 = w1.to(FP8), w2.to(FP8)
     s1, s2 = torch.rand(E, 1, 1) + 0.5, torch.rand(E, 1, 1) + 0.5
     y = flashinfer.cutlass_fused_moe(x, ids, weights, q1, q2, torch.bfloat16, [s1, s2], use_deepseek_fp8_block_scale=True)[0]
-    _close(y, _layer64(x, ids, weights, q1.float() * s1, q2.float() * s2, gate_first=False), 0.06)
+    # Values beside the middle of two e4m3 numbers may fall the other way in float64: 0.007 in most cases, 0.042 at most in
+    # 600. (Against rows that are not quantized the limit was passed in 18 of them.)
+    _close(y, _layer64(x, ids, weights, q1.float() * s1, q2.float() * s2, gate_first=False, read=_as_fp8), 0.06)
 
 
 def test_flashinfer_int4_groups():
@@ -169,19 +178,21 @@ def _ties():
 
 @pytest.mark.parametrize("form", ["token", "group", "tensor", "static"])
 def test_the_rule_is_x_times_the_reciprocal(form):
-    """contracts: q = x * (1 / s), s = absmax / 448: held bit for bit, on rows where x / s gives other numbers."""
+    """contracts: q = x * (1 / s), s = absmax / 448: held bit for bit, on rows where x / s gives other numbers. What is
+    expected is computed on the host: torch divides by a number on a GPU by multiplying with its reciprocal."""
     x = _ties()
-    s = x.abs().amax(1, keepdim=True) / 448
+    host = x.cpu()
+    s = host.abs().amax(1, keepdim=True) / 448
     if form == "token":
         q, scale = sglang.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
     elif form == "group":
         q, scale = sglang.per_token_group_quant_fp8(x, x.shape[1])
     else:  # one scale a call
         made = [sglang.scaled_fp8_quant(row[None], given[None] if form == "static" else None)
-                for row, given in zip(x, s[:, 0])]
+                for row, given in zip(x, s[:, 0].to(x.device))]
         q, scale = torch.cat([m[0] for m in made]), torch.cat([m[1].reshape(1, 1) for m in made])
-    expected, other = ((v.clamp(-448, 448)).to(FP8).view(torch.uint8) for v in (x * (1 / s), x / s))
-    assert torch.equal(scale, s) and torch.equal(q.view(torch.uint8), expected)
+    expected, other = ((v.clamp(-448, 448)).to(FP8).view(torch.uint8) for v in (host * (1 / s), host / s))
+    assert torch.equal(scale.cpu(), s) and torch.equal(q.view(torch.uint8).cpu(), expected)
     assert not torch.equal(expected, other), "the data tells the two rules apart"
 
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "convert.h"
 
+#include <set>
+
 namespace moesaic::python {
 namespace {
 
@@ -108,20 +110,33 @@ Stream current_stream(const Tensor& tensor) {
   return {TVMFFIEnvGetStream(kDLCUDA, tensor.device.index)};
 }
 
+Reader::Reader(std::string what, Options options) : what_(std::move(what)), options_(std::move(options)) {
+  entries_.reserve(options_.size());
+  for (const auto& [name, value] : options_) entries_.push_back({.name = name, .value = value});
+}
 Reader::Reader(std::string what, const ffi::AnyView& options) : what_(std::move(what)) {
   const auto given = options.try_cast<Options>();
   if (!given) mistyped(what_, "a dict", options);
-  options_ = *given;
+  *this = Reader(std::move(what_), *given);
+}
+Reader::Reader(std::string what, ffi::PackedArgs pairs) : what_(std::move(what)) {
+  entries_.reserve(static_cast<std::size_t>(pairs.size() / 2));
+  for (int i = 0; i + 1 < pairs.size(); i += 2)
+    entries_.push_back({.name = pairs[i].cast<ffi::String>(), .value = pairs[i + 1]});
 }
 std::string Reader::path(const char* key) const {
   const auto dot = what_.find('.');
   return dot == std::string::npos ? key : what_.substr(dot + 1) + "." + key;
 }
-std::optional<ffi::Any> Reader::find(const char* key) {
-  used_.insert(key);
-  const auto it = options_.find(key);
-  if (it == options_.end() || (*it).second == nullptr) return std::nullopt;
-  return (*it).second;
+std::optional<ffi::AnyView> Reader::find(const char* key) {
+  asked_.push_back(key);
+  for (Entry& entry : entries_) {
+    if (std::string_view(entry.name.data(), entry.name.size()) != key) continue;
+    entry.used = true;
+    if (entry.value == nullptr) return std::nullopt;
+    return entry.value;
+  }
+  return std::nullopt;
 }
 template <typename T>
 std::optional<T> Reader::value(const char* key, std::string_view expected) {
@@ -152,17 +167,27 @@ std::optional<std::string> Reader::text(const char* key) {
 }
 std::optional<Reader> Reader::nested(const char* key) {
   if (const auto v = value<Options>(key, "a dict")) return Reader(what_ + "." + key, *v);
-  return std::nullopt;
+  const std::string prefix = std::string(key) + ".";
+  Reader inner(what_ + "." + key, Options());
+  for (Entry& entry : entries_) {
+    const std::string_view name(entry.name.data(), entry.name.size());
+    if (!name.starts_with(prefix)) continue;
+    entry.used = true;
+    inner.entries_.push_back({.name = ffi::String(std::string(name.substr(prefix.size()))), .value = entry.value});
+  }
+  if (inner.entries_.empty()) return std::nullopt;
+  return inner;
 }
 void Reader::tensor(const char* key, Tensor& into) {
-  if (const auto v = find(key)) into = tensor_of(ffi::AnyView(*v), path(key));
+  if (const auto v = find(key)) into = tensor_of(*v, path(key));
 }
 void Reader::finish() const {
-  for (const auto& [key, value] : options_) {
-    if (used_.count(std::string(key)) != 0) continue;
+  for (const Entry& entry : entries_) {
+    if (entry.used) continue;
+    const std::set<std::string> names(asked_.begin(), asked_.end());
     std::string known;
-    for (const std::string& name : used_) known += (known.empty() ? "" : ", ") + name;
-    refuse(what_, "unknown option '" + std::string(key) + "'; known: " + known);
+    for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
+    refuse(what_, "unknown option '" + std::string(entry.name) + "'; known: " + known);
   }
 }
 

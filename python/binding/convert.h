@@ -9,9 +9,9 @@
 #include <tvm/ffi/function.h>
 
 #include <optional>
-#include <set>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "moesaic/moesaic.h"
 
@@ -56,12 +56,15 @@ E choose(std::string_view what, const Choice<E> (&choices)[N], std::string_view 
               std::string(what) + ": unknown value '" + std::string(text) + "'; known: " + known);
 }
 
-// A dictionary of named options. Every key must be asked for: `finish` refuses what is left by name.
+// Named options. Every name must be asked for: `finish` refuses what is left by name.
 class Reader {
  public:
-  Reader(std::string what, Options options) : what_(std::move(what)), options_(std::move(options)) {}
+  Reader(std::string what, Options options);
   // The same from a value that ought to be a dictionary.
   Reader(std::string what, const ffi::AnyView& options);
+  // A call's arguments: names and values in turn, "b.weight" being `weight` of the dictionary `b`. A dictionary made for the
+  // call lost: it took longer to make than the call to run, and hides the framework's stream.
+  Reader(std::string what, ffi::PackedArgs pairs);
   void integer(const char* key, std::int64_t& into);
   void integer(const char* key, int& into);
   void number(const char* key, float& into);
@@ -87,7 +90,12 @@ class Reader {
   void finish() const;
 
  private:
-  std::optional<ffi::Any> find(const char* key);
+  struct Entry {
+    ffi::String name;
+    ffi::AnyView value;
+    bool used = false;
+  };
+  std::optional<ffi::AnyView> find(const char* key);
   // The value of `key` as a T, or a TypeError that names it and says what was `expected`.
   template <typename T>
   std::optional<T> value(const char* key, std::string_view expected);
@@ -95,8 +103,9 @@ class Reader {
   // What an error calls the argument: "fc1.weight" of "weights.fc1", "experts" of "config".
   std::string path(const char* key) const;
   std::string what_;
-  Options options_;
-  std::set<std::string> used_{};
+  Options options_{};  // holds what `entries_` views, where a dictionary was given
+  std::vector<Entry> entries_{};
+  std::vector<const char*> asked_{};
 };
 
 void read(Reader& reader, QuantSpec& spec);
@@ -118,9 +127,9 @@ void read(Reader& reader, SumArgs& args);
 // The dictionary that `read` makes the same configuration of.
 Options options_of(const LayerConfig& config);
 
-template <typename Struct>
-Struct read_all(const char* what, const ffi::AnyView& options) {
-  Reader reader(what, options);
+template <typename Struct, typename From>
+Struct read_all(const char* what, const From& from) {
+  Reader reader(what, from);
   Struct value{};
   read(reader, value);
   reader.finish();

@@ -138,8 +138,9 @@ void layer_forward(LayerRef ref, ffi::AnyView hidden_states, ffi::AnyView hidden
 }
 
 // --- levels 2 and 3 -----------------------------------------------------------------------------------
-// Every call has one form: a dictionary of arguments by name, and scratch or None. It returns 0, or, on a device whose
-// scratch the Python side makes, the bytes of scratch that it was not given; then nothing has run.
+// Every call has one form: scratch or None, and the arguments, names and values in turn. (Stages begin with their layer;
+// experts has weights or None behind it.) It returns 0, or, on a device whose scratch the Python side makes, the bytes of
+// scratch that it was not given; then nothing has run.
 
 // Scratch is for a call that is shaped as it must be; of any other the call itself complains.
 std::size_t needed(const LayerConfig& config, const PrepareArgs& a) {
@@ -199,10 +200,10 @@ std::int64_t with_scratch(Args& a, const ffi::AnyView& scratch, std::size_t byte
 
 // run(layer, args) with packed weights, run(config, args) without a layer.
 template <typename Args, typename Run>
-std::int64_t stage(const char* what, const ffi::AnyView& layer, const Options& options, const ffi::AnyView& scratch,
+std::int64_t stage(const char* what, const ffi::AnyView& layer, const ffi::AnyView& scratch, ffi::PackedArgs arguments,
                    const Run& run) {
   return guarded([&] {
-    Args a = read_all<Args>(what, options);
+    Args a = read_all<Args>(what, arguments);
     const LayerConfig config = config_of(layer);
     return with_scratch(a, scratch, needed(config, a), [&] {
       if (const auto ref = layer.as<LayerRef>())
@@ -212,34 +213,36 @@ std::int64_t stage(const char* what, const ffi::AnyView& layer, const Options& o
     });
   });
 }
-std::int64_t stage_prepare(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
-  return stage<PrepareArgs>("prepare", layer, o, scratch, [](const auto& on, const auto& a) { prepare(on, a); });
+std::int64_t stage_prepare(ffi::PackedArgs given) {
+  return stage<PrepareArgs>("prepare", given[0], given[1], given.Slice(2),
+                            [](const auto& on, const auto& a) { prepare(on, a); });
 }
-std::int64_t stage_finalize(ffi::AnyView layer, Options o, ffi::AnyView scratch) {
-  return stage<FinalizeArgs>("finalize", layer, o, scratch, [](const auto& on, const auto& a) { finalize(on, a); });
+std::int64_t stage_finalize(ffi::PackedArgs given) {
+  return stage<FinalizeArgs>("finalize", given[0], given[1], given.Slice(2),
+                             [](const auto& on, const auto& a) { finalize(on, a); });
 }
-std::int64_t stage_experts(ffi::AnyView layer, ffi::AnyView weights, Options o, ffi::AnyView scratch) {
-  return stage<ExpertsArgs>("experts", layer, o, scratch, [&](const auto& on, const ExpertsArgs& a) {
+std::int64_t stage_experts(ffi::PackedArgs given) {
+  return stage<ExpertsArgs>("experts", given[0], given[2], given.Slice(3), [&](const auto& on, const ExpertsArgs& a) {
     if constexpr (std::is_same_v<std::decay_t<decltype(on)>, Layer>)
       experts(on, a);
     else
-      experts(on, read_all<LayerWeights>("weights", weights), a);
+      experts(on, read_all<LayerWeights>("weights", given[1]), a);
   });
 }
 
 template <typename Args, void (*kRun)(const Args&)>
-std::int64_t call(const char* what, const Options& options, const ffi::AnyView& scratch) {
+std::int64_t call(const char* what, ffi::PackedArgs given) {
   return guarded([&] {
-    Args a = read_all<Args>(what, options);
-    return with_scratch(a, scratch, needed(a), [&] { kRun(a); });
+    Args a = read_all<Args>(what, given.Slice(1));
+    return with_scratch(a, given[0], needed(a), [&] { kRun(a); });
   });
 }
-std::int64_t gemm(Options o, ffi::AnyView s) { return call<GroupedGemmArgs, grouped_gemm>("grouped_gemm", o, s); }
-std::int64_t align_slots(Options o, ffi::AnyView s) { return call<AlignArgs, align>("align", o, s); }
-std::int64_t route_tokens(Options o, ffi::AnyView s) { return call<RouteArgs, route>("route", o, s); }
-std::int64_t quantize_rows(Options o, ffi::AnyView s) { return call<QuantizeArgs, quantize>("quantize", o, s); }
-std::int64_t activate_rows(Options o, ffi::AnyView s) { return call<ActivateArgs, activate>("activate", o, s); }
-std::int64_t sum(Options o, ffi::AnyView s) { return call<SumArgs, sum_slots>("sum_slots", o, s); }
+std::int64_t gemm(ffi::PackedArgs given) { return call<GroupedGemmArgs, grouped_gemm>("grouped_gemm", given); }
+std::int64_t align_slots(ffi::PackedArgs given) { return call<AlignArgs, align>("align", given); }
+std::int64_t route_tokens(ffi::PackedArgs given) { return call<RouteArgs, route>("route", given); }
+std::int64_t quantize_rows(ffi::PackedArgs given) { return call<QuantizeArgs, quantize>("quantize", given); }
+std::int64_t activate_rows(ffi::PackedArgs given) { return call<ActivateArgs, activate>("activate", given); }
+std::int64_t sum(ffi::PackedArgs given) { return call<SumArgs, sum_slots>("sum_slots", given); }
 std::int64_t align_length(std::int64_t slots, std::int64_t experts, std::int64_t block_rows) {
   return guarded([&] { return align_capacity(slots, experts, block_rows); });
 }
@@ -291,16 +294,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_workspace_bytes, layer_workspace_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_weight_bytes, layer_weight_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_ready, layer_ready);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_forward, layer_forward);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, stage_prepare);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts, stage_experts);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(finalize, stage_finalize);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm, gemm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(align, align_slots);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(align_capacity, align_length);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, route_tokens);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize, quantize_rows);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(activate, activate_rows);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(sum_slots, sum);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(devices, list_devices);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(schemes, scheme_names);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(support_reason, support_reason);
@@ -308,5 +302,43 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, library_version);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_num_threads, threads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_kernels, kernels);
 
+// What apache-tvm-ffi's macro for typed functions makes of one, for those of any number of arguments.
+int packed(std::int64_t (*run)(ffi::PackedArgs), const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  TVM_FFI_SAFE_CALL_BEGIN();
+  *reinterpret_cast<ffi::Any*>(result) = run(ffi::PackedArgs(reinterpret_cast<const ffi::AnyView*>(args), count));
+  TVM_FFI_SAFE_CALL_END();
+}
+
 }  // namespace
+
+extern "C" {
+TVM_FFI_DLL_EXPORT int __tvm_ffi_prepare(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(stage_prepare, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_experts(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(stage_experts, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_finalize(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(stage_finalize, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_grouped_gemm(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(gemm, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_align(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(align_slots, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_route(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(route_tokens, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_quantize(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(quantize_rows, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_activate(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(activate_rows, args, count, result);
+}
+TVM_FFI_DLL_EXPORT int __tvm_ffi_sum_slots(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
+  return packed(sum, args, count, result);
+}
+}  // extern "C"
+
 }  // namespace moesaic::python

@@ -121,32 +121,52 @@ def number(value, name: str) -> float:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
 
 
+def _value(value, name: str):
+    """A number, a name or an array for the bindings."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if not hasattr(value, "__dlpack__") and hasattr(value, "item"):
+        return value.item()  # a NumPy scalar
+    return arg(value, name)
+
+
 def options(values: dict, prefix: str = "") -> dict:
     """A dictionary for the bindings: None dropped, arrays converted, nested dictionaries followed."""
     converted: dict = {}
     for key, value in values.items():
-        if value is None:
-            continue
         if isinstance(value, dict):
             converted[key] = options(value, f"{prefix}{key}.")
-        elif isinstance(value, (bool, int, float, str)):
-            converted[key] = value
-        elif not hasattr(value, "__dlpack__") and hasattr(value, "item"):
-            converted[key] = value.item()  # a NumPy scalar
-        else:
-            converted[key] = arg(value, prefix + str(key))
+        elif value is not None:
+            converted[key] = _value(value, f"{prefix}{key}")
     return converted
 
 
-def call_options(values: dict, outputs: tuple):
-    """The same, converted once for a call and the question what scratch it needs. `outputs`: what it writes."""
-    for name in outputs:
-        out(values[name], name)
-    converted = options(values)
+def convert(values: dict):
+    """`options`, as the bindings' own dictionary: for values that go over more than once."""
     try:
-        return tvm_ffi.convert(converted)
+        return tvm_ffi.convert(options(values))
     except Exception as error:
         raise first_trouble(error, values) from None
+
+
+def pairs(values: dict, outputs: tuple) -> list:
+    """The same for a call: names and values in turn, nested dictionaries' as "b.weight". `outputs`: what it writes."""
+    for name in outputs:
+        out(values[name], name)
+    into: list = []
+    _flatten(values, "", into)
+    return into
+
+
+def _flatten(values, prefix, into):
+    for key, value in values.items():
+        if value is None:
+            continue
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _flatten(value, f"{name}.", into)
+        else:
+            into += (name, value if type(value) in tells_its_stream else _value(value, name))
 
 
 def first_trouble(error: Exception, values: dict) -> Exception:

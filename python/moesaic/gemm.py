@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from typing import Optional, Union
 
-from . import _ffi
 from ._arrays import Array, as_array, dtype_name, dtype_text, empty, give_back
 from ._ffi import integer, lib, number
 from .layer import _spec, run_with_scratch
 
 
+# Looked up once: asking the library takes as long as a small call.
+_functions = {name: getattr(lib, name) for name in ("align", "grouped_gemm", "route", "quantize", "activate", "sum_slots")}
+
+
 def _call(name, like, call, outputs):
-    run_with_scratch(getattr(lib, name), like, _ffi.call_options(call, outputs))
+    run_with_scratch(_functions[name], like, call, outputs)
 
 
 def align(topk_ids: Array, experts: int, block_rows: int, *, local_first: int = 0, local_count: int = 0,

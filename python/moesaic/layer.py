@@ -13,13 +13,25 @@ from ._ffi import arg, integer, lib
 _forward = lib.layer_forward  # looked up once: it is the call that decode makes
 
 
-def run_with_scratch(call, like: Array, *arguments) -> None:
-    """The one form of the calls of levels 2 and 3: without the scratch that it needs on a device, a call only says how
-    much; that comes from the framework's stream-ordered allocator. On the CPU the library has its own."""
-    with _ffi.on_stream_of(like):
-        needed = call(*arguments, None)
-        if needed:
-            call(*arguments, _arrays.empty(like, (needed,), "u8"))
+def run_with_scratch(call, like: Array, values: dict, outputs: tuple = (), *leading) -> None:
+    """The one form of the calls of levels 2 and 3, which write to `outputs` of `values`: without the scratch that it needs
+    on a device, a call only says how much; that comes from the framework's stream-ordered allocator. On the CPU the library
+    has its own."""
+    pairs = _ffi.pairs(values, outputs)
+    try:
+        if type(like) in _ffi.tells_its_stream:
+            _run(call, like, leading, pairs)
+        else:
+            with _ffi.on_stream_of(like):
+                _run(call, like, leading, pairs)
+    except Exception as error:
+        raise _ffi.first_trouble(error, values) from None
+
+
+def _run(call, like, leading, pairs):
+    needed = call(*leading, None, *pairs)
+    if needed:
+        call(*leading, _arrays.empty(like, (needed,), "u8"), *pairs)
 
 
 def _settled(weights: dict) -> dict:

@@ -19,11 +19,11 @@ def _target(layer):
         return layer._handle
     if not isinstance(layer, dict):
         raise TypeError(f"layer: expected a Layer or a configuration dict (Layer.config), got {type(layer).__name__}")
-    return layer
+    return _ffi.convert(layer)  # once: a call that asks for scratch is made twice
 
 
 def _call(name, layer, like, call, outputs, *extra):
-    run_with_scratch(getattr(lib, name), like, _target(layer), *extra, _ffi.call_options(call, outputs))
+    run_with_scratch(getattr(lib, name), like, call, outputs, _target(layer), *extra)
 
 
 def prepare(layer: Union[Layer, dict], hidden_states: Array, topk_ids: Array, rows: Array, num_tokens: Array, *,
@@ -61,7 +61,7 @@ def experts(layer: Union[Layer, dict], rows: Array, output: Array, *, weights: O
                         f"{type(weights).__name__}")
     if isinstance(layer, Layer) and weights is not None:
         raise ValueError("weights: a Layer has its own; pass Layer.config with them, or leave them out")
-    _call("experts", layer, rows, call, ("output",), None if weights is None else _ffi.options(weights))
+    _call("experts", layer, rows, call, ("output",), None if weights is None else _ffi.convert(weights))
     return output
 
 

@@ -177,7 +177,7 @@ def side_stream(monkeypatch):
     return stream, torch.zeros(3).as_subclass(There)
 
 
-def test_a_call_with_a_dictionary_runs_on_the_current_stream(side_stream):
+def test_a_call_runs_on_the_current_stream(side_stream):
     import tvm_ffi
 
     _, tensor = side_stream
@@ -188,6 +188,16 @@ def test_a_call_with_a_dictionary_runs_on_the_current_stream(side_stream):
     with pytest.raises(KeyError):
         run_with_scratch(lambda *_: {}["raised inside"], tensor, {})
     assert current() == 0, "an error leaves no stream behind"
+
+
+def test_tensors_of_torch_are_arguments_themselves():
+    """apache-tvm-ffi asks torch for the stream of those, not of what is inside a dictionary."""
+    torch = pytest.importorskip("torch")
+    x, seen = torch.zeros(3), []
+    run_with_scratch(lambda *given: seen.append(given), x, dict(a=x, b=dict(weight=x, bias=None), top_k=2))
+    scratch, *pairs = seen[0]
+    assert scratch is None and pairs[::2] == ["a", "b.weight", "top_k"]
+    assert pairs[1] is x and pairs[3] is x and pairs[5] == 2
 
 
 def test_weights_still_being_written_are_waited_for(side_stream):

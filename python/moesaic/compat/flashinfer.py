@@ -183,16 +183,17 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
     if tokens == 0:
         return [output]
     block_rows = 16 if tokens * top_k <= 16 * local else 64
+    # Where each slot's row lies, or -1 for other ranks' experts: which slots the sum is over. The same from the ids in
+    # torch lost: six kernels, each of them as long in the host's time as the sum.
+    here = torch.empty((tokens, top_k), dtype=torch.int32, device=x.device)
     slots, block_experts, num_padded = _gemm.align(
         token_selected_experts.contiguous(), local * ep_size, block_rows, local_first=ep_rank * local,
-        local_count=local)
+        local_count=local, slot_row=here)
     rows = torch.empty((tokens * top_k, hidden), dtype=torch.float32 if x.device.type == "cpu" else output_dtype,
                        device=x.device)
     _stages.experts(config, x, rows, weights=weights, slots=slots, block_experts=block_experts, num_padded=num_padded,
                     block_rows=block_rows, row_scale=hidden_scale)
-    here = token_selected_experts.to(torch.int32) - ep_rank * local
-    mine = torch.where((here >= 0) & (here < local), here, torch.full_like(here, -1)).contiguous()
-    _gemm.sum_slots(rows.view(tokens, top_k, hidden), token_final_scales.float().contiguous(), topk_ids=mine,
+    _gemm.sum_slots(rows.view(tokens, top_k, hidden), token_final_scales.float().contiguous(), topk_ids=here,
                     output=output)
     return [output]
 

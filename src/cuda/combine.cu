@@ -46,8 +46,8 @@ __device__ __forceinline__ void load_any(const void* data, DType dtype, std::int
   for (int i = 0; i < kVec; ++i) v[i] = load_float(data, dtype, at + i);
 }
 
-// Where the rows of kAtOnce slots from j on lie, and their weights. Rows are numbered with 32 bits,
-// as slots are.
+// Where the rows of kAtOnce slots from j on lie, and their weights. 32 bits name a row: lists have
+// no more, and without a list a call has no more slots (see run_combine).
 template <int kAtOnce>
 struct SlotRows {
   std::int32_t row[kAtOnce];
@@ -68,7 +68,7 @@ struct SlotRows {
 };
 
 // A row's columns while they wait to be added: in whole words, for elements of 16 bits are
-// taken apart as they arrive, into twice the registers: 128, and 1.15 times as long.
+// taken apart as they arrive, into twice the registers: 128, and 1.2 to 1.3 times as long.
 template <typename Row, int kVec>
 struct Waiting {
   using Elements = Pack<Row, kVec>;
@@ -170,10 +170,9 @@ void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t
   const std::int64_t widest = tokens * ceil_div(threads, 256) < device.sm_count ? 64 : 256;
   p.blocks_per_token = static_cast<unsigned>(ceil_div(threads, widest));
   const std::int64_t block = round_up(ceil_div(threads, p.blocks_per_token), 32);
-  // The grid's first dimension takes 2^31 - 1 blocks; tokens * blocks_per_token stays below for
-  // every number of slots that 32-bit slot ids can name and rows up to 2^24 columns are split
-  // between calls.
-  const std::int64_t most = 0x7fffffff / p.blocks_per_token;
+  // The grid's first dimension takes 2^31 - 1 blocks, and SlotRows numbers slots with 32 bits: what
+  // is more is split between calls.
+  const std::int64_t most = 0x7fffffff / std::max<std::int64_t>(p.blocks_per_token, p.top_k);
   for (std::int64_t first = 0; first < tokens; first += most) {
     const std::int64_t count = std::min(most, tokens - first);
     CombineParams q = p;

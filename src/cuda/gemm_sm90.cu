@@ -198,7 +198,8 @@ void set_scales(Params& p, const GemmStage& stage, const Tensor& scale) {
 
 // Whether the sides may be exchanged (gemm_sm90_upright.h): rows of C leave as 16-bit vectors, and
 // each half (gate, up) of 128 weight rows lies in one cell of scales. (Without scales along K
-// nothing is gained.)
+// nothing is gained. Nor does a static quantizer come here: a scheme has one granularity for both
+// products, and block scales mean groups.)
 bool upright(const Params& p) {
   const bool known = !p.activates || p.activation.kind == Activation::kSwiglu ||
                      p.activation.kind == Activation::kSwigluOai;

@@ -128,7 +128,7 @@ struct QuantizerView {
 inline constexpr std::uint32_t kNoRow = 0xffffffffu;  // in place of a row of C: not stored
 
 struct Params {
-  CUtensorMap weights;  // {K, 8 or rows, 2 or 1, chunks of 16 rows or 1, E}: see weight_map
+  CUtensorMap weights;  // {K, 8 or rows, 2 or 1, chunks of 16 rows or 1, E}: see set_weights
   CUtensorMap tokens;   // {K, positions}, TokenLoad::kTma only
 
   RowMap rows;
@@ -158,7 +158,7 @@ struct Params {
   std::int64_t scale_expert, scale_row, scale_k, scale_group;
   bool block_scaled;  // weight and activation scales change along K
   bool scale_quads;   // scales of four chunks can be loaded at once: see TokenLoader::store_scales
-  bool upright;       // tokens may take the 64-row side: see Multiplier::upright
+  bool upright;       // tokens may take the 64-row side: see gemm_sm90_upright.h
   const float* a_scale;
   std::int64_t a_scale_row, a_scale_group, a_scale_expert;
   const float* row_weights;

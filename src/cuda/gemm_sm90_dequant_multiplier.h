@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The multiplying warpgroups of the weight-only product: they widen their weights themselves, in
 // registers, and scale sums over 128 (or 32) of K. Three loops, by what a task leaves of registers.
+// (A fourth, of warps that never meet: gemm_sm90_dequant_warps.h.)
 #pragma once
 
 #include "cuda/gemm_sm90_consumer.h"

@@ -18,7 +18,8 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   for (;;) {
     Task task = part_of<S::kPair>(schedule.next(), rank);
     task.flip = flip;
-    // Others use neither place: see store_groups.
+    // Tasks without products (filtered, or without rows in this half of a pair) take no turn: of
+    // those that meet in store_groups two in succession must differ.
     if (task.expert >= 0 && task.rows > 0) flip = (flip + loaded_run<S>(task)) % 2;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);

@@ -45,7 +45,8 @@ struct StagedGroups {
 // The two warpgroups of a CTA each have 64 of the 128 columns of a group. Warp w of one and warp w
 // of the other hold the same tokens, so these two alone meet to tell each other what their largest
 // is: in the 16 bytes behind a staged row. Once is enough: that no largest is overwritten before it
-// has been read follows from the next meeting, which uses another slot.
+// has been read follows from the next meeting, which uses another slot or another buffer. (Every
+// task that takes a turn of Task::flip has a meeting, so none is skipped.)
 // kRows staged rows for each lane, kStep apart.
 template <typename S, int kRows, int kStep>
 __device__ __forceinline__ void store_groups(const Params& p, const StagedGroups& staged) {

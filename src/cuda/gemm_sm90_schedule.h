@@ -30,9 +30,9 @@ inline constexpr Walk kWalk = Walk::kAsNeeded;  // of the kernel with shape S
 
 // Order: tiles are walked in groups of consecutive tiles, and inside a group the weight rows are
 // the slow index. All token tiles of a group pass over the same weight rows at about the same time,
-// so these come from L2 but for the first; and a group's tokens fit L2, too. A group is as many
-// experts as occupy the machine (group_tiles) and no more, and it ends between experts wherever
-// possible: an expert that is split over two groups has its weights read twice.
+// so these come from L2 but for the first; and a group's tokens fit L2, too. A group has as many
+// tiles as the host says (group_tiles: see grid_size) and no more, and it ends between experts
+// wherever possible: an expert that is split over two groups has its weights read twice.
 //
 // Wave w of the grid takes tasks w * grid ...; inside a wave CTAs are rotated by a prime, for
 // otherwise a grid that is a multiple of the group would give one CTA nothing but full tiles and
@@ -131,7 +131,7 @@ class Schedule {
     const unsigned mask = __ballot_sync(~0u, ends);
     const int run = mask ? __ffs(static_cast<int>(mask)) - 1 : 32;  // tiles of the first expert
     if (run <= kLongest) {
-      const unsigned near = mask & ((2u << p_.group_tiles) - 1);
+      const unsigned near = mask & ((2u << p_.group_tiles) - 1);  // of 31: all
       size_ = near ? 31 - __clz(static_cast<int>(near)) : run;
     } else if (num_tiles_ > 0) {
       size_ = mask ? (run + 1) / 2 : kLongest;  // with its end in sight, halve it

@@ -226,7 +226,8 @@ Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stre
 
 namespace {
 
-// What GEMM1 left in 16 bit -> rows that GEMM2 reads: as they are, quantized, or multiplied by a factor per channel.
+// What GEMM1 left in 16 bit -> rows that GEMM2 reads: as they are, quantized, or multiplied by a
+// factor per channel.
 Rows prepare_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {
   const LayerPlan& plan = *run.plan;
   const SideTensors& side = run.fc2->side;

@@ -213,8 +213,7 @@ ExpertsBuffers take_experts_buffers(Arena& arena, const LayerPlan& plan, std::in
   const WeightSpec& fc2 = plan.fc2;
   ExpertsBuffers buffers;
   const bool staged = plan.hidden_quantized_by != QuantizedBy::kGemm1;
-  if (staged)
-    buffers.hidden = arena.take(fc2.dtype16, positions, fc2.k, plan.device);
+  if (staged) buffers.hidden = arena.take(fc2.dtype16, positions, fc2.k, plan.device);
   if (plan.quantizes_hidden())
     buffers.hidden_quantized = arena.take(fc2.act_dtype, positions, fc2.k, plan.device);
   if (plan.quantizes_hidden() && staged) {

@@ -136,11 +136,11 @@ struct Params {
   std::int32_t row_tasks;           // tasks along the weight rows
   // So many of them are walked as one, for the same tokens: what the loading warps have to find out
   // for each walk takes them longer than a task of short K lasts. 1, unless S::kHasRuns.
-  std::int32_t run, row_runs;       // row_runs: along the weight rows
-  std::int32_t task_rows;           // weight rows of a task: kRows, or 32 of 64
-  std::int32_t group_tiles;  // tiles that are walked together, if experts allow: see Schedule
-  bool even_tiles;           // give the tiles of an expert the same number of rows
-  bool settled;              // the tile list is older than the previous kernel
+  std::int32_t run, row_runs;  // row_runs: along the weight rows
+  std::int32_t task_rows;      // weight rows of a task: kRows, or 32 of 64
+  std::int32_t group_tiles;    // tiles that are walked together, if experts allow: see Schedule
+  bool even_tiles;             // give the tiles of an expert the same number of rows
+  bool settled;                // the tile list is older than the previous kernel
 
   TokenLoad token_load;
   RowOf a_row, c_row;
@@ -167,7 +167,7 @@ struct Params {
   RowLayout c_rows;       // in elements
   std::int64_t c_column;  // element stride inside a row
   std::int64_t columns;   // of C
-  OutType c_type;  // quantized: what is quantized, f16 or bf16
+  OutType c_type;         // quantized: what is quantized, f16 or bf16
   StorePath store;
   QuantizerView quantizer;
 };

@@ -132,8 +132,8 @@ class UprightEpilogue : public Epilogue<S> {
         __syncwarp();
         if constexpr (S::kHasGroups && kGated) {
           if (this->p_.quantizer.kind == Quantizes::kGroup) {
-            store_groups<S, 4, 4>(this->p_, this->staged_groups(
-                                                task, {.rows = out, .token = token, .more = b}));
+            store_groups<S, 4, 4>(
+                this->p_, this->staged_groups(task, {.rows = out, .token = token, .more = b}));
             continue;
           }
         }

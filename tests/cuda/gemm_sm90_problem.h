@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One product of the SM90 family as its tests want it: random shapes and tensors, a float64
-// reference on the host, poisoned outputs with guard bands. Stages are built by hand, so nothing but
-// the kernels is under test.
+// reference on the host, poisoned outputs with guard bands. Stages are built by hand, so nothing
+// but the kernels is under test.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -214,8 +214,7 @@ class Problem {
       const auto scales = static_cast<std::int64_t>(quantize.scale.size());
       stage.quantizer = {.granularity = quantize.granularity,
                          .round_to = c_.out,
-                         .static_scale =
-                             Tensor::contiguous(given.get(), DType::kF32, {scales}, on),
+                         .static_scale = Tensor::contiguous(given.get(), DType::kF32, {scales}, on),
                          .scale = scale.get() + groups(),
                          .scale_row_stride = groups()};
     }
@@ -278,8 +277,7 @@ class Problem {
       for (std::int64_t g = 0; g < groups(); ++g) {
         const std::int64_t end = std::min(columns_, 128 * (g + 1));
         float absmax = 0;
-        for (std::int64_t i = 128 * g; i < end; ++i)
-          absmax = std::max(absmax, std::fabs(value(i)));
+        for (std::int64_t i = 128 * g; i < end; ++i) absmax = std::max(absmax, std::fabs(value(i)));
         float scale = activation_scale(absmax, kE4M3Max);
         if (quantize.granularity == ActScale::kGroup)
           out.scale[(row + 1) * groups() + g] = scale;
@@ -430,8 +428,7 @@ class Problem {
       row_written_[row] = true;
       if (expert < 0) return;
       std::vector<double> sums(c_.n), magnitude(c_.n);
-      for (std::int64_t n = 0; n < c_.n; ++n)
-        sum_of(expert, a_row, n, sums[n], magnitude[n]);
+      for (std::int64_t n = 0; n < c_.n; ++n) sum_of(expert, a_row, n, sums[n], magnitude[n]);
       for (std::int64_t j = 0; j < columns_; ++j) {
         double v = sums[j], m = magnitude[j];
         if (c_.activation >= 0) {

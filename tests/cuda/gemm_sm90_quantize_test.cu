@@ -76,8 +76,7 @@ TEST(Sm90Quantizes, Groups) {
     std::mt19937 random(seed);
     Case c = random_case(random, DType::kF8E4M3);
     c.scales = seed % 4 == 3 ? Scales::kChannel : Scales::kBlock;
-    c.activation =
-        static_cast<int>(seed % 3 == 0 ? Activation::kSwigluOai : Activation::kSwiglu);
+    c.activation = static_cast<int>(seed % 3 == 0 ? Activation::kSwigluOai : Activation::kSwiglu);
     c.n = 16 * (1 + static_cast<std::int64_t>(random() % 60));
     c.out = seed % 5 == 0 ? DType::kF16 : DType::kBF16;
     c.c_padding = 8 * static_cast<std::int64_t>(random() % 3);
@@ -105,8 +104,8 @@ TEST(Sm90Quantizes, GroupsOfManyShortTasks) {
                    .a_row = RowOf::kPosition,
                    .activation = static_cast<int>(Activation::kSwiglu),
                    .filtered = true};
-      ASSERT_NO_FATAL_FAILURE(expect_quantized(c, static_cast<unsigned>(k),
-                                               {.granularity = ActScale::kGroup}));
+      ASSERT_NO_FATAL_FAILURE(
+          expect_quantized(c, static_cast<unsigned>(k), {.granularity = ActScale::kGroup}));
     }
   }
 }

@@ -2,6 +2,7 @@
 // The functions Python calls: thin, one per C++ entry point. No copies, no allocations of tensors;
 // outputs and workspaces are the caller's.
 #include "convert.h"
+#include "openmp.h"
 
 #include <algorithm>
 
@@ -277,6 +278,9 @@ void threads(std::int64_t n) {
   constexpr std::int64_t kMany = 1 << 20;  // far above what is allowed: a narrowed number could be allowed again
   guarded([&] { set_num_threads(static_cast<int>(std::clamp(n, -kMany, kMany))); });
 }
+void openmp(ffi::String path) {
+  guarded([&] { use_openmp(std::string(path)); });
+}
 void kernels(ffi::String type, ffi::String level) {
   guarded([&] { set_kernels(parse_device(std::string(type)).type, std::string(level)); });
 }
@@ -301,6 +305,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(support_reason, support_reason);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, library_version);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_num_threads, threads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_kernels, kernels);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp, openmp);
 
 // What apache-tvm-ffi's macro for typed functions makes of one, for those of any number of arguments.
 int packed(std::int64_t (*run)(ffi::PackedArgs), const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {

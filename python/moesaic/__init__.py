@@ -5,6 +5,9 @@ Levels: Layer; prepare / experts / finalize; grouped_gemm with align, route, qua
 Errors are ValueError (wrong or unsupported arguments, with what to use instead), OSError, RuntimeError.
 """
 
+import os as _os
+
+from . import _openmp
 from ._arrays import typed
 from ._ffi import integer as _integer
 from ._ffi import lib as _lib
@@ -58,11 +61,26 @@ def set_num_threads(threads: int) -> None:
     _lib.set_num_threads(_integer(threads, "threads"))
 
 
+def share_threads(module) -> bool:
+    """Runs the CPU backend's work on the OpenMP threads of an imported package, e.g. share_threads(torch); None: on its own again.
+
+    For programs that call both in turns: OpenMP's threads go on spinning behind each of their regions, on the cores that a second
+    pool would need. False, and nothing changes, where the package has loaded no OpenMP runtime (Linux only), and where MOESAIC_PIN
+    asks for threads that stay on their cores. Results are the same bits. moesaic.integrations.transformers does it when imported.
+    """
+    path = "" if module is None else _openmp.runtime_of(module)
+    if module is not None and (not path or _os.environ.get("MOESAIC_PIN")):
+        return False
+    _lib.use_openmp(path)
+    return True
+
+
 def set_kernels(device_type: str, level: str) -> None:
     """Overrides the kernels for tests and timings: ("cpu", "avx2"), ("cuda", "sm80"); "" undoes it."""
     _lib.set_kernels(str(device_type), str(level))
 
 
 __all__ = ["Layer", "activate", "align", "checkpoint_layers", "devices", "experts", "finalize", "grouped_gemm", "info",
-           "load_checkpoint", "prepare", "quantize", "route", "schemes", "set_kernels", "set_num_threads", "sum_slots", "supports",
+           "load_checkpoint", "prepare", "quantize", "route", "schemes", "set_kernels", "set_num_threads",
+           "share_threads", "sum_slots", "supports",
            "typed"]

@@ -19,7 +19,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .. import torch_op
+from .. import share_threads, torch_op
 from ..layer import Layer
 from ._released import Packing, Released, state_of
 
@@ -199,5 +199,6 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     return output.to(hidden_states.dtype)
 
 
+share_threads(torch)  # the model's other operators run on torch's threads, in turns with ours
 ALL_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
 ALL_FP8_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)

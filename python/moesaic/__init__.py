@@ -6,6 +6,8 @@ Errors are ValueError (wrong or unsupported arguments, with what to use instead)
 """
 
 import os as _os
+from types import ModuleType as _ModuleType
+from typing import Optional as _Optional
 
 from . import _openmp
 from ._arrays import typed
@@ -61,7 +63,7 @@ def set_num_threads(threads: int) -> None:
     _lib.set_num_threads(_integer(threads, "threads"))
 
 
-def share_threads(module) -> bool:
+def share_threads(module: _Optional[_ModuleType]) -> bool:
     """Runs the CPU backend's work on the OpenMP threads of an imported package, e.g. share_threads(torch); None: on its own again.
 
     For programs that call both in turns: OpenMP's threads go on spinning behind each of their regions, on the cores that a second

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensor views, devices, workspaces.
-#include <algorithm>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <utility>
 
@@ -51,8 +51,8 @@ Tensor Tensor::contiguous(const void* data, DType dtype, std::span<const std::in
                           Device device) {
   const auto rank = static_cast<int>(std::min<std::size_t>(shape.size(), kMaxRank + 1));
   if (rank < 1 || rank > kMaxRank)
-    invalid(fmt::format("tensor: expected rank 1 to {}, got {}; reshape it", kMaxRank,
-                        shape.size()));
+    invalid(
+        fmt::format("tensor: expected rank 1 to {}, got {}; reshape it", kMaxRank, shape.size()));
   Tensor t{.data = const_cast<void*>(data), .dtype = dtype, .device = device, .rank = rank};
   std::int64_t stride = 1;
   for (int i = rank - 1; i >= 0; --i) {

@@ -38,7 +38,8 @@ struct Batched {
     status = DeviceTensor({}, DType::kI32, {1});
     slots = DeviceTensor({}, slot_dtype, {fc1.experts, capacity, c.hidden});
     output = DeviceTensor({}, c.output_dtype, {tokens, c.hidden});
-    workspace = WorkspaceBuffer({}, stage_workspace_bytes(c, {.tokens = tokens, .capacity = capacity}));
+    workspace =
+        WorkspaceBuffer({}, stage_workspace_bytes(c, {.tokens = tokens, .capacity = capacity}));
   }
   void run_prepare(const Batch& b) {
     PrepareArgs args;

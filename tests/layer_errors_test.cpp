@@ -115,9 +115,9 @@ TEST(LayerErrors, MisplacedAndOverlappingTensorsAreRefused) {
   // One token, eight times; and the rows of the output in descending order.
   EXPECT_EQ(call.complaint_of([](ForwardArgs* a) { a->hidden_states.strides[0] = 0; }), "");
   EXPECT_EQ(call.complaint_of([](ForwardArgs* a) {
-              a->output.data = a->output.as<std::uint16_t>() + 7 * 64;
-              a->output.strides[0] = -64;
-            }),
+    a->output.data = a->output.as<std::uint16_t>() + 7 * 64;
+    a->output.strides[0] = -64;
+  }),
             "");
 }
 

@@ -113,7 +113,8 @@ TEST_P(EachScheme, ExpertsReadTheCallersOwnWeightsInPlaceWithTheSameBits) {
   const Batch batch = f.batch(23, Load::kZipf);
   const std::int64_t capacity = needed_capacity(c, batch.topk_ids);
   const Prepared p = run_prepare(c, batch, capacity);
-  const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, {.tokens = 23, .capacity = capacity}));
+  const WorkspaceBuffer workspace({},
+                                  stage_workspace_bytes(c, {.tokens = 23, .capacity = capacity}));
   ExpertsArgs args;
   args.rows = p.rows.view();
   if (weight_spec(c, Product::kFc1).act_scale != ActScale::kDefault)
@@ -153,7 +154,8 @@ TEST_P(EachScheme, TwoRanksWithAnExpertMapGiveTheWhole) {
     const Tensor expert_map = Tensor::contiguous(map.data(), DType::kI32, {8});
     const std::int64_t capacity = 30;
     const Prepared p = run_prepare(c, batch, capacity, expert_map);
-    const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, {.tokens = 15, .capacity = capacity}));
+    const WorkspaceBuffer workspace({},
+                                    stage_workspace_bytes(c, {.tokens = 15, .capacity = capacity}));
     ExpertsArgs e;
     e.rows = p.rows.view();
     if (weight_spec(c, Product::kFc1).act_scale != ActScale::kDefault)
@@ -191,7 +193,8 @@ TEST_P(EachScheme, SortedRowsTakeRoutingWeights) {
   const reference::Aligned lists = reference::align(batch.topk_ids.view(), 8, {}, {}, 8);
   const auto length = static_cast<std::int64_t>(lists.slots.size());
   std::int32_t used = static_cast<std::int32_t>(length);
-  const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, {.format = Format::kSorted, .tokens = 11, .capacity = length}));
+  const WorkspaceBuffer workspace(
+      {}, stage_workspace_bytes(c, {.format = Format::kSorted, .tokens = 11, .capacity = length}));
   DeviceTensor weighted({}, DType::kF32, {22, c.hidden}), plain({}, DType::kF32, {22, c.hidden});
   ExpertsArgs args;
   args.format = Format::kSorted;

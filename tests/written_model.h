@@ -41,8 +41,7 @@ class Model {
   void put(const std::string& name, std::vector<std::int64_t> shape,
            std::vector<std::uint16_t> data) {
     storage_.push_back(std::make_unique<std::vector<std::uint16_t>>(std::move(data)));
-    tensors_.push_back({name, Tensor::contiguous(storage_.back()->data(), DType::kBF16,
-                                                 shape)});
+    tensors_.push_back({name, Tensor::contiguous(storage_.back()->data(), DType::kBF16, shape)});
   }
   // One tensor of any bytes.
   template <typename T>

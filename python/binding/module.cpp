@@ -307,43 +307,26 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_num_threads, threads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_kernels, kernels);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp, openmp);
 
-// What apache-tvm-ffi's macro for typed functions makes of one, for those of any number of arguments.
-int packed(std::int64_t (*run)(ffi::PackedArgs), const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  TVM_FFI_SAFE_CALL_BEGIN();
-  *reinterpret_cast<ffi::Any*>(result) = run(ffi::PackedArgs(reinterpret_cast<const ffi::AnyView*>(args), count));
-  TVM_FFI_SAFE_CALL_END();
-}
-
 }  // namespace
-
-extern "C" {
-TVM_FFI_DLL_EXPORT int __tvm_ffi_prepare(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(stage_prepare, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_experts(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(stage_experts, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_finalize(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(stage_finalize, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_grouped_gemm(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(gemm, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_align(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(align_slots, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_route(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(route_tokens, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_quantize(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(quantize_rows, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_activate(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(activate_rows, args, count, result);
-}
-TVM_FFI_DLL_EXPORT int __tvm_ffi_sum_slots(void*, const TVMFFIAny* args, std::int32_t count, TVMFFIAny* result) {
-  return packed(sum, args, count, result);
-}
-}  // extern "C"
-
 }  // namespace moesaic::python
+
+// The same for functions of any number of arguments, for which apache-tvm-ffi has no macro.
+#define MOESAIC_EXPORT_PACKED(name, function)                                                                   \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* args, std::int32_t count,          \
+                                                     TVMFFIAny* result) {                                       \
+    using namespace moesaic::python;                                                                            \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                                                  \
+    *reinterpret_cast<ffi::Any*>(result) =                                                                      \
+        function(ffi::PackedArgs(reinterpret_cast<const ffi::AnyView*>(args), count));                          \
+    TVM_FFI_SAFE_CALL_END();                                                                                    \
+  }
+
+MOESAIC_EXPORT_PACKED(prepare, stage_prepare)
+MOESAIC_EXPORT_PACKED(experts, stage_experts)
+MOESAIC_EXPORT_PACKED(finalize, stage_finalize)
+MOESAIC_EXPORT_PACKED(grouped_gemm, gemm)
+MOESAIC_EXPORT_PACKED(align, align_slots)
+MOESAIC_EXPORT_PACKED(route, route_tokens)
+MOESAIC_EXPORT_PACKED(quantize, quantize_rows)
+MOESAIC_EXPORT_PACKED(activate, activate_rows)
+MOESAIC_EXPORT_PACKED(sum_slots, sum)

@@ -84,5 +84,4 @@ def set_kernels(device_type: str, level: str) -> None:
 
 __all__ = ["Layer", "activate", "align", "checkpoint_layers", "devices", "experts", "finalize", "grouped_gemm", "info",
            "load_checkpoint", "prepare", "quantize", "route", "schemes", "set_kernels", "set_num_threads",
-           "share_threads", "sum_slots", "supports",
-           "typed"]
+           "share_threads", "sum_slots", "supports", "typed"]

@@ -54,8 +54,8 @@ void CudaBackend::copy(void* dst, const void* src, std::size_t bytes, Stream str
   const DeviceGuard guard(device_.index);
   check_cuda(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, native(stream)),
              "cudaMemcpyAsync");
-  // Without a stream of its caller's it is done when this returns: what load and set_router copy is read by a forward
-  // on any stream, also on one that does not wait for the default stream.
+  // Without a stream of its caller's it is done when this returns: what load and set_router copy is
+  // read by a forward on any stream, also on one that does not wait for the default stream.
   if (stream.handle == nullptr) check_cuda(cudaStreamSynchronize(nullptr), "copy");
 }
 

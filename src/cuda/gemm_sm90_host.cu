@@ -109,6 +109,9 @@ void set_output(Params& p, const Tensor& c, const GemmQuantizer& quantizer) {
   } else {
     p.store = StorePath::kScalar;
   }
+  // Only store_groups sees a whole group; elsewhere its scale would be that of nobody.
+  if (p.quantizer.kind == Quantizes::kGroup && p.store != StorePath::kMatrix)
+    unsupported("c: rows quantized in groups are written contiguous, from multiples of 8 bytes on");
 }
 
 void set_side(Params& p, const GemmStage& stage) {

@@ -15,6 +15,7 @@
 
 #include "cuda/gemm.h"
 #include "numeric.h"
+#include "reference/activation.h"
 
 namespace moesaic::cuda {
 
@@ -105,45 +106,6 @@ struct Case {
            std::to_string(c_padding) + " column" + std::to_string(c_column);
   }
 };
-
-inline double activate_reference(Activation kind, double g, double u, const ActivationSpec& s) {
-  const auto silu = [](double x) { return x / (1 + std::exp(-x)); };
-  const auto gelu = [](double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); };
-  const auto gelu_tanh = [](double x) {
-    return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-  };
-  const double limit = s.limit;
-  const auto clamp = [&](double x) { return std::fmin(std::fmax(x, -limit), limit); };
-  switch (kind) {
-    case Activation::kSilu:
-      return silu(g);
-    case Activation::kGelu:
-      return gelu(g);
-    case Activation::kGeluTanh:
-      return gelu_tanh(g);
-    case Activation::kRelu:
-      return std::fmax(g, 0);
-    case Activation::kRelu2:
-      return std::fmax(g, 0) * std::fmax(g, 0);
-    case Activation::kIdentity:
-      return g;
-    case Activation::kSwiglu:
-      return silu(g) * u;
-    case Activation::kGeglu:
-      return gelu(g) * u;
-    case Activation::kGegluTanh:
-      return gelu_tanh(g) * u;
-    case Activation::kSwigluOai: {
-      const double x = std::fmin(g, limit);
-      return x / (1 + std::exp(-s.alpha * x)) * (clamp(u) + s.beta);
-    }
-    case Activation::kSwigluClamp:
-      return silu(std::fmin(g, limit)) * clamp(u);
-    case Activation::kSwigluStep:
-      return std::fmin(silu(g), limit) * clamp(u);
-  }
-  return 0;
-}
 
 inline constexpr std::uint8_t kPoison = 0x5b;
 inline constexpr std::size_t kGuard = 512;
@@ -441,7 +403,8 @@ class Problem {
             u = sums[up_first ? one : two];
             m = (magnitude[one] + magnitude[two]) * (1 + std::abs(u) + std::abs(g));
           }
-          v = activate_reference(activation_.kind, g, u, activation_);
+          v = reference::activate(activation_.kind, reference::parameters_of(activation_, {}, 0), g,
+                                  u);
           if (!gated_) m *= 1 + 2 * std::abs(g);
         }
         const double weight = c_.row_weights ? row_weights_[slot] : 1.0;

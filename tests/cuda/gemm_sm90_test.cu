@@ -94,8 +94,8 @@ TEST(Sm90, UprightTiles) {
   if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
   unsigned seed = 100;
   for (const Scales scales : {Scales::kBlock, Scales::kChannel}) {
-    for (const int activation : {-1, static_cast<int>(Activation::kSwiglu),
-                                 static_cast<int>(Activation::kSwigluOai)}) {
+    for (const int activation :
+         {-1, static_cast<int>(Activation::kSwiglu), static_cast<int>(Activation::kSwigluOai)}) {
       for (const std::int64_t tokens : {55, 122, 240}) {  // of the only expert
         expect_right({.dtype = DType::kF8E4M3,
                       .scales = scales,

@@ -322,7 +322,8 @@ void fuzz_stages(Source& s) {
   const std::int64_t experts = std::clamp<std::int64_t>(
                          c.local.count > 0 ? c.local.count : c.experts, 0, 8),
                      tokens = s.below(9), capacity = s.below(9);
-  const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, {.tokens = tokens, .capacity = capacity}));
+  const WorkspaceBuffer workspace(
+      {}, stage_workspace_bytes(c, {.tokens = tokens, .capacity = capacity}));
   const bool scaled = c.quant.scheme > Scheme::kBF16;
   PrepareArgs p;
   p.hidden_states = m.tensor(c.input_dtype, {tokens, c.hidden});

@@ -24,20 +24,48 @@ Layer& mutable_layer(const LayerRef& ref) {
   return const_cast<LayerObject*>(ref.as<LayerObject>())->layer;
 }
 
-// The caller's workspace; on the CPU, without one, a buffer of this thread's that only grows. (On CUDA
-// the Python side takes it from the framework's stream-ordered allocator.)
-Workspace workspace_of(const Tensor& given, Device device, std::size_t needed) {
-  const auto refuse = [&](const std::string& what) { throw Error(ErrorCode::kInvalidArgument, "workspace: " + what); };
-  if (given.defined() && !(given.device == device))
-    refuse("expected on " + to_string(device) + ", got " + to_string(given) + "; pass scratch of that device");
-  if (given.defined() && !given.is_contiguous())
-    refuse("must be contiguous, got " + to_string(given) + " with other strides; pass a flat array of bytes");
-  if (given.defined()) return {given.data, static_cast<std::size_t>(given.numel()) * size_of(given.dtype)};
-  if (device.type != DeviceType::kCpu || needed == 0) return {};
-  static thread_local WorkspaceBuffer buffer;
-  if (buffer.view().bytes < needed) buffer = WorkspaceBuffer(device, needed);
-  return buffer.view();
+// Scratch of one call. What the framework's allocator lent goes back when the call returns, in the order of the stream that
+// the work is on.
+struct Scratch {
+  Workspace view;
+  ffi::Optional<ffi::Tensor> lent{};
+};
+
+// From the allocator that a torch tensor among the arguments brings with it: a third of what torch.empty takes. Empty where there
+// is none, or no memory: the Python side then asks, and shows the framework's own error.
+Scratch borrow(Device device, std::size_t bytes) {
+  if (TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr) return {};
+  try {
+    ffi::Tensor lent = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, {static_cast<std::int64_t>(bytes)},
+                                                 DLDataType{kDLUInt, 8, 1}, DLDevice{kDLCUDA, device.index});
+    return {.view = {lent.data_ptr(), bytes}, .lent = std::move(lent)};
+  } catch (const ffi::Error&) {
+    return {};
+  }
 }
+
+// `given`: the caller's workspace; True: what the framework lends; None. On the CPU, without a workspace, a buffer of this
+// thread's that only grows.
+Scratch scratch_for(const ffi::AnyView& given, Device device, std::size_t needed) {
+  const bool lendable = given.type_index() == ffi::TypeIndex::kTVMFFIBool;
+  if (given == nullptr || lendable) {
+    if (needed == 0) return {};
+    if (device.type != DeviceType::kCpu) return lendable ? borrow(device, needed) : Scratch{};
+    static thread_local WorkspaceBuffer buffer;
+    if (buffer.view().bytes < needed) buffer = WorkspaceBuffer(device, needed);
+    return {.view = buffer.view()};
+  }
+  const Tensor tensor = tensor_of(given, "workspace");
+  const auto refuse = [&](const std::string& what) { throw Error(ErrorCode::kInvalidArgument, "workspace: " + what); };
+  if (!(tensor.device == device))
+    refuse("expected on " + to_string(device) + ", got " + to_string(tensor) + "; pass scratch of that device");
+  if (!tensor.is_contiguous())
+    refuse("must be contiguous, got " + to_string(tensor) + " with other strides; pass a flat array of bytes");
+  return {.view = {tensor.data, static_cast<std::size_t>(tensor.numel()) * size_of(tensor.dtype)}};
+}
+
+// Every call that needs scratch returns 0 or, on a device, the bytes that it was not given and could not borrow; then nothing
+// has run, and the Python side makes them.
 
 // --- level 1 ----------------------------------------------------------------------------------------
 
@@ -113,10 +141,10 @@ std::int64_t layer_workspace_bytes(LayerRef ref, std::int64_t tokens) {
 std::int64_t layer_weight_bytes(LayerRef ref) { return static_cast<std::int64_t>(layer_of(ref).weight_bytes()); }
 bool layer_ready(LayerRef ref) { return layer_of(ref).ready(); }
 
-void layer_forward(LayerRef ref, ffi::AnyView hidden_states, ffi::AnyView hidden_scale,
-                   ffi::AnyView topk_ids, ffi::AnyView topk_weights, ffi::AnyView router_logits,
-                   ffi::AnyView output, bool add, ffi::AnyView tokens_per_expert, ffi::AnyView workspace) {
-  guarded([&] {
+std::int64_t layer_forward(LayerRef ref, ffi::AnyView workspace, ffi::AnyView hidden_states, ffi::AnyView hidden_scale,
+                           ffi::AnyView topk_ids, ffi::AnyView topk_weights, ffi::AnyView router_logits,
+                           ffi::AnyView output, bool add, ffi::AnyView tokens_per_expert) {
+  return guarded([&]() -> std::int64_t {
     ForwardArgs args{.hidden_states = tensor_of(hidden_states, "hidden_states"),
                      .hidden_scale = tensor_of(hidden_scale, "hidden_scale"),
                      .topk_ids = tensor_of(topk_ids, "topk_ids"),
@@ -130,18 +158,22 @@ void layer_forward(LayerRef ref, ffi::AnyView hidden_states, ffi::AnyView hidden
     // Rows of another device, or too many of them: forward complains. Scratch that was made beside such rows lies
     // where they do, and is not what is wrong.
     const bool sized = tokens >= 0 && tokens <= layer.config().max_tokens;
-    if (args.hidden_states.device == layer.device())
-      args.workspace = workspace_of(tensor_of(workspace, "workspace"), layer.device(),
-                                    sized ? layer.workspace_bytes(tokens) : 0);
+    Scratch scratch;
+    if (args.hidden_states.device == layer.device()) {
+      const std::size_t bytes = sized ? layer.workspace_bytes(tokens) : 0;
+      scratch = scratch_for(workspace, layer.device(), bytes);
+      if (scratch.view.data == nullptr && bytes > 0) return static_cast<std::int64_t>(bytes);
+    }
+    args.workspace = scratch.view;
     args.stream = current_stream(args.hidden_states);
     layer.forward(args);
+    return 0;
   });
 }
 
 // --- levels 2 and 3 -----------------------------------------------------------------------------------
-// Every call has one form: scratch or None, and the arguments, names and values in turn. (Stages begin with their layer;
-// experts has weights or None behind it.) It returns 0, or, on a device whose scratch the Python side makes, the bytes of
-// scratch that it was not given; then nothing has run.
+// Every call has one form: scratch, and the arguments, names and values in turn. (Stages begin with their layer; experts has
+// weights or None behind it.)
 
 // Scratch is for a call that is shaped as it must be; of any other the call itself complains.
 std::size_t needed(const LayerConfig& config, const PrepareArgs& a) {
@@ -189,10 +221,12 @@ LayerConfig config_of(const ffi::AnyView& layer) {
 }
 
 template <typename Args, typename Run>
-std::int64_t with_scratch(Args& a, const ffi::AnyView& scratch, std::size_t bytes, const Run& run) {
+std::int64_t with_scratch(Args& a, const ffi::AnyView& given, std::size_t bytes, const Run& run) {
+  Scratch scratch;
   if constexpr (requires { a.workspace; }) {
-    a.workspace = workspace_of(tensor_of(scratch, "workspace"), main_of(a).device, bytes);
-    if (a.workspace.data == nullptr && bytes > 0) return static_cast<std::int64_t>(bytes);
+    scratch = scratch_for(given, main_of(a).device, bytes);
+    if (scratch.view.data == nullptr && bytes > 0) return static_cast<std::int64_t>(bytes);
+    a.workspace = scratch.view;
   }
   a.stream = current_stream(main_of(a));
   run();

@@ -14,24 +14,24 @@ _forward = lib.layer_forward  # looked up once: it is the call that decode makes
 
 
 def run_with_scratch(call, like: Array, values: dict, outputs: tuple = (), *leading) -> None:
-    """The one form of the calls of levels 2 and 3, which write to `outputs` of `values`: without the scratch that it needs
-    on a device, a call only says how much; that comes from the framework's stream-ordered allocator. On the CPU the library
-    has its own."""
+    """The one form of the calls of levels 2 and 3, which write to `outputs` of `values`. On the CPU the library has scratch
+    of its own; on a device it borrows from torch's stream-ordered allocator, if `like` is torch's. Where it cannot, a call
+    only says how much it needs, and that is made in the framework of `like`."""
     pairs = _ffi.pairs(values, outputs)
     try:
         if type(like) in _ffi.tells_its_stream:
-            _run(call, like, leading, pairs)
+            _run(call, like, leading, True, pairs)
         else:
             with _ffi.on_stream_of(like):
-                _run(call, like, leading, pairs)
+                _run(call, like, leading, None, pairs)
     except Exception as error:
         raise _ffi.first_trouble(error, values) from None
 
 
-def _run(call, like, leading, pairs):
-    needed = call(*leading, None, *pairs)
+def _run(call, like, leading, scratch, rest):
+    needed = call(*leading, scratch, *rest)
     if needed:
-        call(*leading, _arrays.empty(like, (needed,), "u8"), *pairs)
+        call(*leading, arg(_arrays.empty(like, (needed,), "u8")), *rest)
 
 
 def _settled(weights: dict) -> dict:
@@ -98,7 +98,6 @@ class Layer:
     def _attach(self, handle, config: dict, device: str) -> None:
         self._handle, self.config, self.device = handle, config, device
         self._output_dtype = config["output_dtype"]
-        self._sized: tuple = (0, self.workspace_bytes(0))
 
     def load(self, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None, beta: Optional[Array] = None,
              limit: Optional[Array] = None) -> "Layer":
@@ -172,21 +171,8 @@ class Layer:
                 output = _arrays.empty_like(hidden_states, self._output_dtype)
             else:
                 _ffi.out(output, "output")
-            if workspace is None and self.device != "cpu":
-                tokens = hidden_states.shape[0]
-                sized = self._sized
-                if sized[0] != tokens:  # decode asks for the same number again and again
-                    sized = self._sized = (tokens, self.workspace_bytes(tokens))
-                workspace = _arrays.empty(hidden_states, (sized[1],), "u8") if sized[1] else None
-            call = (self._handle, arg(hidden_states, "hidden_states"), arg(hidden_scale, "hidden_scale"),
-                    arg(topk_ids, "topk_ids"), arg(topk_weights, "topk_weights"), arg(router_logits, "router_logits"),
-                    arg(output, "output"), add, arg(tokens_per_expert, "tokens_per_expert"),
-                    arg(workspace, "workspace"))
-            if self.device == "cpu" or type(hidden_states) in _ffi.tells_its_stream:
-                _forward(*call)
-            else:
-                with _ffi.on_stream_of(hidden_states):
-                    _forward(*call)
+            self._run(hidden_states, workspace, (hidden_states, hidden_scale, topk_ids, topk_weights, router_logits, output,
+                                                 add, tokens_per_expert))
         except Exception as error:
             _arrays.as_array(hidden_states, "hidden_states")
             raise _ffi.first_trouble(error, dict(
@@ -195,3 +181,26 @@ class Layer:
         return _arrays.give_back(hidden_states, output)
 
     __call__ = forward
+
+    def _run(self, like, workspace, given):
+        if type(like) in _ffi.tells_its_stream:
+            try:  # torch's tensors go over as they are, and mostly nothing else comes along: asking each costs a third of the call
+                needed = _forward(self._handle, True if workspace is None else workspace, *given)
+                if needed:
+                    _forward(self._handle, _arrays.empty(like, (needed,), "u8"), *given)
+                return
+            except (TypeError, BufferError):
+                pass
+        x, scale, ids, weights, logits, output, add, counts = given
+        call = (self._handle, True if workspace is None else arg(workspace, "workspace"), arg(x, "hidden_states"),
+                arg(scale, "hidden_scale"), arg(ids, "topk_ids"), arg(weights, "topk_weights"), arg(logits, "router_logits"),
+                arg(output, "output"), add, arg(counts, "tokens_per_expert"))
+        if self.device == "cpu":
+            _forward(*call)
+            return
+        handle, scratch, *rest = call
+        if type(like) in _ffi.tells_its_stream:
+            _run(_forward, like, (handle,), scratch, rest)
+        else:
+            with _ffi.on_stream_of(like):
+                _run(_forward, like, (handle,), None if workspace is None else scratch, rest)

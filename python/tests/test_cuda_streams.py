@@ -142,6 +142,33 @@ def test_too_small_a_workspace_leaves_a_capture_usable():
     assert torch.equal(y, expected)
 
 
+def test_scratch_is_borrowed_and_given_back():
+    x, w1, w2, ids, weights = problem(torch.bfloat16, 21)
+    layer, y = make_layer(w1, w2), torch.empty_like(x)
+    needed = layer.workspace_bytes(T)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    layer(x, ids, weights, output=y)
+    assert torch.cuda.memory_allocated() == before
+    assert needed <= torch.cuda.max_memory_allocated() - before <= needed + 512
+
+
+def test_no_memory_for_scratch_is_torchs_error():
+    x, w1, w2, ids, weights = problem(torch.bfloat16, 22, tokens=8192)
+    layer = moesaic.Layer(experts=E, hidden=H, intermediate=I, top_k=K, max_tokens=8192, device=DEVICE)
+    layer.load(dict(weight=w1), dict(weight=w2))
+    y = torch.empty_like(x)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            layer(x, ids, weights, output=y)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_close(layer(x, ids, weights, output=y), truth_of(x, w1, w2, ids, weights), 1e-2)
+
+
 def test_workspace_on_the_host_is_refused():
     x, w1, w2, ids, weights = problem(torch.bfloat16, 14)
     layer = make_layer(w1, w2)

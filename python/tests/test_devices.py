@@ -196,8 +196,24 @@ def test_tensors_of_torch_are_arguments_themselves():
     x, seen = torch.zeros(3), []
     run_with_scratch(lambda *given: seen.append(given), x, dict(a=x, b=dict(weight=x, bias=None), top_k=2))
     scratch, *pairs = seen[0]
-    assert scratch is None and pairs[::2] == ["a", "b.weight", "top_k"]
+    assert scratch is True and pairs[::2] == ["a", "b.weight", "top_k"]
     assert pairs[1] is x and pairs[3] is x and pairs[5] == 2
+
+
+def test_scratch_that_cannot_be_borrowed_is_made():
+    """True: may be borrowed from the allocator that torch brings along. What a call answers it lacks is made, once."""
+    torch = pytest.importorskip("torch")
+    for x, first in ((torch.zeros(3), True), (_X, None)):
+        seen = []
+
+        def call(*given):
+            seen.append(given)
+            return 96 if len(seen) == 1 else 0
+
+        run_with_scratch(call, x, dict(a=x, top_k=2))
+        (asked, *before), (scratch, *after) = seen
+        assert asked is first and tuple(scratch.shape) == (96,) and before[::2] == after[::2] == ["a", "top_k"]
+        assert isinstance(scratch, torch.Tensor) == (first is True)
 
 
 def test_weights_still_being_written_are_waited_for(side_stream):

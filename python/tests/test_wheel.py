@@ -59,6 +59,8 @@ def test_symbol_versions(wheel, tmp_path):
     said = re.search(r"manylinux_(\d+)_(\d+)", (_ROOT / "docs" / "python.md").read_text())
     assert newest <= tuple(map(int, said.groups())), f"needs glibc {newest}"
     assert "GLIBCXX_" not in symbols, "libstdc++ is linked statically"
+    shown = [line.split()[-1] for line in symbols.splitlines() if re.match(r"[0-9a-f]{8,}", line) and "*UND*" not in line]
+    assert shown and not [name for name in shown if not name.startswith("__tvm_ffi_")], "what it shows, others could replace"
     needed = re.findall(r"NEEDED\s+(\S+)", _run("objdump", "-p", library))
     assert not [n for n in needed if "cuda" in n or "torch" in n or "stdc++" in n], needed
 

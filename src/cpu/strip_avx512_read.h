@@ -22,21 +22,24 @@ struct ReadB16 {
   }
 };
 
-// By way of fp32, whose conversions and additions run beside the products.
+// By way of fp32, whose additions run beside the products: a byte in the lowest bits of 2^23 is 2^23 + byte, from which
+// `zero`, 2^23 + zero point, is subtracted. What is left has eight bits: the lower half of its word is zero.
+inline constexpr float kByteShift = 0x1p23f;
 inline __m512i bytes_to_bf16(__m512i words, __m512 zero) {
+  const __m512i shift = _mm512_castps_si512(_mm512_set1_ps(kByteShift));
   const __m512i even = _mm512_castps_si512(_mm512_sub_ps(
-      _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff))), zero));
-  const __m512i odd = _mm512_castps_si512(
-      _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 16)), zero));
-  return _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
+      _mm512_castsi512_ps(_mm512_mask_mov_epi16(words, 0xaaaaaaaa, shift)), zero));
+  const __m512i odd = _mm512_castps_si512(_mm512_sub_ps(
+      _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(words, 16), shift)), zero));
+  return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
 }
 
 #if defined(__AVX512VBMI__)
-// Tables that the compiler keeps in registers over a loop push the sums of four and more rows out of
-// them; a pointer it knows nothing about makes it read them again.
-template <int kRows, typename T>
+// Tables that the compiler keeps in registers over a loop push many sums out of them; a pointer it knows nothing
+// about makes it read them again.
+template <int kSums, typename T>
 const T* table_for(const T* table) {
-  if constexpr (kRows >= 4) asm("" : "+r"(table));
+  if constexpr (kSums > 20) asm("" : "+r"(table));
   return table;
 }
 
@@ -78,10 +81,12 @@ struct ReadE4M3 {
   ReadE4M3(const Segments&, std::int64_t, std::int64_t) {}
   template <int kRows, int kRegs>
   void pairs(const std::uint8_t* p, __m512i* b) const {
-    if constexpr (kRegs == 2) return beside_products(_mm512_loadu_si512(p), b);
+    if constexpr (kRegs == 2 && kRows > 8) return beside_products(_mm512_loadu_si512(p), b);
     for (int half = 0; half < kRegs / 2; ++half) {
-      const __m512i v = _mm512_loadu_si512(p + 64 * half);
-      const ByteTable* tables = table_for<kRows>(kE4M3Tables);
+      __m512i v = _mm512_loadu_si512(p + 64 * half);
+      // Loads are short beside four and more rows (tables read again took 20 to 40%): not this one three times.
+      if constexpr (kRows >= 4) asm("" : "+v"(v));
+      const ByteTable* tables = table_for<kRows * kRegs>(kE4M3Tables);
       const __m512i lo = tables[0][v];
       // high | (v & 0x80)
       const __m512i hi = _mm512_ternarylogic_epi32(tables[1][v], v, _mm512_set1_epi8(-128), 0xf8);
@@ -96,7 +101,7 @@ struct ReadE4M3 {
     const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi8(0x7f));
     const __m512i place = _mm512_min_epi8(_mm512_add_epi8(magnitude, _mm512_set1_epi8(1)),
                                           _mm512_set1_epi8(63));
-    const ByteTable* words = table_for<12>(&kE4M3Added);
+    const ByteTable* words = table_for<24>(&kE4M3Added);
     const __m512i lo = _mm512_permutexvar_epi8(place, _mm512_load_si512(words->bytes));
     const __m512i hi = _mm512_permutexvar_epi8(place, _mm512_load_si512(words->bytes + 64));
     const __m512i none = _mm512_setzero_si512();
@@ -121,17 +126,16 @@ struct ReadByte {
   void pairs(const std::uint8_t* p, __m512i* b) const {
     for (int half = 0; half < kRegs / 2; ++half) {
       const __m512i v = _mm512_loadu_si512(p + 64 * half);
-      if constexpr (kRegs == 2) {
+      if constexpr (kRows >= 3) {
         const __m512i none = _mm512_setzero_si512();
-        const __m512 zero = _mm512_set1_ps(128.0f);
-        b[0] = bytes_to_bf16(_mm512_unpacklo_epi8(v, none), zero);
-        b[1] = bytes_to_bf16(_mm512_unpackhi_epi8(v, none), zero);
-        return;
+        const __m512 zero = _mm512_set1_ps(kByteShift + 128.0f);
+        b[2 * half] = bytes_to_bf16(_mm512_unpacklo_epi8(v, none), zero);
+        b[2 * half + 1] = bytes_to_bf16(_mm512_unpackhi_epi8(v, none), zero);
+        continue;
       }
-      const ByteTable* tables = table_for<kRows>(kByteTables);
       const __mmask64 upper = _mm512_movepi8_mask(v);
-      const __m512i lo = _mm512_mask_mov_epi8(tables[0][v], upper, tables[1][v]);
-      const __m512i hi = _mm512_mask_mov_epi8(tables[2][v], upper, tables[3][v]);
+      const __m512i lo = _mm512_mask_mov_epi8(kByteTables[0][v], upper, kByteTables[1][v]);
+      const __m512i hi = _mm512_mask_mov_epi8(kByteTables[2][v], upper, kByteTables[3][v]);
       b[2 * half] = _mm512_unpacklo_epi8(lo, hi);
       b[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
     }
@@ -169,10 +173,12 @@ struct ReadByteZero {
   ReadByteZero(const Segments& s, std::int64_t segment, std::int64_t half) {
     const std::uint8_t* from = s.zero + segment * s.data_stride + kHalf * half;
     for (int i = 0; i < 4; ++i)
-      zero[i] = s.code != Code::kByteZero
-                    ? _mm512_set1_ps(128.0f)
-                    : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
-                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i))));
+      zero[i] = _mm512_add_ps(
+          _mm512_set1_ps(kByteShift),
+          s.code != Code::kByteZero
+              ? _mm512_set1_ps(128.0f)
+              : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)))));
   }
   template <int kRows, int kRegs>
   void pairs(const std::uint8_t* p, __m512i* b) const {

@@ -168,3 +168,12 @@ def test_a_model_generates(dtype):
     assert ours.generate(ids, max_new_tokens=5, do_sample=False).shape == (2, 14)
     for name, value in ours.state_dict().items():
         assert torch.equal(value, eager.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("block,scheme", [((128, 128), "dynamic"), (None, "dynamic"), (None, "static")])
+def test_fp8_experts_of_transformers(block, scheme):
+    pytest.importorskip("transformers", minversion="5.0")
+    from test_transformers_memory import check_fp8_experts
+
+    check_fp8_experts(block, scheme, DEVICE, dict(hidden_size=256, moe_intermediate_size=128, intermediate_size=256,
+                                                  num_experts=6, num_experts_per_tok=2))

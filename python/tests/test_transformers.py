@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of many families: logits against eager, greedy generation equal in float32."""
+"""Tiny random models of many families: logits against eager, greedy generation equal in float32.
+
+MOESAIC_TEST_DEVICE=cuda runs them there.
+"""
 
 import copy
+import os
 
 import pytest
 
@@ -9,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 import moesaic.integrations.transformers as integration  # noqa: E402
 
+DEVICE = os.environ.get("MOESAIC_TEST_DEVICE", "cpu")
 _SMALL = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
               eos_token_id=2)
@@ -50,7 +55,7 @@ def _models(family, dtype):
     config = config_class(**{**_SMALL, **FAMILIES[family]})
     config._attn_implementation = "eager"
     eager = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    eager = eager.to(dtype).eval()
+    eager = eager.to(DEVICE, dtype).eval()
     with torch.no_grad():
         for p in eager.parameters():  # buffers of zeros (biases, norms) should matter, too
             p.add_(torch.randn_like(p) * 0.02)
@@ -62,7 +67,7 @@ def _models(family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_is_equal_in_float32(family):
     eager, ours = _models(family, torch.float32)
-    ids = torch.randint(3, 97, (2, 7))
+    ids = torch.randint(3, 97, (2, 7), device=DEVICE)
     with torch.no_grad():
         a, b = eager(ids).logits, ours(ids).logits
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * a.abs().max())
@@ -75,7 +80,7 @@ def test_generation_is_equal_in_float32(family):
 def test_bf16_is_as_close_as_eager(family):
     eager, ours = _models(family, torch.bfloat16)
     exact = copy.deepcopy(eager).float()
-    ids = torch.randint(3, 97, (2, 7))
+    ids = torch.randint(3, 97, (2, 7), device=DEVICE)
     with torch.no_grad():
         truth = exact(ids).logits
         a = (eager(ids).logits.float() - truth).norm() / truth.norm()
@@ -85,7 +90,7 @@ def test_bf16_is_as_close_as_eager(family):
 
 def test_weights_are_packed_again_when_they_change():
     eager, ours = _models("MixtralConfig", torch.float32)
-    ids = torch.randint(3, 97, (1, 5))
+    ids = torch.randint(3, 97, (1, 5), device=DEVICE)
     with torch.no_grad():
         ours(ids)
         for model in (eager, ours):
@@ -101,7 +106,7 @@ def test_training_is_refused_by_name():
     _, ours = _models("MixtralConfig", torch.float32)
     ours.train()
     with pytest.raises(RuntimeError, match="MixtralExperts.*no gradients"):
-        ours(torch.tensor([[3, 4, 5]]))
+        ours(torch.tensor([[3, 4, 5]], device=DEVICE))
 
 
 def test_an_unknown_gate_is_refused_by_class_name():
@@ -115,8 +120,8 @@ def test_an_unknown_gate_is_refused_by_class_name():
 def test_under_torch_compile():
     eager, ours = _models("MixtralConfig", torch.float32)
     experts = next(m for m in ours.modules() if type(m).__name__ == "MixtralExperts")
-    x = torch.randn(5, 64)
-    index, weights = torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    x = torch.randn(5, 64, device=DEVICE)
+    index, weights = torch.randint(0, 4, (5, 2), device=DEVICE), torch.rand(5, 2, device=DEVICE)
     with torch.no_grad():
         experts(x, index, weights)  # packs outside the graph
         number = integration._packed[experts].number

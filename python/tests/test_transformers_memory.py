@@ -109,13 +109,13 @@ def test_peak_memory_is_at_most_1_2_of_the_models():
 
 # --- fp8 ------------------------------------------------------------------------------------------------
 
-def _fp8_experts(block, scheme="dynamic"):
+def _fp8_experts(block, scheme="dynamic", sizes=_SIZES):
     from transformers.integrations.finegrained_fp8 import FP8Experts
     from transformers.integrations.moe import use_experts_implementation
 
     cls = use_experts_implementation(experts_class=type("TinyFP8Experts", (FP8Experts,), {}),
                                      experts_interface=integration.ALL_FP8_EXPERTS_FUNCTIONS)
-    config = transformers.Qwen3MoeConfig(**_SIZES)
+    config = transformers.Qwen3MoeConfig(**sizes)
     config._experts_implementation = "moesaic"
     module = cls(config, block_size=block, activation_scheme=scheme).eval()
     g = torch.Generator().manual_seed(1)
@@ -129,9 +129,9 @@ def _fp8_experts(block, scheme="dynamic"):
     return module
 
 
-@pytest.mark.parametrize("block,scheme", [((16, 16), "dynamic"), (None, "dynamic"), (None, "static")])
-def test_fp8_experts(block, scheme):
-    module = _fp8_experts(block, scheme)
+def check_fp8_experts(block, scheme, device="cpu", sizes=_SIZES):
+    """A forward of random experts against float64, and the weights behind it. Returns the module."""
+    module = _fp8_experts(block, scheme, sizes).to(device)
 
     def numbers(name):
         weight, scale = getattr(module, name).double(), getattr(module, name + "_scale_inv").double()
@@ -139,19 +139,26 @@ def test_fp8_experts(block, scheme):
         return weight * scale.repeat_interleave(bn, 1).repeat_interleave(bk, 2)[:, :weight.shape[1], :weight.shape[2]]
 
     up, down = numbers("gate_up_proj"), numbers("down_proj")
-    x = torch.randn(7, 64).bfloat16()
+    x = torch.randn(7, up.shape[2]).bfloat16().to(device)
     ids, p = torch.stack([torch.randperm(6)[:2] for _ in range(7)]), torch.rand(7, 2)
     ids[0, 0] = 6  # the sentinel of remote experts
-    truth = torch.zeros(7, 64, dtype=torch.float64)
+    truth = torch.zeros(x.shape, dtype=torch.float64, device=device)
     for t in range(7):
         for e, w in zip(ids[t].tolist(), p[t].tolist()):
             if e < 6:
                 gate, linear = (up[e] @ x[t].double()).chunk(2)
                 truth[t] += w * (down[e] @ (torch.nn.functional.silu(gate) * linear))
-    y = module(x, ids, p)
+    y = module(x, ids.to(device), p.to(device))
     assert y.dtype == torch.bfloat16 and (y.double() - truth).norm() <= 0.07 * truth.norm()
-    assert len(_released(module)) == 2
     assert torch.equal(numbers("down_proj"), down)
+    y = module(x, ids.to(device), p.to(device))
+    assert (y.double() - truth).norm() <= 0.07 * truth.norm()
+    return module
+
+
+@pytest.mark.parametrize("block,scheme", [((16, 16), "dynamic"), (None, "dynamic"), (None, "static")])
+def test_fp8_experts(block, scheme):
+    assert len(_released(check_fp8_experts(block, scheme))) == 2
 
 
 def test_fp8_of_four_bits_is_refused_by_class_name():

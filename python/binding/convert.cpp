@@ -87,6 +87,18 @@ std::string type_of(const ffi::AnyView& value) {
   return key;
 }
 
+// A view of a string that lies in a call's arguments; short ones lie in the argument itself.
+std::string_view text_of(const ffi::AnyView& argument) {
+  const TVMFFIAny* raw = reinterpret_cast<const TVMFFIAny*>(&argument);
+  if (raw->type_index == ffi::TypeIndex::kTVMFFISmallStr) {
+    const TVMFFIByteArray text = TVMFFISmallBytesGetContentByteArray(raw);
+    return {text.data, text.size};
+  }
+  if (raw->type_index != ffi::TypeIndex::kTVMFFIStr) throw ffi::Error("TypeError", "expected the name of an argument", "");
+  const TVMFFIByteArray* text = TVMFFIBytesGetByteArrayPtr(raw->v_obj);
+  return {text->data, text->size};
+}
+
 [[noreturn]] void mistyped(const std::string& argument, std::string_view expected, const ffi::AnyView& value) {
   throw ffi::Error("TypeError", argument + ": expected " + std::string(expected) + ", got " + type_of(value), "");
 }
@@ -111,8 +123,12 @@ Stream current_stream(const Tensor& tensor) {
 }
 
 Reader::Reader(std::string what, Options options) : what_(std::move(what)), options_(std::move(options)) {
+  names_.reserve(options_.size());  // stays where it is: short names lie inside
   entries_.reserve(options_.size());
-  for (const auto& [name, value] : options_) entries_.push_back({.name = name, .value = value});
+  for (const auto& [name, value] : options_) {
+    names_.push_back(name);
+    entries_.push_back({.name = {names_.back().data(), names_.back().size()}, .value = value});
+  }
 }
 Reader::Reader(std::string what, const ffi::AnyView& options) : what_(std::move(what)) {
   const auto given = options.try_cast<Options>();
@@ -122,7 +138,7 @@ Reader::Reader(std::string what, const ffi::AnyView& options) : what_(std::move(
 Reader::Reader(std::string what, ffi::PackedArgs pairs) : what_(std::move(what)) {
   entries_.reserve(static_cast<std::size_t>(pairs.size() / 2));
   for (int i = 0; i + 1 < pairs.size(); i += 2)
-    entries_.push_back({.name = pairs[i].cast<ffi::String>(), .value = pairs[i + 1]});
+    entries_.push_back({.name = text_of(pairs.data()[i]), .value = pairs[i + 1]});
 }
 std::string Reader::path(const char* key) const {
   const auto dot = what_.find('.');
@@ -131,7 +147,7 @@ std::string Reader::path(const char* key) const {
 std::optional<ffi::AnyView> Reader::find(const char* key) {
   asked_.push_back(key);
   for (Entry& entry : entries_) {
-    if (std::string_view(entry.name.data(), entry.name.size()) != key) continue;
+    if (entry.name != key) continue;
     entry.used = true;
     if (entry.value == nullptr) return std::nullopt;
     return entry.value;
@@ -170,10 +186,9 @@ std::optional<Reader> Reader::nested(const char* key) {
   const std::string prefix = std::string(key) + ".";
   Reader inner(what_ + "." + key, Options());
   for (Entry& entry : entries_) {
-    const std::string_view name(entry.name.data(), entry.name.size());
-    if (!name.starts_with(prefix)) continue;
+    if (!entry.name.starts_with(prefix)) continue;
     entry.used = true;
-    inner.entries_.push_back({.name = ffi::String(std::string(name.substr(prefix.size()))), .value = entry.value});
+    inner.entries_.push_back({.name = entry.name.substr(prefix.size()), .value = entry.value});
   }
   if (inner.entries_.empty()) return std::nullopt;
   return inner;

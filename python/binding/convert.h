@@ -65,6 +65,8 @@ class Reader {
   // A call's arguments: names and values in turn, "b.weight" being `weight` of the dictionary `b`. A dictionary made for the
   // call lost: it took longer to make than the call to run, and hides the framework's stream.
   Reader(std::string what, ffi::PackedArgs pairs);
+  Reader(Reader&&) = default;  // not copied: entries_ views names_
+  Reader& operator=(Reader&&) = default;
   void integer(const char* key, std::int64_t& into);
   void integer(const char* key, int& into);
   void number(const char* key, float& into);
@@ -91,7 +93,7 @@ class Reader {
 
  private:
   struct Entry {
-    ffi::String name;
+    std::string_view name;
     ffi::AnyView value;
     bool used = false;
   };
@@ -103,7 +105,8 @@ class Reader {
   // What an error calls the argument: "fc1.weight" of "weights.fc1", "experts" of "config".
   std::string path(const char* key) const;
   std::string what_;
-  Options options_{};  // holds what `entries_` views, where a dictionary was given
+  Options options_{};  // what `entries_` views, where a dictionary was given,
+  std::vector<ffi::String> names_{};  // and its names; those of a call's arguments last as long as the call
   std::vector<Entry> entries_{};
   std::vector<const char*> asked_{};
 };

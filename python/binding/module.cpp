@@ -172,8 +172,7 @@ std::int64_t layer_forward(LayerRef ref, ffi::AnyView workspace, ffi::AnyView hi
 }
 
 // --- levels 2 and 3 -----------------------------------------------------------------------------------
-// Every call has one form: scratch, and the arguments, names and values in turn. (Stages begin with their layer; experts has
-// weights or None behind it.)
+// Every call has one form: scratch, and the arguments, names and values in turn. (Stages begin with their layer, or None.)
 
 // Scratch is for a call that is shaped as it must be; of any other the call itself complains.
 std::size_t needed(const LayerConfig& config, const PrepareArgs& a) {
@@ -214,12 +213,6 @@ const Tensor& main_of(const QuantizeArgs& a) { return a.input; }
 const Tensor& main_of(const ActivateArgs& a) { return a.input; }
 const Tensor& main_of(const SumArgs& a) { return a.output; }
 
-// `layer` is a Layer, or a config dictionary for weights that stay the caller's.
-LayerConfig config_of(const ffi::AnyView& layer) {
-  if (const auto ref = layer.as<LayerRef>()) return layer_of(*ref).config();
-  return read_all<LayerConfig>("config", layer);
-}
-
 template <typename Args, typename Run>
 std::int64_t with_scratch(Args& a, const ffi::AnyView& given, std::size_t bytes, const Run& run) {
   Scratch scratch;
@@ -233,35 +226,44 @@ std::int64_t with_scratch(Args& a, const ffi::AnyView& given, std::size_t bytes,
   return 0;
 }
 
-// run(layer, args) with packed weights, run(config, args) without a layer.
+// run(layer, args), or without a layer run(config, args): then the configuration is among the arguments, as "config.experts" and so on.
 template <typename Args, typename Run>
-std::int64_t stage(const char* what, const ffi::AnyView& layer, const ffi::AnyView& scratch, ffi::PackedArgs arguments,
-                   const Run& run) {
-  return guarded([&] {
-    Args a = read_all<Args>(what, arguments);
-    const LayerConfig config = config_of(layer);
-    return with_scratch(a, scratch, needed(config, a), [&] {
-      if (const auto ref = layer.as<LayerRef>())
-        run(layer_of(*ref), a);
-      else
-        run(config, a);
-    });
-  });
+std::int64_t stage(Reader& reader, const ffi::AnyView& layer, const ffi::AnyView& scratch, const Run& run) {
+  Args a{};
+  read(reader, a);
+  if (const auto ref = layer.as<LayerRef>()) {
+    reader.finish();
+    const Layer& own = layer_of(*ref);
+    return with_scratch(a, scratch, needed(own.config(), a), [&] { run(own, a); });
+  }
+  LayerConfig config{};
+  reader.inner("config", config);
+  reader.finish();
+  return with_scratch(a, scratch, needed(config, a), [&] { run(config, a); });
 }
 std::int64_t stage_prepare(ffi::PackedArgs given) {
-  return stage<PrepareArgs>("prepare", given[0], given[1], given.Slice(2),
-                            [](const auto& on, const auto& a) { prepare(on, a); });
+  return guarded([&] {
+    Reader reader("prepare", given.Slice(2));
+    return stage<PrepareArgs>(reader, given[0], given[1], [](const auto& on, const auto& a) { prepare(on, a); });
+  });
 }
 std::int64_t stage_finalize(ffi::PackedArgs given) {
-  return stage<FinalizeArgs>("finalize", given[0], given[1], given.Slice(2),
-                             [](const auto& on, const auto& a) { finalize(on, a); });
+  return guarded([&] {
+    Reader reader("finalize", given.Slice(2));
+    return stage<FinalizeArgs>(reader, given[0], given[1], [](const auto& on, const auto& a) { finalize(on, a); });
+  });
 }
 std::int64_t stage_experts(ffi::PackedArgs given) {
-  return stage<ExpertsArgs>("experts", given[0], given[2], given.Slice(3), [&](const auto& on, const ExpertsArgs& a) {
-    if constexpr (std::is_same_v<std::decay_t<decltype(on)>, Layer>)
-      experts(on, a);
-    else
-      experts(on, read_all<LayerWeights>("weights", given[1]), a);
+  return guarded([&] {
+    Reader reader("experts", given.Slice(2));
+    LayerWeights weights;
+    reader.inner("weights", weights);
+    return stage<ExpertsArgs>(reader, given[0], given[1], [&](const auto& on, const auto& a) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(on)>, Layer>)
+        experts(on, a);
+      else
+        experts(on, weights, a);
+    });
   });
 }
 

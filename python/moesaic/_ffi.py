@@ -143,14 +143,6 @@ def options(values: dict, prefix: str = "") -> dict:
     return converted
 
 
-def convert(values: dict):
-    """`options`, as the bindings' own dictionary: for values that go over more than once."""
-    try:
-        return tvm_ffi.convert(options(values))
-    except Exception as error:
-        raise first_trouble(error, values) from None
-
-
 def pairs(values: dict, outputs: tuple) -> list:
     """The same for a call: names and values in turn, nested dictionaries' as "b.weight". `outputs`: what it writes."""
     for name in outputs:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from typing import Optional, Union
 
-from . import _ffi
 from ._arrays import Array
 from ._ffi import lib
 from .layer import Layer, run_with_scratch
 
 
-def _target(layer):
+_functions = {name: getattr(lib, name) for name in ("prepare", "experts", "finalize")}  # asking takes as long as a small call
+
+
+def _call(name, layer, like, call, outputs):
     if isinstance(layer, Layer):
-        return layer._handle
-    if not isinstance(layer, dict):
+        run_with_scratch(_functions[name], like, call, outputs, layer._handle)
+    elif isinstance(layer, dict):
+        run_with_scratch(_functions[name], like, dict(call, config=layer), outputs, None)
+    else:
         raise TypeError(f"layer: expected a Layer or a configuration dict (Layer.config), got {type(layer).__name__}")
-    return _ffi.convert(layer)  # once: a call that asks for scratch is made twice
-
-
-def _call(name, layer, like, call, outputs, *extra):
-    run_with_scratch(getattr(lib, name), like, call, outputs, _target(layer), *extra)
 
 
 def prepare(layer: Union[Layer, dict], hidden_states: Array, topk_ids: Array, rows: Array, num_tokens: Array, *,
@@ -61,7 +60,9 @@ def experts(layer: Union[Layer, dict], rows: Array, output: Array, *, weights: O
                         f"{type(weights).__name__}")
     if isinstance(layer, Layer) and weights is not None:
         raise ValueError("weights: a Layer has its own; pass Layer.config with them, or leave them out")
-    _call("experts", layer, rows, call, ("output",), None if weights is None else _ffi.convert(weights))
+    if weights is not None:
+        call["weights"] = weights
+    _call("experts", layer, rows, call, ("output",))
     return output
 
 

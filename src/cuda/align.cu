@@ -30,7 +30,7 @@ constexpr int kChunkWarps = 8;
 // No barrier, no shared memory; what is left is one trip to memory for the ids and one for the
 // results.
 __global__ void __launch_bounds__(32, 1) align_tiny(AlignParams p) {
-  if (!p.settled) begin_kernel();
+  begin_between(p.settled);
   const int lane = threadIdx.x, slots = static_cast<int>(p.slots);
   const int group = lane < slots ? group_of(p, lane) : -1;
   const unsigned same = __match_any_sync(kAllLanes, group), earlier = (1u << lane) - 1;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(32, 1) align_tiny(AlignParams p) {
       *p.num_tiles = static_cast<std::int32_t>(all_tiles < p.max_tiles ? all_tiles : p.max_tiles);
     if (p.dropped != nullptr) *p.dropped = all_lost;
   }
-  if (p.settled) begin_kernel();  // every grid waits: see overlap.h
+  if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
 }
 
 // --- one block does everything ------------------------------------------------------------------
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(1024, 1)
   const GroupTable table = GroupTable::at(shared, p.groups);
   auto* counters = reinterpret_cast<std::uint16_t*>(shared + kTableColumns * p.groups);
   clear(counters, warps * p.groups);
-  if (!p.settled) begin_kernel();
+  begin_between(p.settled);
   const int warp = threadIdx.x / 32;
   const std::int64_t first = warp * per_warp;
   const std::int64_t end = first + per_warp < p.slots ? first + per_warp : p.slots;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(1024, 1)
   }
   write_tiles(p.writer, table, tiles, threadIdx.x, blockDim.x);
   write_blocks(p, table, padded_rows(p, table), threadIdx.x, blockDim.x);
-  if (p.settled) begin_kernel();  // every grid waits: see overlap.h
+  if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
 }
 
 // --- many blocks: count, scan, place -------------------------------------------------------------

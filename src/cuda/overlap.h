@@ -11,7 +11,13 @@
 //    have ended but the one in front of it, and what that one does not touch may be used without a
 //    wait: ListAge::kSettled says so of lists. Such reads go through L2 (__ldcg), because a line of
 //    L1 may be older.
-// 3. Every grid waits before it ends, whatever it had to do: its successor waits for nobody else.
+// 3. The exception: between two products (or in front of the first) stands a short kernel whose own
+//    beginning is all that the next one's launch waits for, about a microsecond. It lets the next
+//    start at once, where that one touches before its wait nothing but weights and what was
+//    complete before the kernel in front of *this* one let anybody start. So it is with the
+//    quantizer between GEMM1 and GEMM2 (the lists are older than GEMM1), and with align behind the
+//    quantizer of x (GEMM1 touches nothing at all before it waits for its list).
+// 4. Every grid waits before it ends, whatever it had to do: its successor waits for nobody else.
 #pragma once
 
 namespace moesaic::cuda {
@@ -31,6 +37,12 @@ __device__ __forceinline__ void let_next_kernel_start() {
 // Both: the first thing in a kernel that has nothing to do before.
 __device__ __forceinline__ void begin_kernel() {
   wait_for_earlier_kernels();
+  let_next_kernel_start();
+}
+
+// The beginning of a kernel under rule 3; settled: it still has to wait, before it ends at the latest.
+__device__ __forceinline__ void begin_between(bool settled) {
+  if (!settled) wait_for_earlier_kernels();
   let_next_kernel_start();
 }
 

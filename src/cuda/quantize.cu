@@ -102,8 +102,8 @@ __device__ __forceinline__ unsigned expert_max(const QuantizeParams& p, std::int
 // per tensor gains nothing by that: behind tensor_absmax, a short kernel, its maxima come first.
 template <typename In, int kVec>
 __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, int row_threads) {
-  bool begun = !p.settled || p.granularity == ActScale::kTensorDynamic;
-  if (begun) begin_kernel();
+  bool waited = !p.settled || p.granularity == ActScale::kTensorDynamic;
+  begin_between(!waited);
   const int rows = kThreads / row_threads, lane = threadIdx.x % row_threads;
   const bool first_block = blockIdx.x == 0;
   float given = 0.0f;
@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
        i < items; i += stride) {
     QuantizeRow row;
     const bool live = find_row(p, i, &row);
-    if (!begun) {
-      begin_kernel();
-      begun = true;
+    if (!waited) {
+      wait_for_earlier_kernels();
+      waited = true;
     }
     if (!live) continue;
     float scale = given;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
       store_quantized<kVec>(p, row, column, v, scale, inverse);
     });
   }
-  if (!begun) begin_kernel();  // every grid waits: see overlap.h
+  if (!waited) wait_for_earlier_kernels();  // every grid waits: see overlap.h
   // Only now: what the scales are written over, the kernel in front may still have read.
   if (p.granularity == ActScale::kTensorStatic && first_block && p.scale != nullptr)
     for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)

@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kThreads, kAtOnce == 1      ? 4
                                             : sizeof(In) == 2 ? 3
                                                               : 2)
     quantize_groups(QuantizeParams p, int lanes_per_group, std::int64_t pieces) {
-  if (!p.settled) begin_kernel();
-  bool begun = !p.settled;
+  bool waited = !p.settled;
+  begin_between(!waited);
   constexpr int kVec = 8, kPiece = 32 * kVec;
   const int lane = threadIdx.x % 32, group_shift = __ffs(lanes_per_group) - 1;
   const std::int64_t items = item_count(p) * pieces;
@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kThreads, kAtOnce == 1      ? 4
         ++item;
       }
     }
-    if (!begun) {
-      begin_kernel();
-      begun = true;
+    if (!waited) {
+      wait_for_earlier_kernels();
+      waited = true;
     }
     Pack<In, kVec> raw[kAtOnce];
 #pragma unroll
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kAtOnce == 1      ? 4
       store_quantized<kVec>(p, row[r], column[r], v, scale, inverse_of(scale));
     }
   }
-  if (!begun) begin_kernel();  // every grid waits: see overlap.h
+  if (!waited) wait_for_earlier_kernels();  // every grid waits: see overlap.h
 }
 
 // Any other group size or alignment: one warp per group, element by element.

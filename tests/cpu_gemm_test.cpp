@@ -237,6 +237,56 @@ TEST_P(CpuGemm, NonFiniteStaysInItsRow) {
   }
 }
 
+// Every exponent of a group's scale counts, and NaN stays in its column. Levels that fold scales into bf16 weights
+// (amx) have not the lowest two and the highest two.
+TEST_P(CpuGemm, ScalesOfE8M0ReachTheirEnds) {
+  Case c;
+  c.variant = harness::default_variant(Scheme::kMxfp4W4A16);
+  c.shape = {"ends", 1, 96, 160, 1};
+  Problem problem(c, Product::kFc2, 9);
+  const std::int64_t k = problem.a.shape()[1], groups = k / 32;
+  const Tensor& scale = problem.plain.plain.scale;  // [1, N, groups]
+  const Tensor& weight = problem.plain.plain.weight;  // [1, N, k / 2]
+  const std::uint8_t ends[] = {0, 1, 2, 127, 252, 253, 254, 255};
+  const auto scale_at = [&](std::int64_t n, std::int64_t g) -> std::uint8_t& {
+    return static_cast<std::uint8_t*>(scale.data)[n * scale.strides[1] + g * scale.strides[2]];
+  };
+  for (std::int64_t n = 0; n < problem.columns; ++n)  // one end per column; every third column has it once
+    for (std::int64_t g = 0; g < groups; ++g)
+      scale_at(n, g) = n % 3 != 0 || g == groups / 2 ? ends[n % 8] : 120;
+  problem.storage->load(0, one_expert(problem.plain.plain, 0));
+  harness::Rng rng(5);
+  for (std::int64_t r = 0; r < problem.rows; ++r)  // rows of such size that low and high scales show
+    for (std::int64_t i = 0; i < k; ++i)
+      harness::store_element(problem.a.bytes().data(), problem.a.dtype(), r * k + i,
+                             rng.normal() * std::exp2(r % 3 == 0 ? 110 : r % 3 == 1 ? 0 : -110));
+  const HostTensor got = problem.run(problem.packed, {});
+  const bool folds = GetParam() == "amx";
+  std::int64_t compared = 0;
+  for (std::int64_t n = 0; n < problem.columns; ++n) {
+    const std::uint8_t end = ends[n % 8];
+    if (folds && (end < 2 || end > 252) && end != 255) continue;
+    for (std::int64_t r = 0; r < problem.rows; ++r) {
+      double sum = 0.0, size = 0.0;
+      for (std::int64_t i = 0; i < k; ++i) {
+        const auto byte = weight.as<const std::uint8_t>()[n * weight.strides[1] + i / 2];
+        const double w = kE2M1[i % 2 == 0 ? byte & 15 : byte >> 4] * std::exp2(scale_at(n, i / 32) - 127.0);
+        const double product = harness::load_element(problem.a.bytes().data(), problem.a.dtype(), r * k + i) * w;
+        sum += product;
+        size += std::fabs(product);
+      }
+      const float y = got.as<float>()[r * problem.columns + n];
+      if (end == 255) {
+        EXPECT_TRUE(std::isnan(y)) << "column " << n;
+      } else if (size < 1e38) {
+        EXPECT_NEAR(y, sum, size * 1e-4 + 1e-36) << "scale " << int{end} << ", row " << r;
+        ++compared;
+      }
+    }
+  }
+  EXPECT_GT(compared, problem.rows * problem.columns / 2);
+}
+
 TEST_P(CpuGemm, SeveralCallersAtOnce) {
   Case c;
   c.variant = harness::default_variant(Scheme::kInt4W4A16);

@@ -6,7 +6,7 @@
 //   template <Compute> static constexpr std::int64_t streamed_rows();  // a panel of these reads weights once
 //   template <Compute> static constexpr std::int64_t readable_rows();  // A's room is a multiple of it
 //   template <Compute> static constexpr bool can_fuse();               // unpacks in registers
-//   static constexpr bool can_fold_e8m0(); // has Code::kE2M1Scaled
+//   static constexpr OddScales odd_scales();
 //   template <Compute> static void native(const Panel&, const Segments&);  // units ready in memory
 //   template <Compute> static void fused(const Panel&, const Segments&);   // packed
 //   template <Compute> static void unpack(const Segments& one, void* out);
@@ -23,50 +23,13 @@
 
 #include <algorithm>
 
+#include "cpu/strip_buffers.h"
 #include "cpu/strip_finish.h"
 #include "cpu/strip_rows.h"
-#include "cpu/strip_scales.h"
 #include "cpu/strip_unpack.h"
 
 namespace moesaic {
 namespace {
-
-// A piece of a tile: in units of A, and in segments.
-struct PieceLimit {
-  std::int64_t units = 0, segments = 0;
-};
-inline constexpr PieceLimit kPlainPiece{256, 32};       // packed on the fly
-inline constexpr PieceLimit kUnpackedPiece{128, 32};    // kept unpacked between panels
-inline constexpr PieceLimit kNativePiece{512, 128};     // read again from where it lies
-inline constexpr PieceLimit kStreamedPiece{1 << 16, 128};  // a single panel: no reason to cut but scales
-inline constexpr std::int64_t kUnpackedUnits = std::max(kPlainPiece.units, kUnpackedPiece.units);
-
-inline constexpr std::int64_t kUnitPadding = 16;  // keeps rows off one cache set
-inline constexpr std::int64_t kRowUnits = kStripRows * (1024 + kUnitPadding);
-inline constexpr std::int64_t kRowSegments = kStripRows * 128;
-// When K takes several chunks, sums of this many tiles wait between them.
-inline constexpr std::int64_t kWaitingTiles = 8;
-inline constexpr std::int64_t kWaitingCols = kWaitingTiles * kTileCols;
-
-// All of it on the stack of the thread that runs the strip: no allocation, and no scratch whose size
-// would depend on the number of threads.
-struct alignas(64) StripBuffers {
-  Unit rows[kRowUnits];
-  float total[kStripRows * kWaitingCols];
-  float raw[kStripRows * kWaitingCols];
-  std::int32_t row_begins[kRowSegments];
-  float row_scales[kRowSegments];
-  PieceScales scales;
-  // A caller's weights, packed on the fly.
-  std::uint8_t plain[kPlainPiece.units * 256 + kPlainPiece.segments * (5 * kTileCols)];
-  std::uint8_t unpacked[kUnpackedUnits * 256];
-};
-
-// A run of whole segments, or part of one.
-struct Chunk {
-  std::int64_t segment = 0, segments = 0;
-  std::int64_t first_step = 0, steps = 0;  // of each segment; the last may have fewer
-};
 
 template <typename Level, Compute kCompute>
 class StripRun {
@@ -132,7 +95,9 @@ class StripRun {
       case PackKind::kB8Quad: code_ = Code::kByteQuad; break;
       case PackKind::kU4Pair:
         code_ = zero ? Code::kNibbleZero : Code::kNibble;
-        if (Level::can_fold_e8m0() && layout_.scale == ScaleKind::kE8M0) code_ = Code::kE2M1Scaled;
+        if (layout_.scale != ScaleKind::kE8M0) break;
+        if (Level::odd_scales() == OddScales::kAsTheyLie) code_ = Code::kE2M1Bytes;
+        if (Level::odd_scales() == OddScales::kFolded) code_ = Code::kE2M1Scaled;
         break;
       case PackKind::kU4Quad: code_ = Code::kNibbleQuad; break;
     }
@@ -264,6 +229,10 @@ class StripRun {
       panel.begin = piece.segment == 0 && first ? Begin::kZero : Begin::kRaw;
       panel.end = ends ? End::kFirst : End::kRaw;
       panel.sums = Sums::kThroughout;
+    } else if (last && Level::odd_scales() == OddScales::kAsTheyLie &&
+               (layout_.scale == ScaleKind::kE8M0 || layout_.scale == ScaleKind::kHalves)) {
+      panel.header = header;
+      panel.header_stride = stride;
     } else if (last) {
       panel.scale = b_.scales.read(layout_, header, stride, piece.segments, &panel.scale_stride);
     }
@@ -291,7 +260,8 @@ class StripRun {
       if (panel.ahead != nullptr) panel.ahead += panel.ahead_step * units;
       row += panel.rows;
     }
-    if (folded()) mark_huge_scales(header, stride, piece.segments, slot);
+    if (folded()) mark_scales_above(252, header, stride, piece.segments, slot);
+    if (code_ == Code::kE2M1Bytes) mark_scales_above(254, header, stride, piece.segments, slot);
   }
 
   bool folded() const { return code_ == Code::kE2M1Scaled; }
@@ -319,9 +289,9 @@ class StripRun {
     }
   }
 
-  // E8M0's NaN, and scales whose largest weight leaves bf16: NaN, which stays through later pieces.
-  void mark_huge_scales(const std::uint8_t* header, std::int64_t stride, std::int64_t count,
-                        std::int64_t slot) {
+  // E8M0's NaN, and, folded, scales whose largest weight leaves bf16: NaN, which stays through later pieces.
+  void mark_scales_above(std::uint8_t top, const std::uint8_t* header, std::int64_t stride,
+                         std::int64_t count, std::int64_t slot) {
     typedef std::uint8_t Bytes __attribute__((vector_size(kTileCols)));
     Bytes largest{};
     for (std::int64_t i = 0; i < count; ++i) {
@@ -329,7 +299,7 @@ class StripRun {
       std::memcpy(&next, header + i * stride, sizeof(next));
       largest = next > largest ? next : largest;
     }
-    const Bytes over = (Bytes)(largest > 252);
+    const Bytes over = (Bytes)(largest > top);
     std::uint64_t any[kTileCols / 8];
     std::memcpy(any, &over, sizeof(over));
     if ((any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7]) == 0) return;

@@ -111,7 +111,7 @@ struct Level {
   static constexpr bool can_fuse() {
     return false;
   }
-  static constexpr bool can_fold_e8m0() { return false; }
+  static constexpr OddScales odd_scales() { return OddScales::kFloats; }
   template <Compute kCompute>
   static void fused(const Panel&, const Segments&) {}
 

@@ -15,26 +15,34 @@ namespace {
 // the six products of a register hide, up to twelve rows take the columns by halves.
 inline constexpr std::int64_t kWholeRows = 6, kHalfRows = 12;
 
-// Groups along K keep their totals in registers beside the sums, with half as many rows, or columns: where integer
-// sums end every few hundred products, and few rows of what is unpacked. Not four rows, which leave too few chains by
-// halves; not a stream by halves, which would be fetched twice. bf16's five and six rows, twice as long to the end of
-// a group, gain nothing; int8's few rows, and codes whose tables push sums out of their registers, lose 3%.
+// Groups along K may keep their totals in registers beside the sums, with half as many rows, or columns: few rows of
+// what is unpacked, and five or six rows of what ends a group every few hundred products (int8's sums, MXFP4's).
+// Not four rows, which leave too few chains by halves; not a stream by halves, which would be fetched twice; and not
+// tables of 128 bytes, which push sums out of their registers. bf16's five and six rows gain nothing.
 template <Compute kCompute, typename Unpack>
-bool keeps_totals(const Panel& p, const Segments& s) {
-  if (s.count == 1 || p.sums == Sums::kThroughout || p.end == End::kRaw || p.scale == nullptr)
-    return false;
-  return p.rows <= 3 ? !std::is_same_v<Unpack, ReadUnits>
-                     : kCompute == Compute::kByte && p.rows > 4 && p.ahead != nullptr;
-}
+struct Totals {
+  static constexpr std::int64_t kFewRows = std::is_same_v<Unpack, ReadUnits> ? 0
+                                           : kCompute == Compute::kByte      ? 2
+                                                                             : 3;
+  static constexpr bool kEndsOften = kCompute == Compute::kByte || kHasByteScales<Unpack>;
+
+  static bool stay(const Panel& p, const Segments& s) {
+    if (s.count == 1 || p.sums == Sums::kThroughout || p.end == End::kRaw || !has_scales(p))
+      return false;
+    return p.rows <= kFewRows || (kEndsOften && p.rows > 4 && p.ahead != nullptr);
+  }
+};
 template <Compute kCompute, typename Unpack>
 void group_blocks(const Panel& p, const Segments& s) {
-  switch (p.rows) {
-    case 1: return group_block<kCompute, 1, 4, Unpack>(p, s, 0);
-    case 2: return group_block<kCompute, 2, 4, Unpack>(p, s, 0);
-    case 3: return group_block<kCompute, 3, 4, Unpack>(p, s, 0);
+  using T = Totals<kCompute, Unpack>;
+  if constexpr (T::kFewRows >= 2) {
+    if (p.rows == 1) group_block<kCompute, 1, 4, Unpack>(p, s, 0);
+    if (p.rows == 2) group_block<kCompute, 2, 4, Unpack>(p, s, 0);
   }
-  if constexpr (kCompute == Compute::kByte) {
-    for (const std::int64_t half : {0, 1}) {
+  if constexpr (T::kFewRows >= 3)
+    if (p.rows == 3) group_block<kCompute, 3, 4, Unpack>(p, s, 0);
+  if constexpr (T::kEndsOften) {
+    for (std::int64_t half = 0; half < 2; ++half) {
       if (p.rows == 5) group_block<kCompute, 5, 2, Unpack>(p, s, half);
       if (p.rows == 6) group_block<kCompute, 6, 2, Unpack>(p, s, half);
     }
@@ -44,7 +52,7 @@ void group_blocks(const Panel& p, const Segments& s) {
 template <Compute kCompute, typename Unpack>
 void whole_blocks(const Panel& p, const Segments& s) {
   if constexpr (!Unpack::kTakesHalves)
-    if (keeps_totals<kCompute, Unpack>(p, s)) return group_blocks<kCompute, Unpack>(p, s);
+    if (Totals<kCompute, Unpack>::stay(p, s)) return group_blocks<kCompute, Unpack>(p, s);
   switch (p.rows) {
     case 1: return block<kCompute, 1, 4, Unpack>(p, s, 0);
     case 2: return block<kCompute, 2, 4, Unpack>(p, s, 0);
@@ -68,6 +76,14 @@ void half_blocks(const Panel& p, const Segments& s) {
   }
 }
 
+// Tiles unpack to memory, and are read out for each scale: there, folding costs less. In registers scaling every 32
+// of K costs as much as folding at 4 rows and more, and saves a third at one.
+#if defined(__AMX_BF16__)
+inline constexpr OddScales kOddScales = OddScales::kFolded;
+#else
+inline constexpr OddScales kOddScales = OddScales::kAsTheyLie;
+#endif
+
 // The type of a code's unpacker, to a generic lambda.
 template <Compute kCompute, typename F>
 void with_unpacker(Code code, F&& f) {
@@ -88,7 +104,12 @@ void with_unpacker(Code code, F&& f) {
       case Code::kByte: return pairs(std::type_identity<ReadByte>());
       case Code::kByteZero: return pairs(std::type_identity<ReadByteZero>());
       case Code::kNibble: return pairs(std::type_identity<ReadNibble>());
-      case Code::kE2M1Scaled: return pairs(std::type_identity<ReadE2M1Scaled>());
+      case Code::kE2M1Bytes:
+        if constexpr (kOddScales == OddScales::kAsTheyLie) pairs(std::type_identity<ReadE2M1Bytes>());
+        return;
+      case Code::kE2M1Scaled:
+        if constexpr (kOddScales == OddScales::kFolded) pairs(std::type_identity<ReadE2M1Scaled>());
+        return;
       case Code::kNibbleZero: return pairs(std::type_identity<ReadNibbleZero>());
       case Code::kF16:
         if constexpr (kCompute == Compute::kF32) f(std::type_identity<ReadF16>());
@@ -127,7 +148,7 @@ struct Level {
   static constexpr bool can_fuse() {
     return true;
   }
-  static constexpr bool can_fold_e8m0() { return true; }
+  static constexpr OddScales odd_scales() { return kOddScales; }
 
   template <Compute kCompute>
   static void native(const Panel& p, const Segments& s) {

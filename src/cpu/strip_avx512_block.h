@@ -67,26 +67,53 @@ struct Dot<Compute::kByte> {
 // How far in front of a single panel its stream is fetched.
 constexpr std::int64_t kStreamAhead = 4096;
 
+// A segment's scales by column. What lies in a header is read behind the segment's products, when it has come;
+// expanding a whole piece's in front of them waited for memory, line by line: 6% of fp8_block at T = 64.
+inline bool has_scales(const Panel& p) {
+  return p.header != nullptr || p.scale != nullptr;
+}
+template <typename Unpack>
+struct ScalesOf {
+  const float* floats;         // [64]
+  const std::uint8_t* header;  // or this: f32 [2], or E8M0 [64]
+
+  ScalesOf(const Panel& p, std::int64_t segment)
+      : floats(p.scale != nullptr ? p.scale + segment * p.scale_stride : nullptr),
+        header(p.header != nullptr ? p.header + segment * p.header_stride : nullptr) {}
+  inline __attribute__((always_inline)) __m512 operator[](std::int64_t c) const {
+    if constexpr (kHasByteScales<Unpack>) {
+      // 2^(e - 127): an exponent as it is, but 2^-127, which is subnormal. (NaN is the caller's matter.)
+      const __m512i e =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(header + c)));
+      return _mm512_castsi512_ps(
+          _mm512_max_epu32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(0x400000)));
+    }
+    if (header == nullptr) return _mm512_loadu_ps(floats + c);
+    float half;
+    std::memcpy(&half, header + c / kHalf * static_cast<std::int64_t>(sizeof(half)), sizeof(half));
+    return _mm512_set1_ps(half);
+  }
+};
+
 // Where one segment's sums go.
 struct Finish {
   float* total;
   std::int64_t c_stride;
   End end;
-  const float* scale;      // [64], or none
   const float* row_scale;  // at row_stride, or none
   std::int64_t row_stride;
 
-  inline __attribute__((always_inline)) void add(std::int64_t r, std::int64_t c, __m512 v) const {
+  inline __attribute__((always_inline)) void add(std::int64_t r, std::int64_t c, __m512 v,
+                                                 __m512 scale) const {
     float* to = total + r * c_stride + c;
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(v, _mm512_loadu_ps(scale + c), _mm512_loadu_ps(to)));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(v, scale, _mm512_loadu_ps(to)));
   }
-  inline __attribute__((always_inline)) void operator()(std::int64_t r, std::int64_t c,
-                                                        __m512 v) const {
+  inline __attribute__((always_inline)) void operator()(std::int64_t r, std::int64_t c, __m512 v,
+                                                        __m512 scale) const {
     float* to = total + r * c_stride + c;
     if (row_scale != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(row_scale[r * row_stride]));
-    const __m512 factor = scale != nullptr ? _mm512_loadu_ps(scale + c) : _mm512_set1_ps(1.0f);
-    _mm512_storeu_ps(to, end == End::kAdd ? _mm512_fmadd_ps(v, factor, _mm512_loadu_ps(to))
-                                          : _mm512_mul_ps(v, factor));
+    _mm512_storeu_ps(to, end == End::kAdd ? _mm512_fmadd_ps(v, scale, _mm512_loadu_ps(to))
+                                          : _mm512_mul_ps(v, scale));
   }
 };
 
@@ -187,31 +214,37 @@ __attribute__((noinline)) void block(const Panel& p, const Segments& s, std::int
     const Finish finish{.total = p.total,
                         .c_stride = p.c_stride,
                         .end = segment == 0 || p.sums == Sums::kThroughout ? p.end : End::kAdd,
-                        .scale = p.scale != nullptr ? p.scale + segment * p.scale_stride : nullptr,
                         .row_scale = p.row_scale != nullptr ? p.row_scale + segment : nullptr,
                         .row_stride = p.row_stride};
+    const ScalesOf<Unpack> scales(p, segment);
+    __m512 scale[kRegs];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegs; ++i)
+      scale[i] = has_scales(p) ? scales[column + 16 * i] : _mm512_set1_ps(1.0f);
     // Groups along K end here, every few hundred products: what is the same for all is asked once.
-    if (finish.end == End::kAdd && finish.scale != nullptr && finish.row_scale != nullptr) {
+    if (finish.end == End::kAdd && finish.row_scale != nullptr) {
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
         const __m512 row = _mm512_set1_ps(finish.row_scale[r * finish.row_stride]);
 #pragma GCC unroll 4
         for (int i = 0; i < kRegs; ++i)
-          finish.add(r, column + 16 * i, _mm512_mul_ps(D::value(sums[r][i]), row));
+          finish.add(r, column + 16 * i, _mm512_mul_ps(D::value(sums[r][i]), row), scale[i]);
       }
       continue;
     }
-    if (finish.end == End::kAdd && finish.scale != nullptr) {
+    if (finish.end == End::kAdd) {
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < kRegs; ++i) finish.add(r, column + 16 * i, D::value(sums[r][i]));
+        for (int i = 0; i < kRegs; ++i)
+          finish.add(r, column + 16 * i, D::value(sums[r][i]), scale[i]);
       continue;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < kRegs; ++i) finish(r, column + 16 * i, D::value(sums[r][i]));
+      for (int i = 0; i < kRegs; ++i)
+        finish(r, column + 16 * i, D::value(sums[r][i]), scale[i]);
   }
 }
 
@@ -240,23 +273,21 @@ __attribute__((noinline)) void group_block(const Panel& p, const Segments& s, st
       for (int i = 0; i < kRegs; ++i) sums[r][i] = D::begin(p, segment, r, column + 16 * i);
     multiply_steps<kCompute, kRows, kRegs>(unpack, walk, data + half * Unpack::kHalfBytes,
                                            p.a + segment * p.segment_units, s.steps_of(segment), sums);
-    const float* scale = p.scale + segment * p.scale_stride + column;
-    if (p.row_scale == nullptr) {
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r)
+    const ScalesOf<Unpack> scales(p, segment);
 #pragma GCC unroll 4
-        for (int i = 0; i < kRegs; ++i)
-          totals[r][i] = _mm512_fmadd_ps(D::value(sums[r][i]), _mm512_loadu_ps(scale + 16 * i),
-                                         totals[r][i]);
-      continue;
-    }
+    for (int i = 0; i < kRegs; ++i) {
+      const __m512 scale = scales[column + 16 * i];
+      if (p.row_scale == nullptr) {
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 row = _mm512_set1_ps(p.row_scale[r * p.row_stride + segment]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRegs; ++i)
-        totals[r][i] = _mm512_fmadd_ps(_mm512_mul_ps(D::value(sums[r][i]), row),
-                                       _mm512_loadu_ps(scale + 16 * i), totals[r][i]);
+        for (int r = 0; r < kRows; ++r)
+          totals[r][i] = _mm512_fmadd_ps(D::value(sums[r][i]), scale, totals[r][i]);
+        continue;
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 row = _mm512_set1_ps(p.row_scale[r * p.row_stride + segment]);
+        totals[r][i] = _mm512_fmadd_ps(_mm512_mul_ps(D::value(sums[r][i]), row), scale, totals[r][i]);
+      }
     }
   }
 #pragma GCC unroll 6

@@ -240,6 +240,12 @@ struct ReadNibble : Nibbles {
   }
 };
 
+struct ReadE2M1Bytes : ReadNibble {  // their scales: strip_avx512_block.h
+  using ReadNibble::ReadNibble;
+};
+template <typename Unpack>
+inline constexpr bool kHasByteScales = std::is_base_of_v<ReadE2M1Bytes, Unpack>;
+
 // q - zero is -15 .. 15: five bits of two's complement, which index a table of 32.
 constexpr WordTable kSignedWords =
     word_table([](int i) { return static_cast<float>(i < 16 ? i : i - 32); });

@@ -34,6 +34,7 @@ enum class Code : std::uint8_t {
   kByteZero,    // b - zero point
   kNibble,      // through a table of 16 values: int4 - 8, or e2m1
   kNibbleZero,  // q - zero point
+  kE2M1Bytes,   // e2m1, with the bytes of its E8M0 scales
   kE2M1Scaled,  // e2m1 times its E8M0 scale, which bf16 holds exactly
   kByteQuad,    // integers as they are
   kNibbleQuad,
@@ -61,6 +62,10 @@ struct Segments {
   }
 };
 
+// What a level does with scales that are not one fp32 per column: those are made in front of the products (kFloats), or
+// they are read as they lie, when a segment ends (kAsTheyLie), or E8M0's are folded into the weights (kFolded).
+enum class OddScales : std::uint8_t { kFloats, kAsTheyLie, kFolded };
+
 enum class Begin : std::uint8_t { kZero, kRaw };        // sums start at 0, or go on
 enum class End : std::uint8_t { kRaw, kFirst, kAdd };   // sums are kept, or scaled into the total
 enum class Sums : std::uint8_t { kPerSegment, kThroughout };  // what is summed before scaling
@@ -80,6 +85,8 @@ struct Panel {
   Sums sums = Sums::kPerSegment;
   const float* scale = nullptr;    // [segments][64] at scale_stride, or none
   std::int64_t scale_stride = 0;
+  const std::uint8_t* header = nullptr;  // OddScales::kAsTheyLie: instead of it, at header_stride
+  std::int64_t header_stride = 0;
   const float* row_scale = nullptr;        // [rows][segments] at row_stride, or none
   // kByte: where sums begin (Begin::kZero), same shape; times the column's zero point if there is one.
   const std::int32_t* row_begin = nullptr;

@@ -222,7 +222,7 @@ struct AmxLevel : Level {
 
   template <Compute kCompute>
   static void finish(const Panel& p, const TileScratch& scratch) {
-    const Finish finish{.total = p.total, .c_stride = p.c_stride, .end = p.end, .scale = p.scale,
+    const Finish finish{.total = p.total, .c_stride = p.c_stride, .end = p.end,
                         .row_scale = p.row_scale, .row_stride = p.row_stride};
     for (std::int64_t r = 0; r < p.rows; ++r) {
       for (std::int64_t c = 0; c < kTileCols; c += 16) {
@@ -235,7 +235,8 @@ struct AmxLevel : Level {
         if (p.end == End::kRaw)
           Dot<kCompute>::store(p.raw + r * p.c_stride + c, sum);
         else
-          finish(r, c, Dot<kCompute>::value(sum));
+          finish(r, c, Dot<kCompute>::value(sum),
+                 p.scale != nullptr ? _mm512_loadu_ps(p.scale + c) : _mm512_set1_ps(1.0f));
       }
     }
   }

@@ -177,7 +177,8 @@ class StripRun {
   PieceLimit limit_of_pieces() const {
     if (call_.packed == nullptr) return kPlainPiece;
     if (!kFuses && !is_native<kCompute>(code_)) return kUnpackedPiece;
-    return streams() ? kStreamedPiece : kNativePiece;
+    if (streams()) return kStreamedPiece;
+    return layout_.kind == PackKind::kU4Pair ? kFourBitPiece : kNativePiece;
   }
 
   void run_tile(const Chunk& chunk, std::int64_t t, std::int64_t slot) {

@@ -16,6 +16,7 @@ struct PieceLimit {
 inline constexpr PieceLimit kPlainPiece{256, 32};       // packed on the fly
 inline constexpr PieceLimit kUnpackedPiece{128, 32};    // kept unpacked between panels
 inline constexpr PieceLimit kNativePiece{512, 128};     // read again from where it lies
+inline constexpr PieceLimit kFourBitPiece{1024, 128};   // the same, where steps are short
 inline constexpr PieceLimit kStreamedPiece{1 << 16, 128};  // a single panel: no reason to cut but scales
 inline constexpr std::int64_t kUnpackedUnits = std::max(kPlainPiece.units, kUnpackedPiece.units);
 

@@ -227,6 +227,11 @@ class Backend {
   virtual void align(const AlignStage& stage, Stream stream) const = 0;
   virtual void tiles(const TileStage& stage, Stream stream) const = 0;
   virtual void quantize(const QuantizeStage& stage, Stream stream) const = 0;
+  // x is quantized and its slots are sorted: neither needs the other. The ids count as settled.
+  virtual void quantize_and_align(const QuantizeStage& quantizer, const AlignStage& slots, Stream stream) const {
+    quantize(quantizer, stream);
+    align(slots, stream);
+  }
   virtual void gemm(const GemmStage& stage, Stream stream) const = 0;
   virtual void activate(const ActivateStage& stage, Stream stream) const = 0;
   virtual void combine(const CombineStage& stage, Stream stream) const = 0;

@@ -103,22 +103,24 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
                            .row_weights = on_input ? weights : nullptr,
                            .layout = input_layout(plan, slots),
                            .slot_row = b.routed.slot_row};
-  // Rows that are quantized by token need no list: align, which does not need them either, may then
-  // run beside.
+  AlignStage align{.topk_ids = chunk.ids,
+                   .experts = plan.config.experts,
+                   .local = plan.config.local,
+                   .rows = rows,
+                   .slot_row = b.routed.slot_row,
+                   .tokens_per_expert = chunk.tokens_per_expert,
+                   .scratch = b.routed.align_scratch};
+  const InputStep input_step = moesaic::input_step(input_run, b.routed.input);
+  const Rows& input = input_step.rows;
+  // Rows that are quantized by token need no list, and align does not need them.
   const bool by_token = !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
-  Rows input = x;
-  if (by_token) input = prepare_input(input_run, b.routed.input, args.stream);
-  const bool launched = input.values.data != x.values.data;
-  run.align({.topk_ids = chunk.ids,
-             .ids_age = launched ? ListAge::kSettled : ListAge::kNew,
-             .experts = plan.config.experts,
-             .local = plan.config.local,
-             .rows = rows,
-             .slot_row = b.routed.slot_row,
-             .tokens_per_expert = chunk.tokens_per_expert,
-             .scratch = b.routed.align_scratch},
-            args.stream);
-  if (!by_token) input = prepare_input(input_run, b.routed.input, args.stream);
+  if (input_step.needed && by_token) {
+    align.ids_age = ListAge::kSettled;
+    run.quantize_and_align(input_step.stage, align, args.stream);
+  } else {
+    run.align(align, args.stream);
+    if (input_step.needed) run.quantize(input_step.stage, args.stream);
+  }
   run_experts({.plan = &plan,
                .fc1 = layer.fc1,
                .fc2 = layer.fc2,
@@ -180,7 +182,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
 
 }  // namespace
 
-Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stream) {
+InputStep input_step(const InputRun& run, const InputBuffers& buffers) {
   const LayerPlan& plan = *run.plan;
   const SideTensors& side = run.fc1->side;
   const Tensor& x = run.input.values;
@@ -191,37 +193,45 @@ Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stre
   const bool by_position = differ || lay_out || run.input.row == RowOf::kPosition;
   if (!quantizes && !lay_out && !side.prequant.defined() &&
       !(run.row_weights != nullptr && plan.config.weight_on == WeightOn::kInput))
-    return run.input;
+    return {.rows = run.input};
   // Read once and written to all its positions, instead of read again for each.
   const bool scatter = lay_out && !differ && run.slot_row != nullptr;
   Tensor output = buffers.values;
   output.shape[0] = by_position ? run.rows->positions : x.shape[0];
-  plan.backend->quantize({.input = x,
-                          .input_scale = run.input.scale,
-                          .rows = by_position && !scatter ? run.rows : nullptr,
-                          .slot_row = scatter ? run.slot_row : nullptr,
-                          .source = by_position && !scatter ? run.input.row : RowOf::kPosition,
-                          .top_k = plan.config.top_k,
-                          .row_weights = run.row_weights,
-                          .prequant = side.prequant,
-                          .round_to = plan.fc1.dtype16,
-                          .granularity = quantizes ? plan.fc1.act_scale : ActScale::kDefault,
-                          .group = plan.fc1.act_group,
-                          .int8_rounding = plan.fc1.int8_rounding,
-                          .static_scale = side.input_scale,
-                          .per_expert_absmax = run.per_expert_absmax,
-                          .output = output,
-                          .scale = buffers.scale,
-                          .scale_row_stride = scale_row_stride(plan.fc1),
-                          .scratch = buffers.scratch},
-                         stream);
+  InputStep step{.needed = true};
+  step.stage = {.input = x,
+                .input_scale = run.input.scale,
+                .rows = by_position && !scatter ? run.rows : nullptr,
+                .slot_row = scatter ? run.slot_row : nullptr,
+                .source = by_position && !scatter ? run.input.row : RowOf::kPosition,
+                .top_k = plan.config.top_k,
+                .row_weights = run.row_weights,
+                .prequant = side.prequant,
+                .round_to = plan.fc1.dtype16,
+                .granularity = quantizes ? plan.fc1.act_scale : ActScale::kDefault,
+                .group = plan.fc1.act_group,
+                .int8_rounding = plan.fc1.int8_rounding,
+                .static_scale = side.input_scale,
+                .per_expert_absmax = run.per_expert_absmax,
+                .output = output,
+                .scale = buffers.scale,
+                .scale_row_stride = scale_row_stride(plan.fc1),
+                .scratch = buffers.scratch};
   // Scales by row already tell experts apart.
   const bool per_expert =
       (run.per_expert_absmax && plan.fc1.act_scale == ActScale::kTensorDynamic) ||
       (by_position && side.input_scale.defined() && side.input_scale.shape[0] > 1);
-  return {.values = output,
-          .scale = quantizes ? scale_view(plan.fc1, buffers.scale, per_expert) : ActScaleView{},
-          .row = by_position ? RowOf::kPosition : run.input.row};
+  step.rows = {
+      .values = output,
+      .scale = quantizes ? scale_view(plan.fc1, buffers.scale, per_expert) : ActScaleView{},
+      .row = by_position ? RowOf::kPosition : run.input.row};
+  return step;
+}
+
+Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stream) {
+  const InputStep step = input_step(run, buffers);
+  if (step.needed) run.plan->backend->quantize(step.stage, stream);
+  return step.rows;
 }
 
 namespace {

@@ -18,7 +18,14 @@ struct InputRun {
   RowOf layout = RowOf::kToken;             // kPosition: laid out by position ...
   const std::int32_t* slot_row = nullptr;   // ... through this, where the slots of a token do not differ
 };
-Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stream);
+// What GEMM1 then reads, and the stage that makes it so, where one must.
+struct InputStep {
+  Rows rows;
+  bool needed = false;
+  QuantizeStage stage;
+};
+InputStep input_step(const InputRun& run, const InputBuffers& buffers);
+Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stream);  // runs it
 
 // Both products and the activation, on rows that a RowMap describes. Shared by the layer and the
 // experts stage, whichever format the rows are in and whoever holds the weights.

@@ -8,7 +8,7 @@
 // scattered stores of one multiprocessor would take longer than the two further launches.
 #include <algorithm>
 
-#include "cuda/align_slots.h"
+#include "cuda/align_few.h"
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/expert_scan.h"
@@ -18,7 +18,6 @@
 namespace moesaic::cuda {
 namespace {
 
-constexpr std::int64_t kSlotsOfWarp = 32;
 constexpr std::int64_t kSlotsAtOnce = 2048;  // 16 warps of kWarpSlots
 constexpr std::int64_t kMaxChunks = 256;     // the scan of chunks stays short
 constexpr std::int64_t kMinChunk = 1024;
@@ -26,56 +25,9 @@ constexpr std::int64_t kMaxChunk = 64512;  // ranks inside a chunk fit 16 bits
 constexpr int kChunkWarps = 8;
 
 // --- one warp does everything -------------------------------------------------------------------
-// A slot per lane: what a block finds with counters and scans, 32 lanes find by asking each other.
-// No barrier, no shared memory; what is left is one trip to memory for the ids and one for the
-// results.
 __global__ void __launch_bounds__(32, 1) align_tiny(AlignParams p) {
   begin_between(p.settled);
-  const int lane = threadIdx.x, slots = static_cast<int>(p.slots);
-  const int group = lane < slots ? group_of(p, lane) : -1;
-  const unsigned same = __match_any_sync(kAllLanes, group), earlier = (1u << lane) - 1;
-  const int rank = __popc(same & earlier);
-  const bool heads = group >= 0 && rank == 0;  // the first slot of its group speaks for it
-  int live = __popc(same), lost = 0;
-  if (p.batched && live > p.capacity) {
-    lost = heads ? live - static_cast<int>(p.capacity) : 0;
-    live = static_cast<int>(p.capacity);
-  }
-  const auto tile_rows = static_cast<unsigned>(p.tile_rows);
-  const unsigned tiles = heads ? (live + tile_rows - 1) / tile_rows : 0;
-  const unsigned mine = heads ? static_cast<unsigned>(live) << 16 | tiles : 0;
-  unsigned before = 0;  // of smaller groups: rows and tiles
-  for (int j = 0; j < slots; ++j) {
-    const int other = __shfl_sync(kAllLanes, group, j);
-    const unsigned theirs = __shfl_sync(kAllLanes, mine, j);
-    if (other < group) before += theirs;
-  }
-  const std::int64_t base = before >> 16;
-  if (p.tokens_per_expert != nullptr) {
-    for (int e = lane; e < p.groups; e += 32) p.tokens_per_expert[e] = 0;
-    __syncwarp();
-    if (heads) p.tokens_per_expert[group] = live;
-  }
-  if (lane < slots) place(p, lane, group, base, rank);
-  if (heads && p.writer.tiles != nullptr) {
-    const std::int64_t start = p.writer.capacity > 0 ? group * p.writer.capacity : base;
-    for (unsigned t = 0; t < tiles; ++t) {
-      const unsigned at = (before & 0xffffu) + t;
-      const int row = static_cast<int>(t * tile_rows), left = live - row;
-      if (at < p.writer.max_tiles)
-        p.writer.tiles[at] = {
-            .expert = group,
-            .rows = left < static_cast<int>(tile_rows) ? left : static_cast<int>(tile_rows),
-            .first = start + row};
-    }
-  }
-  const unsigned all_tiles = __reduce_add_sync(kAllLanes, tiles);
-  const int all_lost = __reduce_add_sync(kAllLanes, lost);
-  if (lane == 0) {
-    if (p.num_tiles != nullptr)
-      *p.num_tiles = static_cast<std::int32_t>(all_tiles < p.max_tiles ? all_tiles : p.max_tiles);
-    if (p.dropped != nullptr) *p.dropped = all_lost;
-  }
+  align_few(p);
   if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
 }
 
@@ -233,7 +185,9 @@ std::int64_t chunk_size(std::int64_t slots) {
   return round_up(std::clamp(even, kMinChunk, kMaxChunk), kChunkWarps * kWarpSlots);
 }
 
-AlignParams make_params(const AlignStage& s) {
+}  // namespace
+
+AlignParams align_params(const AlignStage& s) {
   const RowMap& rows = s.rows;
   const bool padded = s.block_rows > 0;
   const std::int64_t slots = s.topk_ids.shape[0] * s.topk_ids.shape[1];
@@ -273,8 +227,6 @@ AlignParams make_params(const AlignStage& s) {
   return p;
 }
 
-}  // namespace
-
 std::size_t align_scratch(std::int64_t slots, std::int64_t experts) {
   if (slots <= kSlotsAtOnce) return 0;
   const std::int64_t chunks = ceil_div(slots, chunk_size(slots));
@@ -282,9 +234,9 @@ std::size_t align_scratch(std::int64_t slots, std::int64_t experts) {
 }
 
 void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream) {
-  AlignParams p = make_params(stage);
+  AlignParams p = align_params(stage);
   const std::size_t table_bytes = static_cast<std::size_t>(kTableColumns * p.groups) * 4;
-  if (p.slots <= kSlotsOfWarp && p.block_rows == 0) {
+  if (is_few(p)) {
     launch("align", align_tiny, {.grid = 1, .block = dim3(32), .dependency = overlap(device)},
            stream, p);
     return;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "backend.h"
 #include "cuda/element.h"
 #include "cuda/expert_scan.h"
 
@@ -41,6 +42,8 @@ struct AlignParams {
   std::int32_t* table = nullptr;   // [3, groups] scratch, then the number of tiles
   std::int64_t chunk = 0, chunks = 0;
 };
+
+AlignParams align_params(const AlignStage& stage);
 
 __device__ __forceinline__ int local_of(const AlignParams& p, std::int64_t id) {
   const std::int64_t local = p.expert_map != nullptr ? p.expert_map[id] : id - p.local_first;

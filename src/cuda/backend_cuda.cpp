@@ -120,6 +120,12 @@ void CudaBackend::quantize(const QuantizeStage& stage, Stream stream) const {
   const DeviceGuard guard(device_.index);
   run_quantize(stage, device_, native(stream));
 }
+void CudaBackend::quantize_and_align(const QuantizeStage& quantizer, const AlignStage& align,
+                                     Stream stream) const {
+  const DeviceGuard guard(device_.index);
+  if (!run_quantize(quantizer, device_, native(stream), &align))
+    run_align(align, device_, native(stream));
+}
 void CudaBackend::gemm(const GemmStage& stage, Stream stream) const {
   const DeviceGuard guard(device_.index);
   family_for(stage.b->spec, device_).run(stage, device_, native(stream));

@@ -40,6 +40,8 @@ class CudaBackend final : public Backend {
   void align(const AlignStage& stage, Stream stream) const override;
   void tiles(const TileStage& stage, Stream stream) const override;
   void quantize(const QuantizeStage& stage, Stream stream) const override;
+  void quantize_and_align(const QuantizeStage& quantizer, const AlignStage& align,
+                          Stream stream) const override;
   void gemm(const GemmStage& stage, Stream stream) const override;
   void activate(const ActivateStage& stage, Stream stream) const override;
   void combine(const CombineStage& stage, Stream stream) const override;

@@ -40,7 +40,8 @@ __device__ __forceinline__ void begin_kernel() {
   let_next_kernel_start();
 }
 
-// The beginning of a kernel under rule 3; settled: it still has to wait, before it ends at the latest.
+// The beginning of a kernel under rule 3; settled: it still has to wait, before it ends at the
+// latest.
 __device__ __forceinline__ void begin_between(bool settled) {
   if (!settled) wait_for_earlier_kernels();
   let_next_kernel_start();

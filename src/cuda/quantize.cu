@@ -98,12 +98,16 @@ __device__ __forceinline__ unsigned expert_max(const QuantizeParams& p, std::int
   return __reduce_max_sync(kAllLanes, top);
 }
 
-// A settled list says where the first row lies before the kernel in front has ended. A dynamic scale
-// per tensor gains nothing by that: behind tensor_absmax, a short kernel, its maxima come first.
-template <typename In, int kVec>
-__global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, int row_threads) {
+// A settled list says where the first row lies before the kernel in front has ended. A dynamic
+// scale per tensor gains nothing by that: behind tensor_absmax, a short kernel, its maxima come
+// first.
+template <typename In, int kVec, typename Beside>
+__global__ void __launch_bounds__(kThreads, 1)
+    quantize_rows(QuantizeParams p, int row_threads, Beside beside) {
   bool waited = !p.settled || p.granularity == ActScale::kTensorDynamic;
   begin_between(!waited);
+  const unsigned blocks = own_blocks<Beside>();
+  if (blockIdx.x >= blocks) return beside.run();
   const int rows = kThreads / row_threads, lane = threadIdx.x % row_threads;
   const bool first_block = blockIdx.x == 0;
   float given = 0.0f;
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) quantize_rows(QuantizeParams p, i
     if (first_block && threadIdx.x == 0 && p.scale != nullptr) p.scale[0] = given;
   }
   const std::int64_t items = item_count(p);
-  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * rows;
+  const std::int64_t stride = static_cast<std::int64_t>(blocks) * rows;
   // All threads of a row (a warp, or the block) run the same turns: reductions may synchronize.
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / row_threads;
        i < items; i += stride) {
@@ -269,20 +273,24 @@ std::size_t quantize_scratch(std::int64_t rows, std::int64_t experts) {
          sizeof(float);
 }
 
-void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaStream_t stream) {
+bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaStream_t stream,
+                  const AlignStage* align) {
   QuantizeParams p = make_params(stage);
   const std::int64_t rows = p.tiles != nullptr ? p.max_tiles * p.tile_rows : p.input_rows;
-  if (rows == 0 || p.columns == 0) return;
+  if (rows == 0 || p.columns == 0) return false;
   const bool wide = eight_wide(p.input, p.columns, p.input_stride, size_of(stage.input.dtype)) &&
                     eight_wide(p.output, p.columns, p.output_stride, size_of(stage.output.dtype));
   const Dependency dependency = overlap(device);
-  const auto go = [&](const char* what, auto kernel, std::int64_t blocks, auto... more) {
-    launch(what, kernel,
-           {.grid = strided_grid(blocks, device, kBlocksPerSm),
-            .block = dim3(kThreads),
-            .dependency = dependency},
-           stream, p, more...);
+  const auto go = [&](const char* what, auto kernel, dim3 grid, auto... more) {
+    launch(what, kernel, {.grid = grid, .block = dim3(kThreads), .dependency = dependency}, stream,
+           p, more...);
   };
+  const auto grid_of = [&](std::int64_t blocks) {
+    return strided_grid(blocks, device, kBlocksPerSm);
+  };
+  AlignFew beside;
+  if (align != nullptr) beside.params = align_params(*align);
+  bool aligned = align != nullptr && is_few(beside.params);
   // A block per row while rows are few or very wide; a warp per row when there are plenty.
   const std::int64_t live = std::min(rows, p.tiles != nullptr ? p.positions : rows);
   const bool warp_rows =
@@ -293,25 +301,40 @@ void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const auto move = [&](auto in) {
     using In = decltype(in);
     pick<8, 1>(wide, [&](auto vec) {
-      go("quantize: move", move_rows<In, decltype(vec)::value>, row_blocks, row_threads);
+      go("quantize: move", move_rows<In, decltype(vec)::value>, grid_of(row_blocks), row_threads);
+      aligned = false;
     });
   };
-  if (!is_float(stage.input.dtype)) return move(std::int8_t{});
-  if (p.granularity == ActScale::kDefault) return for_float_type(stage.input.dtype, move);
+  if (!is_float(stage.input.dtype)) {
+    move(std::int8_t{});
+    return aligned;
+  }
+  if (p.granularity == ActScale::kDefault) {
+    for_float_type(stage.input.dtype, move);
+    return aligned;
+  }
   for_float_type(stage.input.dtype, [&](auto in) {
     using In = decltype(in);
     if (p.granularity == ActScale::kGroup) {
       const std::int64_t lanes = p.group / 8;
       const bool even = wide && p.group % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
-      if (!even)
-        return go("quantize: groups", quantize_odd_groups<In>, ceil_div(rows * p.groups, kWarps));
+      if (!even) {
+        aligned = false;
+        return go("quantize: groups", quantize_odd_groups<In>,
+                  grid_of(ceil_div(rows * p.groups, kWarps)));
+      }
       const std::int64_t pieces = ceil_div(p.columns, 256);
-      const auto groups = [&](auto kernel, int at_once) {
-        go("quantize: groups", kernel, ceil_div(rows * pieces, kWarps * at_once),
-           static_cast<int>(lanes), pieces);
+      const auto groups = [&](auto kernel, int at_once, auto other) {
+        dim3 grid = grid_of(ceil_div(rows * pieces, kWarps * at_once));
+        grid.x += decltype(other)::kBlocks;
+        go("quantize: groups", kernel, grid, static_cast<int>(lanes), pieces, other);
       };
-      if (live * pieces > device.sm_count * 64) return groups(quantize_groups<In, 4>, 4);
-      return groups(quantize_groups<In, 1>, 1);
+      if (live * pieces > device.sm_count * 64) {
+        aligned = false;
+        return groups(quantize_groups<In, 4, Nothing>, 4, Nothing{});
+      }
+      if (aligned) return groups(quantize_groups<In, 1, AlignFew>, 1, beside);
+      return groups(quantize_groups<In, 1, Nothing>, 1, Nothing{});
     }
     pick<8, 1>(wide, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
@@ -325,9 +348,15 @@ void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
                 .dependency = dependency},
                stream, p);
       }
-      go("quantize", quantize_rows<In, kVec>, row_blocks, row_threads);
+      dim3 grid = grid_of(row_blocks);
+      if (aligned) {
+        grid.x += AlignFew::kBlocks;
+        return go("quantize", quantize_rows<In, kVec, AlignFew>, grid, row_threads, beside);
+      }
+      go("quantize", quantize_rows<In, kVec, Nothing>, grid, row_threads, Nothing{});
     });
   });
+  return aligned;
 }
 
 }  // namespace moesaic::cuda

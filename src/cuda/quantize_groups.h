@@ -21,19 +21,21 @@ __device__ __forceinline__ unsigned packed_magnitude(const Pack<In, 8>& pack) {
   return __float_as_uint(to_float(*reinterpret_cast<const In*>(&half)));
 }
 
-template <typename In, int kAtOnce>
+template <typename In, int kAtOnce, typename Beside>
 __global__ void __launch_bounds__(kThreads, kAtOnce == 1      ? 4
                                             : sizeof(In) == 2 ? 3
                                                               : 2)
-    quantize_groups(QuantizeParams p, int lanes_per_group, std::int64_t pieces) {
+    quantize_groups(QuantizeParams p, int lanes_per_group, std::int64_t pieces, Beside beside) {
   bool waited = !p.settled;
   begin_between(!waited);
+  const unsigned blocks = own_blocks<Beside>();
+  if (blockIdx.x >= blocks) return beside.run();
   constexpr int kVec = 8, kPiece = 32 * kVec;
   const int lane = threadIdx.x % 32, group_shift = __ffs(lanes_per_group) - 1;
   const std::int64_t items = item_count(p) * pieces;
   const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   for (std::int64_t first = warp * kAtOnce; first < items;
-       first += static_cast<std::int64_t>(gridDim.x) * kWarps * kAtOnce) {
+       first += static_cast<std::int64_t>(blocks) * kWarps * kAtOnce) {
     std::int64_t item = first / pieces, piece = first - item * pieces;
     QuantizeRow row[kAtOnce];
     std::int64_t column[kAtOnce];

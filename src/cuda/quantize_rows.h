@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "backend.h"
+#include "cuda/align_few.h"
 #include "cuda/eight_bit.h"
 #include "cuda/element.h"
 
@@ -51,6 +52,23 @@ struct QuantizeParams {
   int partials = 0;
   bool per_expert = false;
 };
+
+// What else a launch of a quantizer does, in blocks behind its own: nothing, or align of few slots.
+struct Nothing {
+  static constexpr unsigned kBlocks = 0;
+  __device__ void run() const {}
+};
+struct AlignFew {
+  static constexpr unsigned kBlocks = 1;
+  AlignParams params;
+  __device__ void run() const {
+    if (threadIdx.x < 32) align_few(params);
+  }
+};
+template <typename Beside>
+__device__ __forceinline__ unsigned own_blocks() {
+  return gridDim.x - Beside::kBlocks;
+}
 
 struct QuantizeRow {
   std::int64_t position = 0;  // row of the output

@@ -18,7 +18,10 @@ void run_router(const RouteStage& stage, const DeviceTraits& device,
 void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream);
 void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream);
 void run_tiles(const TileStage& stage, const DeviceTraits& device, cudaStream_t stream);
-void run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaStream_t stream);
+// `align`: a stage that may run beside it, in the same launch, if neither needs the other; returns
+// whether it did.
+bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaStream_t stream,
+                  const AlignStage* align = nullptr);
 void run_activate(const ActivateStage& stage, const DeviceTraits& device, cudaStream_t stream);
 void run_combine(const CombineStage& stage, const DeviceTraits& device, cudaStream_t stream);
 

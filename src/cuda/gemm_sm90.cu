@@ -74,16 +74,18 @@ std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
   return std::min(kRunBytes / task.per_sm / bytes, kLongestRun);
 }
 
+bool block_scaled(const WeightSpec& spec) {
+  return spec.format == WeightFormat::kE4M3 && spec.act_scale == ActScale::kGroup;
+}
+
 KernelTraits traits_of(const WeightSpec& spec, Kernel kernel) {
+  const bool flat = spec.format == WeightFormat::kE4M3 && !block_scaled(spec);
+  if (flat && kernel == Kernel::kWidest) return traits_of<WidestFlat>();
   KernelTraits traits = traits_of(element_of(spec.format), kernel);
   if (kernel == Kernel::kNarrowRuns || kernel == Kernel::kMiddleRuns) {
     traits.task.run = static_cast<int>(std::max<std::int64_t>(run_of(spec, traits.task), 2));
   }
   return traits;
-}
-
-bool block_scaled(const WeightSpec& spec) {
-  return spec.format == WeightFormat::kE4M3 && spec.act_scale == ActScale::kGroup;
 }
 
 bool supports(const WeightSpec& spec) {
@@ -150,21 +152,22 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
 }
 
 // A static scale is known before the first sum: every kernel applies it on the way out. A group of
-// 128 is what a pair's CTA makes of a gated row at a time; other kernels make less. (Whole rows, or
-// all of them, nobody has at once.) Groups leave by stmatrix only, which knows two activations.
+// 128 is what a pair's CTA makes of a gated row at a time; other kernels make less, and the pairs
+// without scales along K do without: a scheme has groups in both products or in none. (Whole rows,
+// or all of them, nobody has at once.) Groups leave by stmatrix only, which knows two activations.
 QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
                                 const ActivationSpec& activation) {
   if (fc1.format != WeightFormat::kE4M3 || fc2.act != ActFormat::kE4M3) return QuantizedBy::kStage;
   if (fc2.act_scale == ActScale::kTensorStatic) return QuantizedBy::kGemm1;
   const bool by_matrix =
       activation.kind == Activation::kSwiglu || activation.kind == Activation::kSwigluOai;
-  return fc2.act_scale == ActScale::kGroup && fc2.act_group == 128 && by_matrix
+  return block_scaled(fc1) && block_scaled(fc2) && fc2.act_group == 128 && by_matrix
              ? QuantizedBy::kEither
              : QuantizedBy::kStage;
 }
 bool gemm1_quantizes(const GemmStage& stage, const DeviceTraits& device) {
   return stage.quantizer.granularity == ActScale::kTensorStatic ||
-         kernel_for(stage, device) == Kernel::kWidest;
+         (kernel_for(stage, device) == Kernel::kWidest && block_scaled(stage.b->spec));
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {

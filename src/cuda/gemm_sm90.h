@@ -23,8 +23,11 @@ using ptx::Element;
 // A stage holds kChunks chunks of 128 bytes of K for kBlocks * 64 weight rows of each consumer
 // warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each
 // loads half and sends it to both) and halve its tokens: L2 then delivers two thirds of the bytes.
+// kAlongK: a kernel without scales along K needs none of what they take (registers of the loading
+// warps and the exchange of the sides above all), and has room for a few more tokens.
+enum class ScalesAlongK : unsigned char { kPossible, kNever };
 template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_,
-          int kStages_, int kPair_ = 1>
+          int kStages_, int kPair_ = 1, ScalesAlongK kAlongK_ = ScalesAlongK::kPossible>
 struct Shape {
   static constexpr Element kElement = kElement_;
   static constexpr int kTokens = kTokens_;
@@ -35,7 +38,8 @@ struct Shape {
   static constexpr int kPair = kPair_;
 
   static constexpr bool kPromotes = kElement == Element::kE4M3;
-  static constexpr bool kHasUpright = kPromotes && kBlocks == 2;  // see gemm_sm90_upright.h
+  static constexpr bool kHasBlockScales = kPromotes && kAlongK_ == ScalesAlongK::kPossible;
+  static constexpr bool kHasUpright = kHasBlockScales && kBlocks == 2;  // see gemm_sm90_upright.h
   static constexpr bool kHasRuns = kTokens <= 64;                 // see Params::run
   // A task has a group of 128 columns of a gated row: see store_groups.
   static constexpr bool kHasGroups = kHasUpright && kWarpgroups == 2;
@@ -51,7 +55,7 @@ struct Shape {
   static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
   // Block scales of one stage: of each token, and of each eight weight rows.
   static constexpr int kScales = kTokens + kRows / 8;
-  static constexpr int kScaleBytes = kPromotes ? kChunks * kScales * 4 : 0;
+  static constexpr int kScaleBytes = kHasBlockScales ? kChunks * kScales * 4 : 0;
   // Epilogue of one warpgroup: two buffers of some tokens x 64 columns of 16 bits, or both together
   // 16 tokens in fp32; and what it must know of its weight rows (factor, bias), of this task and of
   // the next.
@@ -85,15 +89,17 @@ struct Shape {
 // Element-independent names of the kernels, in the order of their tactics.
 // Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half
 // after another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
-// Widest takes a little more than 256 tokens where registers allow it (e4m3 needs them for its
-// promotion): round numbers of tokens mean 256 or a multiple for each expert on the average, and
-// with room for just so many every second expert would need one tile more.
+// Widest takes a little more than 256 tokens where registers allow it: round numbers of tokens mean
+// 256 or a multiple for each expert on the average, and with room for just so many every second
+// expert would need one tile more. In e4m3 promotion needs them; without scales along K (Flat) it
+// takes more than 128 tokens of a CTA in two halves.
 // clang-format off
 //                                           tokens  wg  blocks  chunks  stages  pair
 template <Element E> using Narrow = Shape<E,     16,  1,      1,      2,      5>;
 template <Element E> using Middle = Shape<E,     64,  2,      1,      1,      8>;
 template <Element E> using Wide = Shape<E,      128,  2,      1,      1,  E == Element::kE4M3 ? 5 : 6>;
 template <Element E> using Widest = Shape<E, E == Element::kE4M3 ? 128 : 144, 2, 2, 1, 4, 2>;
+using WidestFlat = Shape<Element::kE4M3, 144,   2,      2,      1,      4,      2, ScalesAlongK::kNever>;
 // clang-format on
 
 // --- arguments

@@ -89,8 +89,10 @@ class Multiplier : private Consumer<S, Params> {
     }
     if constexpr (S::kPromotes && S::kPerSm == 2) {
       multiply_queued<N>(sums);
-    } else if constexpr (S::kPromotes) {
+    } else if constexpr (S::kHasBlockScales) {
       multiply_promoted<N>(sums);
+    } else if constexpr (S::kPromotes) {
+      multiply_flat<N>(sums);
     } else {
       multiply<N>(sums);
     }
@@ -206,6 +208,49 @@ class Multiplier : private Consumer<S, Params> {
     }
   }
 
+  // Promoted without scales along K. What a batch makes lies beside all sums, and of more than 128
+  // tokens only half of it fits. (The stage is asked of lane 0, so that ptxas sees that all have
+  // the same, and makes descriptors in uniform registers: in others they take 22, and 18 sums were
+  // spilled in the loop.)
+  template <int N>
+  __device__ void multiply_flat(Sums& sums) {
+    static_assert(S::kChunks == 1);
+    constexpr int kPart = N <= 128 ? N : (N / 2 + 7) / 8 * 8;
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
+    }
+    const bool gathered = p_.token_load == TokenLoad::kGather;
+    const int mine = __shfl_sync(~0u, warpgroup(), 0) * S::kBlocks * 8192;
+    for (int i = 0; i < p_.k_chunks; ++i) {
+      const int stage = __shfl_sync(~0u, cursor_.stage, 0);
+      ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
+      if (gathered) ptx::fence_async_proxy();
+#pragma unroll
+      for (int b = 0; b < S::kBlocks; ++b) {
+        const std::uint64_t a = weights(stage, 0, b, mine), t = tokens(stage, 0);
+        multiply_part<kPart>(&sums[b][0], a, t);
+        if constexpr (N > kPart)
+          multiply_part<N - kPart>(&sums[b][kPart / 2], a, t + kPart * 128 / 16);
+      }
+      release(cursor_.stage);
+      cursor_.advance();
+    }
+  }
+  template <int N>
+  __device__ __forceinline__ static void multiply_part(float* sum, std::uint64_t a,
+                                                       std::uint64_t t) {
+    float part[N / 2];
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) ptx::wgmma<S::kElement, N>(part, a + 2 * k, t + 2 * k, k > 0);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int j = 0; j < N / 2; ++j) sum[j] += part[j];
+  }
+
   template <int N>
   __device__ __forceinline__ void promote(float (&sum)[S::kTokens / 2], const float (&part)[N / 2],
                                           const float* token_scale, const float* row_scale) {
@@ -262,7 +307,7 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
     ptx::tensor_map_prefetch(&p.weights);
     const bool gather = p.token_load == TokenLoad::kGather;
     const bool quads = S::kHasUpright && p.scale_quads && !gather;
-    const bool scales = S::kPromotes && p.block_scaled && !quads;
+    const bool scales = S::kHasBlockScales && p.block_scaled && !quads;
     const int arrivals =
         3 + (gather || scales ? kLoaders : 0);  // one of each loading warp, and copies
     if (!gather) ptx::tensor_map_prefetch(&p.tokens);

@@ -123,7 +123,7 @@ class TokenLoader {
   // The rows' offsets stay in registers through all stages: two instructions a copy. Where the
   // multiplying warps need nearly all registers they come from shared memory each time (and rows by
   // TMA as a rule).
-  static constexpr bool kInRegisters = !(S::kPromotes && S::kBlocks == 2);
+  static constexpr bool kInRegisters = !(S::kHasBlockScales && S::kBlocks == 2);
   static constexpr bool kKeepsThread = S::kHasRuns && S::kWarpgroups == 1;
   __device__ static int thread() { return thread_index<kKeepsThread>(); }
   __device__ static int me() { return thread() - 32; }
@@ -135,7 +135,7 @@ class TokenLoader {
   };
   __device__ int pass_of(int entry) const { return (me() % 32 + entry * 32) / 4; }
   __device__ int row_in_pass() const { return me() / 32 * 4 + me() % 4; }
-  __device__ bool block_scales() const { return S::kPromotes && p_.block_scaled; }
+  __device__ bool block_scales() const { return S::kHasBlockScales && p_.block_scaled; }
 
   __device__ void fetch_slots(const Task& task) {
 #pragma unroll
@@ -153,7 +153,7 @@ class TokenLoader {
       const int pass = pass_of(i), token = pass * 8 + row_in_pass();
       if (pass >= S::kPassRoom) break;
       std::uint32_t row = kNone;
-      if constexpr (S::kPromotes) scale_[i] = kNone;
+      if constexpr (S::kHasBlockScales) scale_[i] = kNone;
       std::uint32_t c_row = kNoRow;
       float2 factor{1.0f, 1.0f};
       if (is_live(p_, slot_[i]) && token < task.rows) {
@@ -163,7 +163,7 @@ class TokenLoader {
         c_row = static_cast<std::uint32_t>(row_of(p_, p_.c_row, position, slot_[i]));
         if (p_.a_scale) {
           const std::int64_t at = a_row * p_.a_scale_row + task.expert * p_.a_scale_expert;
-          if (S::kPromotes && p_.block_scaled)
+          if (block_scales())
             scale_[i] = static_cast<std::uint32_t>(at);
           else
             factor.x = p_.a_scale[at];
@@ -209,7 +209,7 @@ class TokenLoader {
         if (rows[i] == kNone) rows[i] = 0;  // padding reads row 0, whose sums nobody stores
       }
     }
-    if constexpr (S::kPromotes && S::kBlocks == 2) {
+    if constexpr (S::kHasBlockScales && S::kBlocks == 2) {
       if (p_.scale_quads && !gather) return load_boxes_and_scales(load);
     }
     for (int i = from; i < to; ++i) {

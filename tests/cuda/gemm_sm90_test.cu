@@ -117,6 +117,32 @@ TEST(Sm90, UprightTiles) {
   }
 }
 
+// More than 128 tokens of a CTA, gathered and by boxes: e4m3 without scales along K takes them in
+// two halves.
+TEST(Sm90, TilesInHalves) {
+  if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
+  unsigned seed = 300;
+  for (const Scales scales : {Scales::kTensor, Scales::kChannel}) {
+    for (const RowOf a_row : {RowOf::kToken, RowOf::kPosition}) {
+      for (const std::int64_t tokens : {258, 273, 288, 530}) {  // of the only expert
+        expect_right({.dtype = DType::kF8E4M3,
+                      .scales = scales,
+                      .experts = 1,
+                      .n = 320,
+                      .k = 272,
+                      .tokens = tokens,
+                      .top_k = 1,
+                      .tile_rows = 288,
+                      .a_row = a_row,
+                      .activation = seed % 2 ? -1 : static_cast<int>(Activation::kSwiglu),
+                      .out = DType::kBF16},
+                     seed);
+        ++seed;
+      }
+    }
+  }
+}
+
 TEST(Sm90, NoRows) {
   if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
   expect_right({.tokens = 0}, 4);

@@ -40,7 +40,7 @@ struct Shape {
   static constexpr bool kPromotes = kElement == Element::kE4M3;
   static constexpr bool kHasBlockScales = kPromotes && kAlongK_ == ScalesAlongK::kPossible;
   static constexpr bool kHasUpright = kHasBlockScales && kBlocks == 2;  // see gemm_sm90_upright.h
-  static constexpr bool kHasRuns = kTokens <= 64;                 // see Params::run
+  static constexpr bool kHasRuns = kTokens <= 64;                       // see Params::run
   // A task has a group of 128 columns of a gated row: see store_groups.
   static constexpr bool kHasGroups = kHasUpright && kWarpgroups == 2;
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
@@ -99,7 +99,8 @@ template <Element E> using Narrow = Shape<E,     16,  1,      1,      2,      5>
 template <Element E> using Middle = Shape<E,     64,  2,      1,      1,      8>;
 template <Element E> using Wide = Shape<E,      128,  2,      1,      1,  E == Element::kE4M3 ? 5 : 6>;
 template <Element E> using Widest = Shape<E, E == Element::kE4M3 ? 128 : 144, 2, 2, 1, 4, 2>;
-using WidestFlat = Shape<Element::kE4M3, 144,   2,      2,      1,      4,      2, ScalesAlongK::kNever>;
+using WidestFlat =
+           Shape<Element::kE4M3, 144,  2,      2,      1,      4,      2, ScalesAlongK::kNever>;
 // clang-format on
 
 // --- arguments

@@ -36,8 +36,8 @@ struct DequantShape {
   // Few tokens: mma.sync, whose warps go their own ways. It gives the same bits.
   static constexpr bool kWarpwise = kTokens <= 16;
 
-  static constexpr bool kPromotes = false;   // for the token loader: no scales of activations,
-  static constexpr bool kHasRuns = false;    // and a task at a time
+  static constexpr bool kPromotes = false;  // for the token loader: no scales of activations,
+  static constexpr bool kHasRuns = false;   // and a task at a time
   static constexpr bool kHasBlockScales = false;
   static constexpr bool kHasGroups = false;  // for the epilogue: C is never quantized
   static constexpr int kChunks = kStageK / 64, kChunkK = 64;

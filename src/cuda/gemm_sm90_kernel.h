@@ -98,6 +98,10 @@ class Multiplier : private Consumer<S, Params> {
     }
   }
 
+  // What all lanes have, asked of lane 0: so ptxas sees that they have the same, and makes the
+  // descriptors that follow from it in uniform registers. In others they take up to 22, are moved
+  // from there in front of each instruction, and 18 sums were spilled in the loop of multiply_flat.
+  __device__ static int uniform(int v) { return __shfl_sync(~0u, v, 0); }
   // `mine`: of this warpgroup's weight rows in a stage.
   __device__ std::uint64_t weights(int stage, int chunk, int block, int mine) const {
     return ptx::operand_descriptor(ptx::shared_address(shared_.weights(stage)) +
@@ -209,9 +213,7 @@ class Multiplier : private Consumer<S, Params> {
   }
 
   // Promoted without scales along K. What a batch makes lies beside all sums, and of more than 128
-  // tokens only half of it fits. (The stage is asked of lane 0, so that ptxas sees that all have
-  // the same, and makes descriptors in uniform registers: in others they take 22, and 18 sums were
-  // spilled in the loop.)
+  // tokens only half of it fits.
   template <int N>
   __device__ void multiply_flat(Sums& sums) {
     static_assert(S::kChunks == 1);
@@ -222,9 +224,9 @@ class Multiplier : private Consumer<S, Params> {
       for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
-    const int mine = __shfl_sync(~0u, warpgroup(), 0) * S::kBlocks * 8192;
+    const int mine = uniform(warpgroup()) * S::kBlocks * 8192;
     for (int i = 0; i < p_.k_chunks; ++i) {
-      const int stage = __shfl_sync(~0u, cursor_.stage, 0);
+      const int stage = uniform(cursor_.stage);
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();
 #pragma unroll
@@ -277,9 +279,9 @@ class Multiplier : private Consumer<S, Params> {
       for (int i = 0; i < 64; ++i) sums[b][i] = 0.0f;
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
-    const int mine = warpgroup(), token = upright_token(ptx::thread_index() % 128);
+    const int mine = uniform(warpgroup()), token = upright_token(ptx::thread_index() % 128);
     for (int i = 0; i < p_.k_chunks; ++i) {
-      const int stage = cursor_.stage;
+      const int stage = uniform(cursor_.stage);
       ptx::barrier_wait(shared_.full(stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();
 #pragma unroll
@@ -322,8 +324,7 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
   else
     __syncthreads();
   // Registers: 64 Ki in all. With one consumer everybody already has what he needs.
-  constexpr int kForMultiplying = S::kHasUpright ? 224 : 216;
-  constexpr int kForLoading = S::kHasUpright ? 56 : 72;
+  constexpr int kForMultiplying = 216, kForLoading = 72;
   if (threadIdx.x < 128) {
     if constexpr (S::kWarpgroups == 2) ptx::give_registers<kForLoading>();
     if (threadIdx.x < 32) {

@@ -69,9 +69,13 @@ Element element_of(WeightFormat format) {
 // loading warps find out for each run takes them less time than the weights. More would only make
 // the last wave longer.
 constexpr std::int64_t kRunBytes = 128 << 10, kLongestRun = 8;
+// Of pairs (whose loading warps have five times the rows to look up, and whose tasks' epilogues
+// take as long as 1 KiB of K) so many that they have this much of K.
+constexpr std::int64_t kPairRunK = 1 << 10;
 std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
-  const std::int64_t bytes = spec.k * (spec.format == WeightFormat::kE4M3 ? 1 : 2) * task.rows;
-  return std::min(kRunBytes / task.per_sm / bytes, kLongestRun);
+  const std::int64_t bytes = spec.k * (spec.format == WeightFormat::kE4M3 ? 1 : 2);
+  if (task.pair == 2) return std::min(ceil_div(kPairRunK, bytes), kLongestRun);
+  return std::min(kRunBytes / task.per_sm / (bytes * task.rows), kLongestRun);
 }
 
 bool block_scaled(const WeightSpec& spec) {
@@ -142,9 +146,9 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   const WeightSpec& spec = stage.b->spec;
   KernelTraits traits = traits_of(spec, kernel_for(stage, device));
   TaskShape& task = traits.task;
-  if (task.run > 1 && !forced(stage)) {
+  if ((task.run > 1 || task.pair == 2) && !forced(stage)) {
     const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, task.rows);
-    const std::int64_t fair = tasks / (kLeast * device.sm_count * task.per_sm);
+    const std::int64_t fair = tasks * task.pair / (kLeast * device.sm_count * task.per_sm);
     const std::int64_t run = std::min(fair, run_of(spec, task));
     task.run = static_cast<int>(std::max<std::int64_t>(run, 1));
   }

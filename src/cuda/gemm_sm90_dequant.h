@@ -38,7 +38,7 @@ struct DequantShape {
 
   static constexpr bool kPromotes = false;  // for the token loader: no scales of activations,
   static constexpr bool kHasRuns = false;   // and a task at a time
-  static constexpr bool kHasBlockScales = false;
+  static constexpr bool kHasBlockScales = false, kSmall = false;
   static constexpr bool kHasGroups = false;  // for the epilogue: C is never quantized
   static constexpr int kChunks = kStageK / 64, kChunkK = 64;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;

@@ -44,11 +44,12 @@ class Multiplier : private Consumer<S, Params> {
         if constexpr (S::kHasUpright) {
           if (runs_upright(p_, task.rows)) {
             multiply_upright(task.rows, sums);
-            const Task again = load_task(ring);
+            const Task again = load_task_of_run(ring, r);
             const int mine = warpgroup();
             UprightEpilogue<S>(p_, shared_.epilogue(mine), shared_.table(ring), mine, again.flip)
                 .finish(again, sums);
-            break;
+            if (++r == again.run) break;
+            continue;
           }
         }
         multiply_rows<S::kTokens>(task.rows, sums);
@@ -152,7 +153,7 @@ class Multiplier : private Consumer<S, Params> {
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int thread = thread_index<S::kHasRuns>() % 128, mine = warpgroup() * S::kBlocks * 8192;
+    const int thread = thread_index<S::kSmall>() % 128, mine = warpgroup() * S::kBlocks * 8192;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();
@@ -186,7 +187,7 @@ class Multiplier : private Consumer<S, Params> {
     for (int i = 0; i < N / 2; ++i) sums[0][i] = 0.0f;
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + 1) / 2, mine = warpgroup() * 8192;
-    const int thread = thread_index<S::kHasRuns>() % 128;
+    const int thread = thread_index<S::kSmall>() % 128;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();

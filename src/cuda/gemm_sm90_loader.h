@@ -79,7 +79,7 @@ class TokenLoader {
     Task task = part_of<S::kPair>(schedule.next(), rank);
     fetch_slots(task);
     // So is the table, where it holds nothing but what the lists say.
-    bool early = S::kHasRuns && p_.settled && p_.row_weights == nullptr &&
+    bool early = S::kSmall && p_.settled && p_.row_weights == nullptr &&
                  (p_.a_scale == nullptr || block_scales());
     if (p_.settled && !early) begin_kernel();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
@@ -97,13 +97,13 @@ class TokenLoader {
       const bool last = task.expert == kEndOfTasks;
       // The next task is looked for behind the first stage, so that its slots are on their way
       // while the others are loaded; with only one, in front of it.
-      const bool others = S::kHasRuns && (load.stages > 1 || run.length > 1);
+      const bool others = S::kHasRuns && ((S::kSmall && load.stages > 1) || run.length > 1);
       for (int part = 0, r = 0, from = 0; r < run.length; ++part) {
         if (!last && part == (others ? 1 : 0)) {
           task = part_of<S::kPair>(schedule.next(), rank);
           fetch_slots(task);
         }
-        const int to = others && part == 0 ? 1 : load.stages;
+        const int to = S::kSmall && others && part == 0 ? 1 : load.stages;
         load_stages(load, from, to);
         from = to;
         if (to == load.stages) {
@@ -124,7 +124,7 @@ class TokenLoader {
   // multiplying warps need nearly all registers they come from shared memory each time (and rows by
   // TMA as a rule).
   static constexpr bool kInRegisters = !(S::kHasBlockScales && S::kBlocks == 2);
-  static constexpr bool kKeepsThread = S::kHasRuns && S::kWarpgroups == 1;
+  static constexpr bool kKeepsThread = S::kSmall && S::kWarpgroups == 1;
   __device__ static int thread() { return thread_index<kKeepsThread>(); }
   __device__ static int me() { return thread() - 32; }
   struct Load {

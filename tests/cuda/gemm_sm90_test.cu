@@ -63,6 +63,16 @@ TEST(Sm90, LargeTilesAndManyExperts) {
                 .tile_rows = 128,
                 .activation = static_cast<int>(Activation::kSwiglu)},
                3);
+  // Scales of several chunks at once, gathered rows.
+  expect_right({.dtype = DType::kF8E4M3,
+                .scales = Scales::kBlock,
+                .experts = 2,
+                .n = 528,
+                .k = 1024,
+                .tokens = 400,
+                .top_k = 1,
+                .tile_rows = 256},
+               4);
 }
 
 // K so short, and tasks so many, that the policy takes them in runs, the last of which is shorter;
@@ -70,14 +80,14 @@ TEST(Sm90, LargeTilesAndManyExperts) {
 TEST(Sm90, RunsOfTasks) {
   if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
   unsigned seed = 200;
-  for (const std::int64_t tile_rows : {16, 64}) {
-    for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
-      expect_right({.dtype = dtype,
-                    .scales = dtype == DType::kBF16 ? Scales::kNone : Scales::kBlock,
+  for (const std::int64_t tile_rows : {16, 64, 256}) {
+    for (const Scales scales : {Scales::kNone, Scales::kBlock, Scales::kChannel}) {
+      expect_right({.dtype = scales == Scales::kNone ? DType::kBF16 : DType::kF8E4M3,
+                    .scales = scales,
                     .experts = 260,
                     .n = 2064,
                     .k = 128,
-                    .tokens = 400,
+                    .tokens = 150,
                     .top_k = 2,
                     .tile_rows = tile_rows,
                     .a_row = RowOf::kPosition,

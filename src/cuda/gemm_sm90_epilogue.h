@@ -219,42 +219,57 @@ class Epilogue {
     // Buffers alternate over the chunks that really come, so that no chunk is written where the one
     // before it may still be read: only one sync lies between them.
     const int chunks = (task.rows + kChunk - 1) / kChunk;
+    // Scaled, activated and packed, transposed by stmatrix.
+    const auto stage = [&](int first_block, int chunk, unsigned char* out) {
+#pragma unroll
+      for (int b = first_block; b < first_block + kTogether; ++b) {
+        const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
+        const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
+        const std::uint32_t at = ptx::shared_address(out) + mine + (b - first_block) * 64;
+#pragma unroll
+        for (int pair = 0; pair < kChunk / 16; ++pair) {
+          std::uint32_t packed[4];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const Quad x = scaled(sum[b], chunk * (kChunk / 8) + pair * 2 + half, low, high);
+            if constexpr (kGated) {
+              const float even =
+                  activate<kKind>(swap ? x.v[2] : x.v[0], swap ? x.v[0] : x.v[2], terms);
+              const float odd =
+                  activate<kKind>(swap ? x.v[3] : x.v[1], swap ? x.v[1] : x.v[3], terms);
+              packed[half] = pack16(p_.c_type, even * x.post[0], odd * x.post[1]);
+            } else {
+              packed[2 * half] = pack16(p_.c_type, x.v[0] * x.post[0], x.v[1] * x.post[1]);
+              packed[2 * half + 1] = pack16(p_.c_type, x.v[2] * x.post[0], x.v[3] * x.post[1]);
+            }
+          }
+          const std::uint32_t dst = at + pair * 16 * S::kPitch;
+          if constexpr (kGated) {
+            ptx::store_matrix_x2_transposed(dst, packed[0], packed[1]);
+          } else {
+            ptx::store_matrix_x4_transposed(dst, packed[0], packed[1], packed[2], packed[3]);
+          }
+        }
+      }
+    };
+    // What a thread stores of a chunk.
+    constexpr int kAll = kChunk * kUnits, kMine = (kAll + 127) / 128;
+    const auto is_mine = [&](int i) { return kAll % 128 == 0 || thread_ + i * 128 < kAll; };
 #pragma unroll
     for (int first_block = 0; first_block < kBlocks; first_block += kTogether) {
       const std::int64_t first = column(task, first_block);
+      const int before = first_block / kTogether * chunks;
+      stage(first_block, 0, buffer(before & 1));
 #pragma unroll
       for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
         if (chunk * kChunk < task.rows) {
-          unsigned char* const out = buffer((first_block / kTogether * chunks + chunk) & 1);
+          unsigned char* const out = buffer((before + chunk) & 1);
+          const bool more = (chunk + 1) * kChunk < kTokens && (chunk + 1) * kChunk < task.rows;
+          std::uint32_t row[kMine];
 #pragma unroll
-          for (int b = first_block; b < first_block + kTogether; ++b) {
-            const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
-            const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
-            const std::uint32_t at = ptx::shared_address(out) + mine + (b - first_block) * 64;
-#pragma unroll
-            for (int pair = 0; pair < kChunk / 16; ++pair) {
-              std::uint32_t packed[4];
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const Quad x = scaled(sum[b], chunk * (kChunk / 8) + pair * 2 + half, low, high);
-                if constexpr (kGated) {
-                  const float even =
-                      activate<kKind>(swap ? x.v[2] : x.v[0], swap ? x.v[0] : x.v[2], terms);
-                  const float odd =
-                      activate<kKind>(swap ? x.v[3] : x.v[1], swap ? x.v[1] : x.v[3], terms);
-                  packed[half] = pack16(p_.c_type, even * x.post[0], odd * x.post[1]);
-                } else {
-                  packed[2 * half] = pack16(p_.c_type, x.v[0] * x.post[0], x.v[1] * x.post[1]);
-                  packed[2 * half + 1] = pack16(p_.c_type, x.v[2] * x.post[0], x.v[3] * x.post[1]);
-                }
-              }
-              const std::uint32_t dst = at + pair * 16 * S::kPitch;
-              if constexpr (kGated) {
-                ptx::store_matrix_x2_transposed(dst, packed[0], packed[1]);
-              } else {
-                ptx::store_matrix_x4_transposed(dst, packed[0], packed[1], packed[2], packed[3]);
-              }
-            }
+          for (int i = 0; i < kMine; ++i) {
+            const int token = (thread_ + i * 128) / kUnits;
+            row[i] = is_mine(i) ? rows()[chunk * kChunk + token] : kNoRow;
           }
           sync();
           if constexpr (S::kHasGroups && kGated) {
@@ -262,17 +277,24 @@ class Epilogue {
               static_assert(kChunk == 32 && kTogether == kBlocks);
               store_groups<S, 2, 16>(p_, staged_groups(task, {.rows = out + warp_ * 4 * S::kPitch,
                                                               .token = chunk * 32 + warp_ * 4}));
+              if (more) stage(first_block, chunk + 1, buffer((before + chunk + 1) & 1));
               continue;
             }
           }
+          // Read, and on its way to memory when the next chunk is staged: nothing waits for it.
+          uint4 v[kMine];
 #pragma unroll
-          for (int i = thread_; i < kChunk * kUnits; i += 128) {
-            const int token = i / kUnits, part = i % kUnits;
-            const std::uint32_t row = rows()[chunk * kChunk + token];
-            if (row != kNoRow && first + part * 8 < end) {
-              store_eight(row, first + part * 8,
-                          *reinterpret_cast<const uint4*>(out + token * S::kPitch + part * 16));
-            }
+          for (int i = 0; i < kMine; ++i) {
+            const int at = thread_ + i * 128;
+            if (is_mine(i))
+              v[i] =
+                  *reinterpret_cast<const uint4*>(out + at / kUnits * S::kPitch + at % kUnits * 16);
+          }
+          if (more) stage(first_block, chunk + 1, buffer((before + chunk + 1) & 1));
+#pragma unroll
+          for (int i = 0; i < kMine; ++i) {
+            const std::int64_t n = first + (thread_ + i * 128) % kUnits * 8;
+            if (row[i] != kNoRow && n < end) store_eight(row[i], n, v[i]);
           }
         }
       }

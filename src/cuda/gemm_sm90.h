@@ -41,6 +41,7 @@ struct Shape {
   static constexpr bool kHasBlockScales = kPromotes && kAlongK_ == ScalesAlongK::kPossible;
   static constexpr bool kHasUpright = kHasBlockScales && kBlocks == 2;  // see gemm_sm90_upright.h
   static constexpr bool kSmall = kTokens <= 64;           // registers to spare, tasks short
+  static constexpr bool kKeepsThread = kSmall;            // see thread_index
   static constexpr bool kHasRuns = kSmall || kPair == 2;  // see Params::run
   // A task has a group of 128 columns of a gated row: see store_groups.
   static constexpr bool kHasGroups = kHasUpright && kWarpgroups == 2;

@@ -13,7 +13,7 @@ class Consumer {
   __device__ Consumer(const Arguments& p, const SharedMemory<S>& shared) : p_(p), shared_(shared) {}
 
  protected:
-  __device__ static int warpgroup() { return thread_index<S::kSmall>() / 128 - 1; }
+  __device__ static int warpgroup() { return thread_index<S::kKeepsThread>() / 128 - 1; }
   __device__ Epilogue<S> epilogue(int ring, const Task& task) const {
     const int mine = warpgroup();
     return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};

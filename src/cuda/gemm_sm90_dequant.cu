@@ -15,8 +15,8 @@ namespace {
 using namespace sm90;
 
 // --- the closed list of kernels
-enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf, kTwin };
-constexpr int kKernels = 5;
+enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf, kTwin, kTwinRuns };
+constexpr int kKernels = 6;
 
 struct KernelTraits {
   TaskShape task;
@@ -46,6 +46,8 @@ KernelTraits traits_of(Kernel kernel) {
       return traits_of<DequantWide<W, E, kSteps>>();
     case Kernel::kTwin:
       return traits_of<DequantTwin<W, E, kSteps>>();
+    case Kernel::kTwinRuns:
+      return traits_of<DequantTwinRuns<W, E, kSteps>>();
   }
   return {};
 }
@@ -85,6 +87,19 @@ std::int64_t row_bytes(const WeightSpec& spec) {
   return spec.format == WeightFormat::kU4 ? spec.k / 2 : spec.k;
 }
 
+// As many tasks of one walk as one CTA has in kRunBytes of weights (gemm_sm90.cu says why).
+constexpr std::int64_t kRunBytes = 128 << 10, kLongestRun = 8;
+std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
+  return std::min(kRunBytes / task.per_sm / (row_bytes(spec) * task.rows), kLongestRun);
+}
+
+KernelTraits traits_of(const WeightSpec& spec, Kernel kernel) {
+  KernelTraits traits = traits_of(variant_of(spec), kernel);
+  if (kernel == Kernel::kTwinRuns)
+    traits.task.run = static_cast<int>(std::max<std::int64_t>(run_of(spec, traits.task), 2));
+  return traits;
+}
+
 bool supports(const WeightSpec& spec) {
   if (spec.act != ActFormat::k16 || !is_16bit(spec.act_dtype)) return false;
   if (spec.format != WeightFormat::kU4 && spec.format != WeightFormat::kI8 &&
@@ -108,25 +123,44 @@ std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTr
   return mean <= 50 ? 64 : traits_of(variant_of(fc1), Kernel::kWide).task.tokens;
 }
 
+bool forced(const GemmStage& stage) { return stage.tactic >= 0 && stage.tactic < kKernels; }
+
 Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
-  const int forced = stage.tactic;
-  if (forced >= 0 && forced < kKernels) return static_cast<Kernel>(forced);
+  if (forced(stage)) return static_cast<Kernel>(stage.tactic);
   const std::int64_t rows = stage.rows.tile_rows;
   if (rows > 16) return rows <= 64 ? Kernel::kMiddle : Kernel::kWide;
-  // With several tokens a tile the multiplying warps are what is waited for, and Twin has twice as
-  // many: up to a fifth is won. But as long as tasks are few, a last wave of half the machine costs
-  // more, tasks of short K are over too soon, and of long K (2880 and more) a tenth is lost.
   const WeightSpec& spec = stage.b->spec;
   const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, 128);
+  // With K below 512 a task is little beside what comes with it: runs, where tasks are enough.
+  if (spec.k < 512) return tasks >= 12 * device.sm_count ? Kernel::kTwinRuns : Kernel::kNarrow;
+  // With several tokens a tile the multiplying warps are what is waited for, and Twin has twice as
+  // many: up to a fifth is won. But as long as tasks are few, a last wave of half the machine costs
+  // more, and of long K (2880 and more) a tenth is lost.
   const bool several = stage.rows.slot_count >= 2 * spec.experts;
-  const bool twin = several && tasks >= 6 * device.sm_count && spec.k >= 512 && spec.k <= 2048;
+  const bool twin = several && tasks >= 6 * device.sm_count && spec.k <= 2048;
   return twin ? Kernel::kTwin : Kernel::kNarrow;
+}
+
+// What a CTA does at a time: runs are as long as a forced tactic says, or so short that every CTA
+// still gets some.
+KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
+  constexpr std::int64_t kLeast = 3;  // runs of a CTA
+  const WeightSpec& spec = stage.b->spec;
+  KernelTraits traits = traits_of(spec, kernel_for(stage, device));
+  TaskShape& task = traits.task;
+  if (task.run > 1 && !forced(stage)) {
+    const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, task.rows);
+    const std::int64_t fair = tasks / (kLeast * device.sm_count * task.per_sm);
+    const std::int64_t run = std::min(fair, run_of(spec, task));
+    task.run = static_cast<int>(std::max<std::int64_t>(run, 1));
+  }
+  return traits;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
   std::vector<Tactic> list;
   for (int i = 0; i < kKernels; ++i) {
-    const TaskShape task = traits_of(variant_of(spec), static_cast<Kernel>(i)).task;
+    const TaskShape task = traits_of(spec, static_cast<Kernel>(i)).task;
     list.push_back({i, "weights widened in registers, " + describe(task)});
   }
   return list;
@@ -185,7 +219,7 @@ void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weig
 void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream) {
   if (stage.rows.max_tiles == 0 || stage.rows.positions == 0) return;
   const WeightSpec& spec = stage.b->spec;
-  const KernelTraits traits = traits_of(variant_of(spec), kernel_for(stage, device));
+  const KernelTraits traits = choice(stage, device);
   DequantParams p{};
   set_stage(p, stage, Element::kBF16, traits.task);
   set_weights(

@@ -14,8 +14,9 @@
 namespace moesaic::cuda::sm90 {
 
 // How a few tokens are multiplied: kAligned, the warps of a warpgroup meet at the end of a task;
-// kFree, they never do.
-enum class Loop : unsigned char { kAligned, kFree };
+// kFree, they never do; kFreeInRuns, nor do they, and tasks come in runs (Params::run), which costs
+// kernels that have none of them up to 4%.
+enum class Loop : unsigned char { kAligned, kFree, kFreeInRuns };
 
 // A stage holds kRowBytes of every weight row. kSteps: steps of 16 of K between two promotions, 8
 // or 2. Member names that SharedMemory, TokenLoader and Epilogue know are those of Shape.
@@ -36,10 +37,11 @@ struct DequantShape {
   // Few tokens: mma.sync, whose warps go their own ways. It gives the same bits.
   static constexpr bool kWarpwise = kTokens <= 16;
 
-  static constexpr bool kPromotes = false;  // for the token loader: no scales of activations,
-  static constexpr bool kHasRuns = false;   // and a task at a time
-  static constexpr bool kHasBlockScales = false, kSmall = false;
-  static constexpr bool kHasGroups = false;  // for the epilogue: C is never quantized
+  static constexpr bool kPromotes = false;  // for the token loader: no scales of activations
+  static constexpr bool kHasBlockScales = false;
+  static constexpr bool kHasRuns = kLoop == Loop::kFreeInRuns, kSmall = kHasRuns;
+  static constexpr bool kKeepsThread = false;  // see thread_index
+  static constexpr bool kHasGroups = false;    // for the epilogue: C is never quantized
   static constexpr int kChunks = kStageK / 64, kChunkK = 64;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
@@ -76,7 +78,7 @@ struct DequantShape {
   static_assert(kStages >= 2 && kStageBytes % 1024 == 0);
 };
 
-// In the order of their tactics; Twin, two warpgroups that each do what Narrow's does, is the last.
+// In the order of their tactics; Twin, two warpgroups that each do what Narrow's does, comes last.
 // clang-format off
 //                                                 tokens wg blocks   row bytes   stages per SM
 template <typename W, Element E, int kSteps>
@@ -88,12 +90,16 @@ using DequantWide = DequantShape<W, E, kSteps,      112,  2,    2, W::kBits * 16
 template <typename W, Element E, int kSteps>
 using DequantTwin = DequantShape<W, E, kSteps,       16,  2,    1,           128,      8,    2,
                                                                                     Loop::kFree>;
+template <typename W, Element E, int kSteps>
+using DequantTwinRuns = DequantShape<W, E, kSteps,   16,  2,    1,           128,      8,    2,
+                                                                              Loop::kFreeInRuns>;
 // clang-format on
 
 template <typename W, Element E, int kSteps, int kTokens, int kWarpgroups, int kBlocks,
-          int kRowBytes, int kMostStages, int kPerSm>
+          int kRowBytes, int kMostStages, int kPerSm, Loop kLoop>
 inline constexpr Walk kWalk<DequantShape<W, E, kSteps, kTokens, kWarpgroups, kBlocks, kRowBytes,
-                                         kMostStages, kPerSm, Loop::kFree>> = Walk::kAhead;
+                                         kMostStages, kPerSm, kLoop>> =
+    kLoop == Loop::kAligned ? Walk::kAsNeeded : Walk::kAhead;
 
 struct DequantParams : Params {
   std::uint32_t flip;  // 0x80808080: signed bytes, stored q + 128 behind it

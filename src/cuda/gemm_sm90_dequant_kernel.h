@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       load_scales<S>(p, shared);
     }
   } else {
-    if constexpr (S::kLoop == Loop::kFree) {
+    if constexpr (S::kLoop != Loop::kAligned) {
       DequantWarps<S>(p, shared).run();
     } else {
       if constexpr (S::kWarpgroups == 2) ptx::take_registers<224>();

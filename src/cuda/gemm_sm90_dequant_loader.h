@@ -44,25 +44,28 @@ __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S
   for (;;) {
     Task task = schedule.next();
     task.flip = flip;
-    flip ^= 1;
+    flip = (flip + loaded_run<S>(task)) % 2;
     if (threadIdx.x == 0) {
-      const int stages = stages_of<S>(p, task);
-      const std::int64_t row = static_cast<std::int64_t>(task.row_task) * p.task_rows;
-      const int y = p.gated ? 0 : static_cast<int>(row);
-      const int u = p.gated ? static_cast<int>(row / 16) : 0;
+      const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
+      for (int r = 0; r < run; ++r) {
+        const std::int64_t row = static_cast<std::int64_t>(task.row_task + r) * p.task_rows;
+        const int y = p.gated ? 0 : static_cast<int>(row);
+        const int u = p.gated ? static_cast<int>(row / 16) : 0;
 #pragma unroll 1
-      for (int i = 0; i < stages; ++i) {
-        ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
-        if (i == 0) shared.tasks()[ring] = task;
-        const std::uint32_t full = shared.full(cursor.stage);
-        if (task.expert < 0) {
-          ptx::barrier_arrive(full);
-        } else {
-          ptx::barrier_arrive_expect(full, static_cast<std::uint32_t>(p.task_rows * S::kRowBytes));
-          ptx::tma_load_5d(ptx::shared_address(shared.weights(cursor.stage)), &p.weights, full,
-                           i * S::kRowBytes, y, 0, u, task.expert);
+        for (int i = 0; i < stages; ++i) {
+          ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
+          if (r + i == 0) shared.tasks()[ring] = task;
+          const std::uint32_t full = shared.full(cursor.stage);
+          if (task.expert < 0) {
+            ptx::barrier_arrive(full);
+          } else {
+            ptx::barrier_arrive_expect(full,
+                                       static_cast<std::uint32_t>(p.task_rows * S::kRowBytes));
+            ptx::tma_load_5d(ptx::shared_address(shared.weights(cursor.stage)), &p.weights, full,
+                             i * S::kRowBytes, y, 0, u, task.expert);
+          }
+          cursor.advance();
         }
-        cursor.advance();
       }
     }
     __syncwarp();
@@ -83,62 +86,64 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
   Cursor<S::kStages> cursor;
   for (;;) {
     const Task task = schedule.next();
-    const int stages = stages_of<S>(p, task);
-    // Rows of cells. With zero points every row has its own, which saves the registers of a second
-    // list.
-    std::uint32_t rows[kMine];
+    const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
     const std::uint32_t first = static_cast<std::uint32_t>(task.expert) * p.cell_expert;
-    if (task.expert >= 0) {
-#pragma unroll
-      for (int i = 0; i < kMine; ++i) {
-        rows[i] = existing_row(p, task.row_task, lane + 32 * i);
-        if constexpr (!S::Weight::kZeros) rows[i] = first + rows[i] / p.cell_rows * p.cell_row;
-      }
-    }
-    for (int stage = 0; stage < stages; ++stage) {
-      ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
+    for (int r = 0; r < run; ++r) {
+      // Rows of cells. With zero points every row has its own, which saves the registers of a
+      // second list.
+      std::uint32_t rows[kMine];
       if (task.expert >= 0) {
-        const std::uint32_t scales = ptx::shared_address(shared.scales(cursor.stage));
-        const std::uint32_t to = scales + lane * S::kGroups * 4;
-        const std::uint32_t words = scales + (S::kScales + lane) * 4;
-        // With zero points every row has its own cells, and the second list is spared.
-        const auto cell = [&](std::uint32_t row) {
-          return S::Weight::kZeros ? first + row * p.cell_row : row;
-        };
-        if (p.scales_together) {
 #pragma unroll
-          for (int g = 0; g < S::kGroups; g += S::kScalesAtOnce) {
-            const std::uint32_t group = stage * S::kGroups + g;
-            const std::uint32_t left = group < p.groups ? p.groups - group : 0;
-            const std::uint32_t bytes = 4 * (left < S::kScalesAtOnce ? left : S::kScalesAtOnce);
+        for (int i = 0; i < kMine; ++i) {
+          rows[i] = existing_row(p, task.row_task + r, lane + 32 * i);
+          if constexpr (!S::Weight::kZeros) rows[i] = first + rows[i] / p.cell_rows * p.cell_row;
+        }
+      }
+      for (int stage = 0; stage < stages; ++stage) {
+        ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
+        if (task.expert >= 0) {
+          const std::uint32_t scales = ptx::shared_address(shared.scales(cursor.stage));
+          const std::uint32_t to = scales + lane * S::kGroups * 4;
+          const std::uint32_t words = scales + (S::kScales + lane) * 4;
+          // With zero points every row has its own cells, and the second list is spared.
+          const auto cell = [&](std::uint32_t row) {
+            return S::Weight::kZeros ? first + row * p.cell_row : row;
+          };
+          if (p.scales_together) {
+#pragma unroll
+            for (int g = 0; g < S::kGroups; g += S::kScalesAtOnce) {
+              const std::uint32_t group = stage * S::kGroups + g;
+              const std::uint32_t left = group < p.groups ? p.groups - group : 0;
+              const std::uint32_t bytes = 4 * (left < S::kScalesAtOnce ? left : S::kScalesAtOnce);
+#pragma unroll
+              for (int i = 0; i < kMine; ++i) {
+                ptx::copy_async_part<4 * S::kScalesAtOnce>(
+                    to + (i * 32 * S::kGroups + g) * 4, p.scale + (cell(rows[i]) + group), bytes);
+              }
+            }
+          }
+#pragma unroll
+          for (int g = 0; g < S::kGroups; ++g) {
+            const std::uint32_t group = group_of(p, stage * kStageBlocks<S> + g * (S::kSteps / 2));
 #pragma unroll
             for (int i = 0; i < kMine; ++i) {
-              ptx::copy_async_part<4 * S::kScalesAtOnce>(to + (i * 32 * S::kGroups + g) * 4,
-                                                         p.scale + (cell(rows[i]) + group), bytes);
+              if (!p.scales_together) {
+                ptx::copy_async_4(to + (i * 32 * S::kGroups + g) * 4,
+                                  p.scale + (cell(rows[i]) + group * p.cell_group));
+              }
+              if constexpr (S::Weight::kZeros) {
+                const std::uint32_t word =
+                    (zero_offset(p, task.expert, rows[i]) + group * p.zero_group) & ~3u;
+                const std::uint32_t left = p.zero_bytes - word;
+                ptx::copy_async_part<4>(words + (g * S::kRows + i * 32) * 4, p.zero + word,
+                                        left < 4 ? left : 4);
+              }
             }
           }
         }
-#pragma unroll
-        for (int g = 0; g < S::kGroups; ++g) {
-          const std::uint32_t group = group_of(p, stage * kStageBlocks<S> + g * (S::kSteps / 2));
-#pragma unroll
-          for (int i = 0; i < kMine; ++i) {
-            if (!p.scales_together) {
-              ptx::copy_async_4(to + (i * 32 * S::kGroups + g) * 4,
-                                p.scale + (cell(rows[i]) + group * p.cell_group));
-            }
-            if constexpr (S::Weight::kZeros) {
-              const std::uint32_t word =
-                  (zero_offset(p, task.expert, rows[i]) + group * p.zero_group) & ~3u;
-              const std::uint32_t left = p.zero_bytes - word;
-              ptx::copy_async_part<4>(words + (g * S::kRows + i * 32) * 4, p.zero + word,
-                                      left < 4 ? left : 4);
-            }
-          }
-        }
+        ptx::copy_async_arrive(shared.full(cursor.stage));
+        cursor.advance();
       }
-      ptx::copy_async_arrive(shared.full(cursor.stage));
-      cursor.advance();
     }
     if (task.expert == kEndOfTasks) return;
   }

@@ -124,23 +124,30 @@ class DequantWarps : private DequantMultiplier<S> {
     const Place place = this->place();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
-      const Task task = load_task(ring);
+      Task task = load_task(ring);
       if (task.expert == kEndOfTasks) return;
       if (task.expert < 0) {
         release(cursor_.stage);
         cursor_.advance();
-        epilogue(ring, task).zeros(task);
+        for (;; ++task.row_task) {
+          epilogue(ring, task).zeros(task);
+          if (!S::kHasRuns || --task.run == 0) break;
+        }
         continue;
       }
-      if (alone_)
-        own(ring, task).begin(task);
-      else
-        epilogue(ring, task).begin(task);
-      this->find_zeros(task);
-      Sums sums;
-      const bool done =
-          task.rows <= 8 ? work<8>(ring, task, place, sums) : work<16>(ring, task, place, sums);
-      if (!done) epilogue(ring, task).finish(task, sums);
+      for (int r = 0;; task = load_task_of_run(ring, r)) {
+        if (alone_)
+          own(ring, task).begin(task);
+        else
+          epilogue(ring, task).begin(task);
+        this->find_zeros(task);
+        Sums sums;
+        const bool done =
+            task.rows <= 8 ? work<8>(ring, task, place, sums) : work<16>(ring, task, place, sums);
+        if (!done) epilogue(ring, task).finish(task, sums);
+        if (!S::kHasRuns || ++r == task.run) break;
+        ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
+      }
     }
   }
 
@@ -154,6 +161,12 @@ class DequantWarps : private DequantMultiplier<S> {
   using Base::shared_;
   using Base::warpgroup;
 
+  __device__ Task load_task_of_run(int ring, int r) const {
+    Task task = load_task(ring);
+    task.row_task += r;
+    task.flip = (task.flip + r) % 2;
+    return task;
+  }
   __device__ WarpEpilogue<S> own(int ring, const Task& task) const {
     const int mine = warpgroup();
     return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};

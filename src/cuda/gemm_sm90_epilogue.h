@@ -93,7 +93,7 @@ class Epilogue {
         table_(table),
         warpgroup_(warpgroup),
         flip_(flip),
-        thread_(thread_index<S::kSmall>() % 128),
+        thread_(thread_index<S::kKeepsThread>() % 128),
         lane_(thread_ % 32),
         warp_(thread_ / 32) {}
 

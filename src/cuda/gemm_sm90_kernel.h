@@ -153,7 +153,7 @@ class Multiplier : private Consumer<S, Params> {
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int thread = thread_index<S::kSmall>() % 128, mine = warpgroup() * S::kBlocks * 8192;
+    const int thread = thread_index<S::kKeepsThread>() % 128, mine = warpgroup() * S::kBlocks * 8192;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();
@@ -187,7 +187,7 @@ class Multiplier : private Consumer<S, Params> {
     for (int i = 0; i < N / 2; ++i) sums[0][i] = 0.0f;
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + 1) / 2, mine = warpgroup() * 8192;
-    const int thread = thread_index<S::kSmall>() % 128;
+    const int thread = thread_index<S::kKeepsThread>() % 128;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();

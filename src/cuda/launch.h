@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -26,15 +27,24 @@ enum class Dependency : unsigned char { kFull, kOverlap };
 struct LaunchShape {
   dim3 grid{1}, block{1};
   std::size_t shared_bytes = 0;
+  std::size_t most_shared_bytes = 0;          // of any launch of this kernel, where they differ
   Dependency dependency = Dependency::kFull;  // kOverlap has no effect below SM90
 };
 
 template <typename... Params, typename... Args>
 void launch(const char* what, void (*kernel)(Params...), const LaunchShape& shape,
             cudaStream_t stream, Args&&... args) {
-  if (shape.shared_bytes > 48 * 1024) {
+  const std::size_t most = std::max(shape.shared_bytes, shape.most_shared_bytes);
+  if (most > 48 * 1024) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
+                                    static_cast<int>(most)),
+               what);
+  }
+  if (shape.most_shared_bytes > 0) {
+    // Else the driver may divide an SM's memory by what one launch needs, and the others' blocks
+    // wait until the SM is empty.
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
                what);
   }
   cudaLaunchAttribute attribute{};
@@ -57,7 +67,7 @@ struct DeviceTraits {
   int compute_capability = 0;        // 90, 80, ...
   std::size_t shared_per_block = 0;  // opt-in maximum
   std::size_t l2_bytes = 0;
-  bool use_sm90 = false;             // wgmma / TMA kernels; else the SM80 family
+  bool use_sm90 = false;  // wgmma / TMA kernels; else the SM80 family
 };
 
 }  // namespace moesaic::cuda

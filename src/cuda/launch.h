@@ -4,7 +4,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -31,33 +30,17 @@ struct LaunchShape {
   Dependency dependency = Dependency::kFull;  // kOverlap has no effect below SM90
 };
 
+// `arguments`: where each parameter lies. Throws by the kernel's name. (launch.cpp)
+void launch_kernel(const char* what, const void* kernel, void** arguments, const LaunchShape& shape,
+                   cudaStream_t stream);
+
 template <typename... Params, typename... Args>
 void launch(const char* what, void (*kernel)(Params...), const LaunchShape& shape,
             cudaStream_t stream, Args&&... args) {
-  const std::size_t most = std::max(shape.shared_bytes, shape.most_shared_bytes);
-  if (most > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(most)),
-               what);
-  }
-  if (shape.most_shared_bytes > 0) {
-    // Else the driver may divide an SM's memory by what one launch needs, and the others' blocks
-    // wait until the SM is empty.
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    cudaSharedmemCarveoutMaxShared),
-               what);
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = shape.dependency == Dependency::kOverlap ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, Params(std::forward<Args>(args))...), what);
+  [&](Params... exact) {
+    void* arguments[] = {&exact...};
+    launch_kernel(what, reinterpret_cast<const void*>(kernel), arguments, shape, stream);
+  }(std::forward<Args>(args)...);
 }
 
 // What the policies need to know of the device.

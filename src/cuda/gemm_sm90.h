@@ -20,6 +20,10 @@ namespace moesaic::cuda::sm90 {
 using ptx::Element;
 
 // --- shapes of the kernels
+// So much shared memory that an SM takes only one such CTA (and one of those beside it of which it
+// otherwise takes two): see Params::spread.
+inline constexpr int kSpreadBytes = 113 * 1024 + 128;
+
 // A stage holds kChunks chunks of 128 bytes of K for kBlocks * 64 weight rows of each consumer
 // warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each
 // loads half and sends it to both) and halve its tokens: L2 then delivers two thirds of the bytes.
@@ -82,6 +86,7 @@ struct Shape {
       kStages * (kStageBytes + kScaleBytes) + kWarpgroups * kEpilogueBytes +
       kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8;
   static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
+  static_assert(kPerSm == 1 || kSharedBytes <= kSpreadBytes);
   static_assert(kTokenBytes % 1024 == 0);
   // Tokens of a TMA load; where it is all of them, rows are gathered.
   static constexpr int kBox = kTokens % 32 == 0 ? 32 : kTokens % 48 == 0 ? 48 : 16;
@@ -150,6 +155,9 @@ struct Params {
   std::int32_t group_tiles;    // tiles that are walked together, if experts allow: see Schedule
   bool even_tiles;             // give the tiles of an expert the same number of rows
   bool settled;                // the tile list is older than the previous kernel
+  // No SM takes two CTAs. Where there are no more of them than SMs, those of GEMM2 would otherwise
+  // go, two by two, to the SMs where GEMM1 ends first, and these would be waited for.
+  bool spread;
 
   TokenLoad token_load;
   RowOf a_row, c_row;
@@ -180,6 +188,11 @@ struct Params {
   StorePath store;
   QuantizerView quantizer;
 };
+
+template <typename S>
+std::size_t shared_size(const Params& p) {
+  return static_cast<std::size_t>(S::kPerSm == 2 && p.spread ? kSpreadBytes : S::kSharedBytes);
+}
 
 template <typename S>
 void launch_gemm(const Params& params, int grid, cudaStream_t stream);

@@ -232,7 +232,6 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.flip = spec.format == WeightFormat::kI8 ? 0x80808080u : 0;
   set_cells(p, spec, weights_of(*stage.b), traits.scales);
   const int grid = grid_size(p, traits.task, device);
-  p.spread = grid <= device.sm_count;
   traits.launch(p, grid, stream);
 }
 

@@ -76,9 +76,7 @@ struct DequantShape {
   static constexpr int kRing = kStages + 1;
   static constexpr int kSharedBytes = kFixedBytes + kStages * kPerStage;
   static_assert(kStages >= 2 && kStageBytes % 1024 == 0);
-  // So much that an SM takes only one such CTA (and one of the usual kind beside it).
-  static constexpr int kSpreadBytes = kPerSm == 2 ? 113 * 1024 + 128 : kSharedBytes;
-  static_assert(kSharedBytes <= kSpreadBytes);
+  static_assert(kPerSm == 1 || kSharedBytes <= kSpreadBytes);
 };
 
 // In the order of their tactics; Twin, two warpgroups that each do what Narrow's does, comes last.
@@ -106,9 +104,6 @@ inline constexpr Walk kWalk<DequantShape<W, E, kSteps, kTokens, kWarpgroups, kBl
 
 struct DequantParams : Params {
   std::uint32_t flip;  // 0x80808080: signed bytes, stored q + 128 behind it
-  // No SM takes two CTAs. Where there are no more of them than SMs, those of GEMM2 would otherwise
-  // go, two by two, to the SMs where GEMM1 ends first, and these would be waited for.
-  bool spread;
 
   // Cells: scale of row n, group g of expert e. Offsets fit 32 bits.
   const float* scale;

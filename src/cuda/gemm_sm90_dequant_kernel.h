@@ -49,14 +49,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
 
 template <typename S>
 void launch_dequant(const DequantParams& params, int grid, cudaStream_t stream) {
-  launch(
-      "grouped product (SM90, weight-only)", dequant_kernel<S>,
-      {.grid = dim3(static_cast<unsigned>(grid)),
-       .block = dim3(S::kThreads),
-       .shared_bytes = static_cast<std::size_t>(params.spread ? S::kSpreadBytes : S::kSharedBytes),
-       .most_shared_bytes = S::kPerSm == 2 ? S::kSpreadBytes : 0,
-       .dependency = Dependency::kOverlap},
-      stream, params);
+  launch("grouped product (SM90, weight-only)", dequant_kernel<S>,
+         {.grid = dim3(static_cast<unsigned>(grid)),
+          .block = dim3(S::kThreads),
+          .shared_bytes = shared_size<S>(params),
+          .most_shared_bytes = S::kPerSm == 2 ? kSpreadBytes : 0,
+          .dependency = Dependency::kOverlap},
+         stream, params);
 }
 
 }  // namespace moesaic::cuda::sm90

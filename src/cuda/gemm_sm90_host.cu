@@ -241,6 +241,7 @@ int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device) {
   const std::int64_t filling = std::min<std::int64_t>(ceil_div(teams, p.row_runs), 16);
   const std::int64_t cheap = kGroupTokens / (p.rows.tile_rows * p.k_bytes);
   p.group_tiles = static_cast<std::int32_t>(std::max(filling, std::min(cheap, kMostGroupTiles)));
+  p.spread = task.per_sm > 1 && tasks <= device.sm_count;
   return static_cast<int>(tasks < teams ? tasks : teams) * task.pair;
 }
 

@@ -345,7 +345,8 @@ void launch_gemm(const Params& params, int grid, cudaStream_t stream) {
   launch("grouped product (SM90)", gemm_kernel<S>,
          {.grid = dim3(static_cast<unsigned>(grid)),
           .block = dim3(S::kThreads),
-          .shared_bytes = S::kSharedBytes,
+          .shared_bytes = shared_size<S>(params),
+          .most_shared_bytes = S::kPerSm == 2 ? kSpreadBytes : 0,
           .dependency = Dependency::kOverlap},
          stream, params);
 }

@@ -260,41 +260,54 @@ class Epilogue {
       const std::int64_t first = column(task, first_block);
       const int before = first_block / kTogether * chunks;
       stage(first_block, 0, buffer(before & 1));
+      if constexpr (kTokens == kChunk) {  // nothing to hide behind: fewer registers
+        sync();
 #pragma unroll
-      for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
-        if (chunk * kChunk < task.rows) {
-          unsigned char* const out = buffer((before + chunk) & 1);
-          const bool more = (chunk + 1) * kChunk < kTokens && (chunk + 1) * kChunk < task.rows;
-          std::uint32_t row[kMine];
+        for (int i = thread_; i < kAll; i += 128) {
+          const std::uint32_t row = rows()[i / kUnits];
+          const std::int64_t n = first + i % kUnits * 8;
+          if (row != kNoRow && n < end)
+            store_eight(row, n,
+                        *reinterpret_cast<const uint4*>(buffer(before & 1) +
+                                                        i / kUnits * S::kPitch + i % kUnits * 16));
+        }
+      } else {
 #pragma unroll
-          for (int i = 0; i < kMine; ++i) {
-            const int token = (thread_ + i * 128) / kUnits;
-            row[i] = is_mine(i) ? rows()[chunk * kChunk + token] : kNoRow;
-          }
-          sync();
-          if constexpr (S::kHasGroups && kGated) {
-            if (p_.quantizer.kind == Quantizes::kGroup) {
-              static_assert(kChunk == 32 && kTogether == kBlocks);
-              store_groups<S, 2, 16>(p_, staged_groups(task, {.rows = out + warp_ * 4 * S::kPitch,
-                                                              .token = chunk * 32 + warp_ * 4}));
-              if (more) stage(first_block, chunk + 1, buffer((before + chunk + 1) & 1));
-              continue;
+        for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
+          if (chunk * kChunk < task.rows) {
+            unsigned char* const out = buffer((before + chunk) & 1);
+            const bool more = (chunk + 1) * kChunk < kTokens && (chunk + 1) * kChunk < task.rows;
+            std::uint32_t row[kMine];
+#pragma unroll
+            for (int i = 0; i < kMine; ++i) {
+              const int token = (thread_ + i * 128) / kUnits;
+              row[i] = is_mine(i) ? rows()[chunk * kChunk + token] : kNoRow;
             }
-          }
-          // Read, and on its way to memory when the next chunk is staged: nothing waits for it.
-          uint4 v[kMine];
+            sync();
+            if constexpr (S::kHasGroups && kGated) {
+              if (p_.quantizer.kind == Quantizes::kGroup) {
+                static_assert(kChunk == 32 && kTogether == kBlocks);
+                store_groups<S, 2, 16>(p_, staged_groups(task, {.rows = out + warp_ * 4 * S::kPitch,
+                                                                .token = chunk * 32 + warp_ * 4}));
+                if (more) stage(first_block, chunk + 1, buffer((before + chunk + 1) & 1));
+                continue;
+              }
+            }
+            // Read, and on its way to memory when the next chunk is staged: nothing waits for it.
+            uint4 v[kMine];
 #pragma unroll
-          for (int i = 0; i < kMine; ++i) {
-            const int at = thread_ + i * 128;
-            if (is_mine(i))
-              v[i] =
-                  *reinterpret_cast<const uint4*>(out + at / kUnits * S::kPitch + at % kUnits * 16);
-          }
-          if (more) stage(first_block, chunk + 1, buffer((before + chunk + 1) & 1));
+            for (int i = 0; i < kMine; ++i) {
+              const int at = thread_ + i * 128;
+              if (is_mine(i))
+                v[i] = *reinterpret_cast<const uint4*>(out + at / kUnits * S::kPitch +
+                                                       at % kUnits * 16);
+            }
+            if (more) stage(first_block, chunk + 1, buffer((before + chunk + 1) & 1));
 #pragma unroll
-          for (int i = 0; i < kMine; ++i) {
-            const std::int64_t n = first + (thread_ + i * 128) % kUnits * 8;
-            if (row[i] != kNoRow && n < end) store_eight(row[i], n, v[i]);
+            for (int i = 0; i < kMine; ++i) {
+              const std::int64_t n = first + (thread_ + i * 128) % kUnits * 8;
+              if (row[i] != kNoRow && n < end) store_eight(row[i], n, v[i]);
+            }
           }
         }
       }

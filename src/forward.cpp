@@ -110,16 +110,16 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
                    .slot_row = b.routed.slot_row,
                    .tokens_per_expert = chunk.tokens_per_expert,
                    .scratch = b.routed.align_scratch};
-  const InputStep input_step = moesaic::input_step(input_run, b.routed.input);
-  const Rows& input = input_step.rows;
+  const InputStep step = input_step(input_run, b.routed.input);
+  const Rows& input = step.rows;
   // Rows that are quantized by token need no list, and align does not need them.
   const bool by_token = !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
-  if (input_step.needed && by_token) {
+  if (step.needed && by_token) {
     align.ids_age = ListAge::kSettled;
-    run.quantize_and_align(input_step.stage, align, args.stream);
+    run.quantize_and_align(step.stage, align, args.stream);
   } else {
     run.align(align, args.stream);
-    if (input_step.needed) run.quantize(input_step.stage, args.stream);
+    if (step.needed) run.quantize(step.stage, args.stream);
   }
   run_experts({.plan = &plan,
                .fc1 = layer.fc1,

@@ -23,6 +23,24 @@ class Consumer {
     ptx::load_shared_32(ptx::shared_address(shared_.tasks() + ring), &task);
     return task;
   }
+  // The r-th task of a run: see Params::run.
+  __device__ Task load_task_of_run(int ring, int r) const {
+    Task task = load_task(ring);
+    if constexpr (S::kHasRuns) {
+      task.row_task += r;
+      task.flip = (task.flip + r) % 2;
+    }
+    return task;
+  }
+  // A filtered task, or a run of them: zeros, and one stage without bytes.
+  __device__ void skip(int ring, Task task) {
+    release(cursor_.stage);
+    cursor_.advance();
+    for (;; ++task.row_task) {
+      epilogue(ring, task).zeros(task);
+      if (!S::kHasRuns || --task.run == 0) break;
+    }
+  }
   // A pair's stage is free when both have read it: each loads into both.
   __device__ void release(int stage) {
     __syncwarp();  // one lane speaks for all, also for what they read of tables and scales

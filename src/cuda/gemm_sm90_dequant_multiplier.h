@@ -27,9 +27,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
       const Task task = load_task(ring);
       if (task.expert == kEndOfTasks) return;
       if (task.expert < 0) {
-        release(cursor_.stage);
-        cursor_.advance();
-        epilogue(ring, task).zeros(task);
+        skip(ring, task);
         continue;
       }
       epilogue(ring, task).begin(task);
@@ -45,9 +43,11 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
   using Base::cursor_;
   using Base::epilogue;
   using Base::load_task;
+  using Base::load_task_of_run;
   using Base::p_;
   using Base::release;
   using Base::shared_;
+  using Base::skip;
   using Base::warpgroup;
 
   static constexpr int kBlockBytes = 64 * S::kRowBytes;

@@ -127,12 +127,7 @@ class DequantWarps : private DequantMultiplier<S> {
       Task task = load_task(ring);
       if (task.expert == kEndOfTasks) return;
       if (task.expert < 0) {
-        release(cursor_.stage);
-        cursor_.advance();
-        for (;; ++task.row_task) {
-          epilogue(ring, task).zeros(task);
-          if (!S::kHasRuns || --task.run == 0) break;
-        }
+        skip(ring, task);
         continue;
       }
       for (int r = 0;; task = load_task_of_run(ring, r)) {
@@ -156,17 +151,13 @@ class DequantWarps : private DequantMultiplier<S> {
   using Base::epilogue;
   using Base::kBlockBytes;
   using Base::load_task;
+  using Base::load_task_of_run;
   using Base::p_;
   using Base::release;
   using Base::shared_;
+  using Base::skip;
   using Base::warpgroup;
 
-  __device__ Task load_task_of_run(int ring, int r) const {
-    Task task = load_task(ring);
-    task.row_task += r;
-    task.flip = (task.flip + r) % 2;
-    return task;
-  }
   __device__ WarpEpilogue<S> own(int ring, const Task& task) const {
     const int mine = warpgroup();
     return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};

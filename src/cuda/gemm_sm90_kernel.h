@@ -30,12 +30,7 @@ class Multiplier : private Consumer<S, Params> {
       Task task = load_task(ring);
       if (task.expert == kEndOfTasks) return;
       if (task.expert < 0) {
-        release(cursor_.stage);
-        cursor_.advance();
-        for (;; ++task.row_task) {
-          epilogue(ring, task).zeros(task);
-          if (!S::kHasRuns || --task.run == 0) break;
-        }
+        skip(ring, task);
         continue;
       }
       for (int r = 0;; task = load_task_of_run(ring, r)) {
@@ -63,21 +58,14 @@ class Multiplier : private Consumer<S, Params> {
   }
 
  private:
-  __device__ Task load_task_of_run(int ring, int r) const {
-    Task task = load_task(ring);
-    if constexpr (S::kHasRuns) {
-      task.row_task += r;
-      task.flip = (task.flip + r) % 2;
-    }
-    return task;
-  }
-
   using Base::cursor_;
   using Base::epilogue;
   using Base::load_task;
+  using Base::load_task_of_run;
   using Base::p_;
   using Base::release;
   using Base::shared_;
+  using Base::skip;
   using Base::warpgroup;
 
   // Fewer tokens than the tile has room for need a smaller instruction only.
@@ -153,7 +141,8 @@ class Multiplier : private Consumer<S, Params> {
     }
     const bool gathered = p_.token_load == TokenLoad::kGather;
     const int stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    const int thread = thread_index<S::kKeepsThread>() % 128, mine = warpgroup() * S::kBlocks * 8192;
+    const int thread = thread_index<S::kKeepsThread>() % 128,
+              mine = warpgroup() * S::kBlocks * 8192;
     for (int i = 0; i < stages; ++i) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
       if (gathered) ptx::fence_async_proxy();

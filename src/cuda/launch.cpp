@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Where every launch ends up: the shared memory a kernel may use is asked for once, then it runs.
 #include "cuda/launch.h"
 
 #include <algorithm>

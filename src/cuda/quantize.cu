@@ -288,9 +288,6 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const auto grid_of = [&](std::int64_t blocks) {
     return strided_grid(blocks, device, kBlocksPerSm);
   };
-  AlignFew beside;
-  if (align != nullptr) beside.params = align_params(*align);
-  bool aligned = align != nullptr && is_few(beside.params);
   // A block per row while rows are few or very wide; a warp per row when there are plenty.
   const std::int64_t live = std::min(rows, p.tiles != nullptr ? p.positions : rows);
   const bool warp_rows =
@@ -298,11 +295,24 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const std::int64_t row_blocks = warp_rows ? ceil_div(rows, kWarps) : rows;
 
   const int row_threads = warp_rows ? 32 : kThreads;
+
+  // Groups in a warp's registers, four pieces of rows at once where there are plenty.
+  const bool by_group = p.granularity == ActScale::kGroup;
+  const std::int64_t lanes = p.group / 8, pieces = ceil_div(p.columns, 256);
+  const bool even = wide && p.group % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
+  const bool plenty = live * pieces > device.sm_count * 64;
+
+  // Only the kernels that few rows take know how to align beside them.
+  const bool quantizes = is_float(stage.input.dtype) && p.granularity != ActScale::kDefault;
+  AlignFew beside;
+  if (align != nullptr) beside.params = align_params(*align);
+  const bool aligned =
+      align != nullptr && is_few(beside.params) && quantizes && (!by_group || (even && !plenty));
+
   const auto move = [&](auto in) {
     using In = decltype(in);
     pick<8, 1>(wide, [&](auto vec) {
       go("quantize: move", move_rows<In, decltype(vec)::value>, grid_of(row_blocks), row_threads);
-      aligned = false;
     });
   };
   if (!is_float(stage.input.dtype)) {
@@ -315,24 +325,16 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   }
   for_float_type(stage.input.dtype, [&](auto in) {
     using In = decltype(in);
-    if (p.granularity == ActScale::kGroup) {
-      const std::int64_t lanes = p.group / 8;
-      const bool even = wide && p.group % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
-      if (!even) {
-        aligned = false;
+    if (by_group) {
+      if (!even)
         return go("quantize: groups", quantize_odd_groups<In>,
                   grid_of(ceil_div(rows * p.groups, kWarps)));
-      }
-      const std::int64_t pieces = ceil_div(p.columns, 256);
       const auto groups = [&](auto kernel, int at_once, auto other) {
         dim3 grid = grid_of(ceil_div(rows * pieces, kWarps * at_once));
         grid.x += decltype(other)::kBlocks;
         go("quantize: groups", kernel, grid, static_cast<int>(lanes), pieces, other);
       };
-      if (live * pieces > device.sm_count * 64) {
-        aligned = false;
-        return groups(quantize_groups<In, 4, Nothing>, 4, Nothing{});
-      }
+      if (plenty) return groups(quantize_groups<In, 4, Nothing>, 4, Nothing{});
       if (aligned) return groups(quantize_groups<In, 1, AlignFew>, 1, beside);
       return groups(quantize_groups<In, 1, Nothing>, 1, Nothing{});
     }

@@ -54,7 +54,6 @@ Layer loaded_layer(const LayerConfig& config, const BenchSpec& spec, std::uint64
     const auto from = static_cast<std::size_t>(e % distinct);
     layer.load_expert(e, there.empty() ? drawn[from].weights : there[from].weights);
   }
-  layer.set_tactics(spec.tactics);
   return layer;
 }
 
@@ -138,7 +137,7 @@ class Bench {
     m.reference =
         spec_.device.type == DeviceType::kCpu ? reference_cpu(m.threads) : reference_gpu(info.name);
     load_sets();
-    for (const std::int64_t tokens : spec_.tokens) result_.rows.push_back(row(tokens));
+    for (const std::int64_t tokens : spec_.tokens) add_rows(tokens);
     m.after = watch_->products();
     m.after.read_gbytes_s = watch_->read_gbytes_s();
     m.invalid = invalid_because(m.before, m.reference, spec_.device.type);
@@ -164,7 +163,7 @@ class Bench {
     }
   }
 
-  BenchRow row(std::int64_t tokens) {
+  void add_rows(std::int64_t tokens) {
     say(fmt::format("{} tokens", tokens));
     const double expected_ms =
         6.0 * static_cast<double>(tokens * config_.top_k * config_.hidden) *
@@ -209,13 +208,20 @@ class Bench {
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
               .count();
     }
-    const double read_before = watch_->read_gbytes_s();
-    const std::vector<double> samples = watch_->sample_ms(calls, {.seconds = spec_.seconds});
-    const double read_after = watch_->read_gbytes_s();
-    BenchRow done = finished_row(tokens, active, samples, 0.5 * (read_before + read_after));
-    done.clock_mhz = watch_->clock_mhz();
-    if (tokens <= 16) done.host_us = watch_->host_us(calls[0]);
-    return done;
+    double read_before = watch_->read_gbytes_s(), worth_ms = 0;
+    for (const TacticPair& pair : spec_.tactics) {
+      for (Layer& layer : layers_) layer.set_tactics(pair);
+      const std::vector<double> samples =
+          watch_->sample_ms(calls, {.seconds = spec_.seconds, .worth_ms = worth_ms});
+      const double read_after = watch_->read_gbytes_s();
+      BenchRow done = finished_row(tokens, active, samples, 0.5 * (read_before + read_after));
+      done.tactics = pair;
+      done.clock_mhz = watch_->clock_mhz();
+      if (tokens <= 16) done.host_us = watch_->host_us(calls[0]);
+      if (worth_ms == 0) worth_ms = 2 * done.ms_median;
+      read_before = read_after;
+      result_.rows.push_back(std::move(done));
+    }
   }
 
   BenchRow finished_row(std::int64_t tokens, double active, const std::vector<double>& samples,
@@ -230,6 +236,8 @@ class Bench {
     r.source = spec_.source == RoutingSource::kLogits ? "logits" : "ids";
     r.shape = spec_.shape.name;
     r.load = name(spec_.load);
+    r.activation = name(config_.activation.kind);
+    r.bias = spec_.bias == Biases::kAll;
     r.experts = config_.experts;
     r.hidden = config_.hidden;
     r.intermediate = config_.intermediate;
@@ -334,6 +342,8 @@ nlohmann::json to_json(const BenchResult& result) {
                     {"tokens", r.tokens},
                     {"load", r.load},
                     {"source", r.source},
+                    {"activation", r.activation},
+                    {"bias", r.bias},
                     {"ms_median", r.ms_median},
                     {"ms_min", r.ms_min},
                     {"ms_max", r.ms_max},
@@ -350,6 +360,8 @@ nlohmann::json to_json(const BenchResult& result) {
                     {"product_gops", r.product_gops},
                     {"host_us", r.host_us},
                     {"clock_mhz", r.clock_mhz},
+                    {"tactic1", r.tactics.gemm1},
+                    {"tactic2", r.tactics.gemm2},
                     {"valid", r.invalid.empty()},
                     {"invalid_reason", r.invalid}});
   return {{"machine", machine}, {"rows", rows}};

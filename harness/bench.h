@@ -29,7 +29,9 @@ struct BenchSpec {
   Device device{};
   std::uint64_t seed = 1;
   double seconds = 0.5;  // per row
-  TacticPair tactics{};
+  // Each is a row of its own; all of one number of tokens share buffers and routings, one behind
+  // the other. Rows behind the first that would take three times as long as it have one sample.
+  std::vector<TacticPair> tactics{{}};
 };
 
 struct BenchRow {
@@ -48,7 +50,10 @@ struct BenchRow {
   double product_gops = 0;   // of the products that this scheme is made of
   double host_us = 0;        // of one call that the host does not wait for
   double clock_mhz = 0;      // of the device, behind the last sample
-  std::string invalid;       // why this row does not count; empty: it does
+  std::string activation;
+  bool bias = false;
+  TacticPair tactics{};  // what was forced; -1: the policy chose
+  std::string invalid;   // why this row does not count; empty: it does
 };
 
 struct BenchMachine {

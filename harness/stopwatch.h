@@ -18,6 +18,7 @@ struct Budget {
   double seconds = 0.5;  // stop when the samples have taken this long ...
   int min_runs = 7;      // ... but not before these many
   int max_runs = 400;
+  double worth_ms = 0;  // over 0: a call that takes longer is worth one sample only
 };
 
 class Stopwatch {

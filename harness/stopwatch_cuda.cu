@@ -200,15 +200,14 @@ class CudaStopwatch final : public Stopwatch {
   }
 
   Roof products() override {
-    Roof roof{.note = {}};
-    static CublasLt cublas;  // opened once: its start takes as long as all other probes together
-    roof.bf16_gflops = cublas.bf16();
-    roof.int8_gops = cublas.e4m3();
-    if (roof.bf16_gflops == 0) roof.bf16_gflops = 755e3;
-    if (roof.int8_gops == 0) roof.int8_gops = 1470e3;
-    if (roof.bf16_gflops == 755e3 || roof.int8_gops == 1470e3)
-      roof.note = "product rates are an H100's from the record: cuBLASLt was not found or failed";
-    return roof;
+    // What was measured behind the last bench of a list is what the next one would find before it.
+    static Roof last;
+    static std::chrono::steady_clock::time_point taken;
+    const auto age = std::chrono::steady_clock::now() - taken;
+    if (last.bf16_gflops > 0 && age < std::chrono::milliseconds(100)) return last;
+    last = probe_products();
+    taken = std::chrono::steady_clock::now();
+    return last;
   }
 
   double read_gbytes_s() override {
@@ -260,8 +259,13 @@ class CudaStopwatch final : public Stopwatch {
 
   std::vector<double> sample_ms(std::span<const std::function<void(Stream)>> calls,
                                 const Budget& budget) override {
-    for (const auto& call : calls) call({.handle = stream_});  // kernels are loaded outside the graph
+    clock_mhz_ = 0;
+    calls[0]({.handle = stream_});  // kernels are loaded outside the graph
     check(cudaStreamSynchronize(stream_), "the first forward");
+    if (budget.worth_ms > 0) {
+      const double once = elapsed_ms([&] { calls[0]({.handle = stream_}); });
+      if (once > budget.worth_ms + kLaunchesMs) return {once};
+    }
     cudaGraph_t graph;
     cudaGraphExec_t replay;
     check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
@@ -295,6 +299,19 @@ class CudaStopwatch final : public Stopwatch {
   }
 
  private:
+  Roof probe_products() {
+    Roof roof{.note = {}};
+    static CublasLt cublas;  // opened once: its start takes as long as all other probes together
+    roof.bf16_gflops = cublas.bf16();
+    roof.int8_gops = cublas.e4m3();
+    if (roof.bf16_gflops == 0) roof.bf16_gflops = 755e3;
+    if (roof.int8_gops == 0) roof.int8_gops = 1470e3;
+    if (roof.bf16_gflops == 755e3 || roof.int8_gops == 1470e3)
+      roof.note = "product rates are an H100's from the record: cuBLASLt was not found or failed";
+    return roof;
+  }
+
+  static constexpr double kLaunchesMs = 0.05;  // of one call outside a graph
   template <typename F>
   double elapsed_ms(const F& work) {
     check(cudaEventRecord(begin_, stream_), "cudaEventRecord");

@@ -176,8 +176,13 @@ std::size_t DeviceTensor::block_bytes() const {
 }
 
 void DeviceTensor::poison() {
-  const std::vector<std::byte> bytes(block_bytes(), kPoison);
-  backend(view_.device).copy(block_, bytes.data(), bytes.size(), {});
+  // In pieces that stay in the host's cache: batched buffers have gigabytes.
+  const std::size_t all = block_bytes();
+  const std::vector<std::byte> bytes(std::min<std::size_t>(all, std::size_t{4} << 20), kPoison);
+  for (std::size_t at = 0; at < all; at += bytes.size())
+    backend(view_.device)
+        .copy(static_cast<std::byte*>(block_) + at, bytes.data(),
+              std::min(bytes.size(), all - at), {});
 }
 
 void DeviceTensor::assign(const Tensor& host) {

@@ -124,6 +124,7 @@ TEST_F(Cli, MistakesExitWithTwoAndOneSentence) {
   expect_usage("bench --shape 2,64,64,3 --tokens 1", "top_k");
   expect_usage("bench --tokens 0", "--tokens");
   expect_usage("bench --shape 4,64,64,2 --load heavy", "heavy");
+  expect_usage("bench --shape 4,64,64,2 --tokens 1 --tactic1 2x", "--tactic1");
   expect_usage("quantize " + kTiny + " " + file("q") + " --layer 0 --scheme int5", "int5");
 }
 
@@ -249,6 +250,32 @@ TEST_F(Cli, BenchRowsHoldEveryField) {
   }
   EXPECT_GT(bench["machine"]["probes"]["before"]["read_gbytes_s"].get<double>(), 0);
   EXPECT_GT(bench["machine"]["probes"]["after"]["fma_gflops"].get<double>(), 0);
+}
+
+TEST_F(Cli, EveryTacticCanBeTimed) {
+  const json bench =
+      run_json("bench --shape 4,64,64,2 --tokens 2,5 --seconds 0.01 --tactic1 each --tactic2 each");
+  const auto pair = [](const json& row) {
+    return std::pair{row["tactic1"].get<int>(), row["tactic2"].get<int>()};
+  };
+  const json& rows = bench["rows"];
+  std::vector<std::pair<int, int>> expected{{-1, -1}};
+  for (std::size_t i = 1; i < rows.size() && rows[i]["tactic2"] == -1 && rows[i]["tactic1"] != -1;
+       ++i)
+    expected.emplace_back(static_cast<int>(i) - 1, -1);
+  const std::size_t first_of_gemm2 = expected.size();
+  for (std::size_t i = first_of_gemm2; i < rows.size() && rows[i]["tactic2"] != -1; ++i)
+    expected.emplace_back(-1, static_cast<int>(i - first_of_gemm2));
+  expected.emplace_back(-1, -1);
+  EXPECT_GE(expected.size(), 4u);
+  ASSERT_EQ(rows.size(), 2 * expected.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    EXPECT_EQ(rows[i]["tokens"], i < expected.size() ? 2 : 5);
+    EXPECT_EQ(pair(rows[i]), expected[i % expected.size()]) << i;
+  }
+  const json forced = run_json("bench --shape 4,64,64,2 --tokens 2 --seconds 0.01 --tactic2 0");
+  ASSERT_EQ(forced["rows"].size(), 1u);
+  EXPECT_EQ(pair(forced["rows"][0]), (std::pair{-1, 0}));
 }
 
 TEST_F(Cli, EveryFormatCanBeTimed) {

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <iterator>
 #include <utility>
 
@@ -21,7 +22,7 @@ struct BenchFlags {
   bool bias = false;
   std::uint64_t seed = 1;
   double seconds = 0.5;
-  int tactic1 = -1, tactic2 = -1;
+  std::string tactic1 = "-1", tactic2 = "-1";
 };
 
 void print_machine(const Output& out, const harness::BenchMachine& m) {
@@ -41,11 +42,52 @@ void print_machine(const Output& out, const harness::BenchMachine& m) {
   if (!m.reference) out.line("  (no ceilings on record for this kind of machine)");
 }
 
-std::vector<std::pair<harness::Shape, std::string>> pairs_of(
-    const std::vector<harness::Shape>& shapes, const std::vector<std::string>& loads) {
-  std::vector<std::pair<harness::Shape, std::string>> pairs;
-  for (const harness::Shape& shape : shapes)
-    for (const std::string& load : loads) pairs.emplace_back(shape, load);
+// What a bench measures apart from its shape and scheme: lists on the command line, all combined.
+struct Terms {
+  std::string format, activation, load;
+};
+std::vector<Terms> terms_of(const BenchFlags& flags) {
+  std::vector<Terms> terms;
+  for (const std::string& format : split(flags.format))
+    for (const std::string& activation : split(flags.activation))
+      for (const std::string& load : split(flags.load)) terms.push_back({format, activation, load});
+  return terms;
+}
+
+// The policy's own choice first, as what the others are held against, and last; in between every
+// tactic of the products of which all are wanted, the other product's at its own.
+std::vector<TacticPair> tactic_pairs(const BenchFlags& flags, const harness::Shape& shape,
+                                     const harness::Variant& variant, Device device) {
+  const auto number = [](std::string_view flag, const std::string& text) {
+    if (text == "each") return -1;
+    int value = 0;
+    const char* end = text.data() + text.size();
+    const auto [at, error] = std::from_chars(text.data(), end, value);
+    if (error != std::errc{} || at != end)
+      throw UsageError(fmt::format("{}: expected a number or each, got '{}'", flag, text));
+    return value;
+  };
+  const TacticPair given{.gemm1 = number("--tactic1", flags.tactic1),
+                         .gemm2 = number("--tactic2", flags.tactic2)};
+  const bool each1 = flags.tactic1 == "each", each2 = flags.tactic2 == "each";
+  std::vector<TacticPair> pairs{given};
+  if (!each1 && !each2) return pairs;
+  LayerConfig config{.experts = 1,  // tactics are a product's: its rows, columns and scheme
+                     .hidden = shape.hidden,
+                     .intermediate = shape.intermediate,
+                     .top_k = 1,
+                     .max_tokens = 1};
+  config.quant = variant.quant;
+  config.input_dtype = variant.input;
+  config.output_dtype = variant.output;
+  const Layer layer(config, device);
+  if (each1)
+    for (const Tactic& t : layer.tactics_gemm1())
+      pairs.push_back({.gemm1 = t.id, .gemm2 = given.gemm2});
+  if (each2)
+    for (const Tactic& t : layer.tactics_gemm2())
+      pairs.push_back({.gemm1 = given.gemm1, .gemm2 = t.id});
+  pairs.push_back(given);
   return pairs;
 }
 
@@ -60,24 +102,25 @@ harness::BenchResult measure(const BenchFlags& flags, Device device) {
   std::vector<harness::Shape> shapes;
   for (const std::string& text : flags.shapes) shapes.push_back(harness::parse_shape(text));
   for (const std::string& scheme : split(flags.scheme))
-    for (const std::string& format : split(flags.format))
-      for (const auto& [shape, load] : pairs_of(shapes, split(flags.load))) {
+    for (const harness::Shape& shape : shapes)
+      for (const auto& [format, activation, load] : terms_of(flags)) {
         const std::string label = fmt::format("{} {} {} {}: ", shape.name, scheme, format, load);
+        const harness::Variant variant = harness::parse_variant(scheme);
         harness::BenchResult part = harness::bench(
             {.shape = shape,
              .tokens = tokens,
-             .variant = harness::parse_variant(scheme),
+             .variant = variant,
              .format = parse_format(format),
              .source = flags.route == "logits" ? harness::RoutingSource::kLogits
                                                : harness::RoutingSource::kIds,
              .capacity = flags.capacity,
-             .activation = {.kind = parse_activation(flags.activation)},
+             .activation = {.kind = parse_activation(activation)},
              .bias = flags.bias ? harness::Biases::kAll : harness::Biases::kNone,
              .load = harness::parse_load(load),
              .device = device,
              .seed = flags.seed,
              .seconds = flags.seconds,
-             .tactics = {.gemm1 = flags.tactic1, .gemm2 = flags.tactic2}},
+             .tactics = tactic_pairs(flags, shape, variant, device)},
             [&](std::string_view what) { progress.show(label + std::string(what)); });
         if (all.rows.empty()) {
           all = std::move(part);
@@ -141,7 +184,7 @@ Command add_bench(CLI::App& parent) {
   app->add_option("--capacity", flags->capacity, "batched: rows per expert, 0: as many as needed")
       ->capture_default_str()
       ->check(CLI::Range(std::int64_t{0}, kMaxCount));
-  app->add_option("--activation", flags->activation, "an activation's name")->capture_default_str();
+  app->add_option("--activation", flags->activation, "names of activations")->capture_default_str();
   app->add_flag("--bias", flags->bias, "with biases");
   app->add_option("--seed", flags->seed, "of weights, tokens and routing")
       ->capture_default_str()
@@ -149,8 +192,11 @@ Command add_bench(CLI::App& parent) {
   app->add_option("--seconds", flags->seconds, "time to measure per row")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 600.0));
-  app->add_option("--tactic1", flags->tactic1, "force a tactic of the first product");
-  app->add_option("--tactic2", flags->tactic2, "force a tactic of the second product");
+  app->add_option("--tactic1", flags->tactic1,
+                  "force a tactic of the first product; each: all in turn")
+      ->capture_default_str();
+  app->add_option("--tactic2", flags->tactic2, "the same for the second product")
+      ->capture_default_str();
   add_common(*app, *common);
   return {app, [common, flags] { return run_bench(*flags, *common); }};
 }

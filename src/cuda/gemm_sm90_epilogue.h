@@ -3,124 +3,18 @@
 // and the transposition (an accumulator has weight rows across lanes, C has them along a row).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/gemm_sm90_quantize.h"
-#include "cuda/gemm_sm90_schedule.h"
-#include "cuda/ptx_sm90.h"
+#include "cuda/gemm_sm90_epilogue_staged.h"
 
 namespace moesaic::cuda::sm90 {
 
-// The thread's number. Warps that are short of registers read it again wherever they need it; the
-// others keep what follows from it, which is a fifth of what a short task consists of.
-template <bool kKept>
-__device__ __forceinline__ int thread_index() {
-  return kKept ? static_cast<int>(threadIdx.x) : ptx::thread_index();
-}
-
-__device__ __forceinline__ float load_small(const void* data, OutType type, std::int64_t index) {
-  if (type == OutType::kBF16)
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
-  if (type == OutType::kF16) return __half2float(static_cast<const __half*>(data)[index]);
-  return static_cast<const float*>(data)[index];
-}
-
-__device__ __forceinline__ std::uint32_t pack16(OutType type, float low, float high) {
-  if (type == OutType::kBF16) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&v);
-  }
-  const __half2 v = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&v);
-}
-
-__device__ __forceinline__ void store_element(const Params& p, std::int64_t at, float v) {
-  if (p.c_type == OutType::kF32)
-    static_cast<float*>(p.c)[at] = v;
-  else if (p.c_type == OutType::kBF16)
-    static_cast<__nv_bfloat16*>(p.c)[at] = __float2bfloat16_rn(v);
-  else
-    static_cast<__half*>(p.c)[at] = __float2half_rn(v);
-}
-
-// Slot of a position. Without a list every row is live, and only positions count.
-__device__ __forceinline__ std::int32_t slot_of(const Params& p, std::int64_t position) {
-  return p.rows.row_slot ? __ldcg(p.rows.row_slot + position) : 0;
-}
-// Not so: padding of a sorted list, or a hostile value.
-__device__ __forceinline__ bool is_live(const Params& p, std::int32_t slot) {
-  return slot >= 0 && (slot < p.rows.slot_count || p.rows.row_slot == nullptr);
-}
-__device__ __forceinline__ std::int64_t row_of(const Params& p, RowOf rule, std::int64_t position,
-                                               std::int64_t slot) {
-  if (rule == RowOf::kPosition) return position;
-  return rule == RowOf::kSlot ? slot : slot / p.top_k;
-}
-
-// The weight row behind row i of task row_task's matrix, as the tensor map arranges them.
-__device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task, int i) {
-  const std::int64_t first = static_cast<std::int64_t>(row_task) * p.task_rows;
-  if (!p.gated) return first + i;
-  const std::int64_t output = (first + i) / 16 * 8 + i % 8;
-  const int half = i / 8 % 2;
-  return p.interleaved ? 2 * output + half : output + half * p.columns;
-}
-
-// A task's table: its tokens' rows of C (kNoRow: not stored), and their factors, in front of the
-// bias and behind everything.
-template <typename S, typename Byte>
-__device__ __forceinline__ auto token_rows(Byte* table) {
-  using T = std::conditional_t<std::is_const_v<Byte>, const std::uint32_t, std::uint32_t>;
-  return reinterpret_cast<T*>(table);
-}
-template <typename S, typename Byte>
-__device__ __forceinline__ auto token_factors(Byte* table) {
-  using T = std::conditional_t<std::is_const_v<Byte>, const float2, float2>;
-  return reinterpret_cast<T*>(table + S::kTokens * 4);
-}
-
 template <typename S>
-class Epilogue {
+class Epilogue : public StagedEpilogue<S> {
  public:
-  static constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks;
+  using Base = StagedEpilogue<S>;
+  using Base::Base;
 
-  // `table`: of this task's tokens, kTableBytes, written by the loading warps.
-  __device__ Epilogue(const Params& p, unsigned char* shared, const unsigned char* table,
-                      int warpgroup, int flip)
-      : p_(p),
-        shared_(shared),
-        table_(table),
-        warpgroup_(warpgroup),
-        flip_(flip),
-        thread_(thread_index<S::kKeepsThread>() % 128),
-        lane_(thread_ % 32),
-        warp_(thread_ / 32) {}
-
-  // Before the main loop, which hides the latency. Tasks, also those of a run, alternate between
-  // two places, so nobody can still read what is overwritten.
-  __device__ void begin(const Task& task) {
-    if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
-    if (S::kPromotes && p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
-      *inverse_scale() = inverse_of(p_.quantizer.given[task.expert * p_.quantizer.expert_stride]);
-  }
-
-  // Factor and bias of this thread's weight row.
-  __device__ float2 row_terms_of(const Task& task) const {
-    float2 row{p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
-    const bool scaled = p_.weight_scale != nullptr && !p_.block_scaled;
-    if (!scaled && p_.bias.data == nullptr) return row;
-    const std::int64_t n = weight_row(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
-    if (n >= (p_.gated ? 2 * p_.columns : p_.columns)) return row;
-    if (scaled) {
-      row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
-    }
-    if (p_.bias.data) {
-      row.y = load_small(p_.bias.data, p_.bias.type,
-                         task.expert * p_.bias.expert_stride + n * p_.bias.stride);
-    }
-    return row;
-  }
+  using Base::kBlocks;
+  using Base::kTokens;
 
   __device__ void finish(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
     sync();  // the rows' terms are there, and nobody reads the previous task's buffers any more
@@ -136,67 +30,24 @@ class Epilogue {
     }
   }
 
-  // A filtered tile: rows of zeros. (Not of quantized rows: no product reads those.)
-  __device__ void zeros(const Task& task) {
-    if (quantizes()) return;
-    const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
-    const std::int64_t first =
-        (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
-    for (int token = warp_; token < task.rows; token += 4) {
-      const std::int64_t position = task.first + token;
-      const std::int32_t slot = slot_of(p_, position);
-      if (!is_live(p_, slot)) continue;
-      const std::int64_t row = p_.c_rows(row_of(p_, p_.c_row, position, slot));
-      for (int i = lane_; i < width && first + i < p_.columns; i += 32) {
-        store_element(p_, row + (first + i) * p_.c_column, 0.0f);
-      }
-    }
-  }
-
  protected:
-  // --- shared memory of this warpgroup ---
-  __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
-  __device__ float2* row_terms() const {
-    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes) + flip_ * kBlocks * 64;
-  }
-  __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.kind != Quantizes::kNo; }
-  __device__ float* inverse_scale() const {  // kStatic: of this task's expert
-    return reinterpret_cast<float*>(shared_ + 2 * S::kBufferBytes + 2 * kBlocks * 64 * 8) + flip_;
-  }
-  __device__ const std::uint32_t* rows() const { return token_rows<S>(table_); }
-  __device__ const float2* factors() const { return token_factors<S>(table_); }
-  __device__ void sync() const {
-    if (S::kWarpgroups == 1 || warpgroup_ == 0)
-      ptx::warpgroup_sync<1>();
-    else
-      ptx::warpgroup_sync<2>();
-  }
-
-  // First column of C that block b of this warpgroup makes, and the first that is not this task's.
-  __device__ std::int64_t column(const Task& task, int b) const {
-    const std::int64_t row =
-        static_cast<std::int64_t>(task.row_task) * p_.task_rows + (warpgroup_ * kBlocks + b) * 64;
-    return p_.gated ? row / 2 : row;
-  }
-  __device__ std::int64_t limit(const Task& task) const {
-    const std::int64_t rows = static_cast<std::int64_t>(task.row_task + 1) * p_.task_rows;
-    const std::int64_t end = p_.gated ? rows / 2 : rows;
-    return end < p_.columns ? end : p_.columns;
-  }
-
-  // Four sums of block b: rows g, g + 8 and tokens 2q, 2q + 1 of group j.
-  struct Quad {
-    float v[4];
-    float post[2];
-  };
-  __device__ Quad scaled(const float (&sum)[kTokens / 2], int j, float2 low, float2 high) const {
-    const int token = 8 * j + 2 * (lane_ % 4);
-    const float4 f = *reinterpret_cast<const float4*>(factors() + token);  // of two tokens
-    return {
-        {fmaf(sum[4 * j], low.x * f.x, low.y), fmaf(sum[4 * j + 1], low.x * f.z, low.y),
-         fmaf(sum[4 * j + 2], high.x * f.x, high.y), fmaf(sum[4 * j + 3], high.x * f.z, high.y)},
-        {f.y, f.w}};
-  }
+  using Base::buffer;
+  using Base::column;
+  using Base::flip_;
+  using Base::inverse_scale;
+  using Base::lane_;
+  using Base::limit;
+  using Base::p_;
+  using Base::quantizes;
+  using Base::row_terms;
+  using Base::rows;
+  using Base::scaled;
+  using Base::store_staged;
+  using Base::sync;
+  using Base::thread_;
+  using Base::warp_;
+  using Base::warpgroup_;
+  using typename Base::Quad;
 
   // 16-bit C whose rows are contiguous and aligned. Everything happens in registers, two tokens are
   // packed and transposed by stmatrix; then 64 or 128 bytes of each token leave in 16-byte stores.
@@ -341,103 +192,6 @@ class Epilogue {
       *reinterpret_cast<uint4*>(static_cast<char*>(p_.c) + 2 * at) = v;
     }
   }
-
-  // Everything else: fp32 through shared memory, 16 tokens at a time, so that the code behind it is
-  // a short loop that takes any activation, output type and stride.
-  __device__ void store_staged(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
-    constexpr int kPitch = 68;  // floats per token: lanes of a warp write to 32 different banks
-    static_assert(16 * kPitch * 4 <= 2 * S::kBufferBytes);
-    const int g = lane_ / 4, q = lane_ % 4;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const float2 low = row_terms()[b * 64 + warp_ * 16 + g];
-      const float2 high = row_terms()[b * 64 + warp_ * 16 + g + 8];
-      for (int chunk = 0; chunk * 16 < task.rows; ++chunk) {
-        float* const out = reinterpret_cast<float*>(buffer(0));  // both: each use ends with a sync
-        // Registers have no index: only their store is unrolled, not what comes behind it.
-#pragma unroll
-        for (int c = 0; c < kTokens / 16; ++c) {
-          if (c == chunk) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const Quad x = scaled(sum[b], c * 2 + half, low, high);
-              float* const at = out + (half * 8 + 2 * q) * kPitch + warp_ * 16 + g;
-              at[0] = x.v[0];
-              at[kPitch] = x.v[1];
-              at[8] = x.v[2];
-              at[kPitch + 8] = x.v[3];
-            }
-          }
-        }
-        sync();
-        write_out(task, out, kPitch, chunk * 16, column(task, b));
-        sync();
-      }
-    }
-  }
-
-  // 16 tokens x 64 rows (32 columns when gated) of finished sums, four columns at a time.
-  __device__ void write_out(const Task& task, const float* in, int pitch, int first_token,
-                            std::int64_t first) {
-    const int quads = p_.gated ? 8 : 16;  // per token
-    const std::int64_t end = limit(task);
-    const auto terms = p_.activates ? p_.activation.terms(task.expert) : ActivationTerms{};
-    for (int i = thread_; i < 16 * quads; i += 128) {
-      const int token = i / quads, quad = i % quads;
-      const std::uint32_t row = rows()[first_token + token];
-      const std::int64_t n = first + quad * 4;
-      if (row == kNoRow || n >= end) continue;
-      const std::int64_t offset = p_.c_rows(row);
-      // Gated: 8 rows of gate, 8 of up, and so on (up_first: the other way round).
-      const float* const x =
-          in + token * pitch + (p_.gated ? quad / 2 * 16 + quad % 2 * 4 : quad * 4);
-      const float4 one = *reinterpret_cast<const float4*>(x);
-      const float4 two = p_.gated ? *reinterpret_cast<const float4*>(x + 8) : one;
-      const float4 gate = p_.up_first ? two : one, up = p_.up_first ? one : two;
-      float v[4] = {gate.x, gate.y, gate.z, gate.w};
-      if (p_.activates) {
-        with_activation(p_.activation.kind, [&](auto kind) {
-          v[0] = activate<decltype(kind)::value>(gate.x, up.x, terms);
-          v[1] = activate<decltype(kind)::value>(gate.y, up.y, terms);
-          v[2] = activate<decltype(kind)::value>(gate.z, up.z, terms);
-          v[3] = activate<decltype(kind)::value>(gate.w, up.w, terms);
-        });
-      }
-      const float post = factors()[first_token + token].y;
-#pragma unroll
-      for (float& e : v) e *= post;
-      if (p_.store == StorePath::kScalar) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (n + e < end) store_one(offset + (n + e) * p_.c_column, v[e]);
-        }
-      } else if (p_.c_type == OutType::kF32) {
-        *reinterpret_cast<float4*>(static_cast<float*>(p_.c) + offset + n) = {v[0], v[1], v[2],
-                                                                              v[3]};
-      } else {
-        const uint2 four{pack16(p_.c_type, v[0], v[1]), pack16(p_.c_type, v[2], v[3])};
-        if (quantizes()) {
-          *reinterpret_cast<std::uint32_t*>(static_cast<char*>(p_.c) + offset + n) =
-              to_e4m3(p_.c_type, four, *inverse_scale());
-        } else {
-          *reinterpret_cast<uint2*>(static_cast<char*>(p_.c) + 2 * (offset + n)) = four;
-        }
-      }
-    }
-  }
-  __device__ void store_one(std::int64_t at, float v) const {
-    if (quantizes()) {
-      static_cast<std::uint8_t*>(p_.c)[at] = static_cast<std::uint8_t>(
-          to_e4m3(p_.c_type, pack16(p_.c_type, v, 0.0f), *inverse_scale()));
-    } else {
-      store_element(p_, at, v);
-    }
-  }
-
-  const Params& p_;
-  unsigned char* shared_;
-  const unsigned char* table_;
-  int warpgroup_, flip_, thread_, lane_, warp_;
 };
 
 }  // namespace moesaic::cuda::sm90

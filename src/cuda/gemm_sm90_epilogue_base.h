@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every way from fp32 accumulators to rows of C has in common: a task's table, the terms of
+// its weight rows, where they lie in shared memory, and the order scale, bias, activation, row
+// weight, cast.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/gemm_sm90_quantize.h"
+#include "cuda/gemm_sm90_schedule.h"
+#include "cuda/ptx_sm90.h"
+
+namespace moesaic::cuda::sm90 {
+
+// The thread's number. Warps that are short of registers read it again wherever they need it; the
+// others keep what follows from it, which is a fifth of what a short task consists of.
+template <bool kKept>
+__device__ __forceinline__ int thread_index() {
+  return kKept ? static_cast<int>(threadIdx.x) : ptx::thread_index();
+}
+
+__device__ __forceinline__ float load_small(const void* data, OutType type, std::int64_t index) {
+  if (type == OutType::kBF16)
+    return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+  if (type == OutType::kF16) return __half2float(static_cast<const __half*>(data)[index]);
+  return static_cast<const float*>(data)[index];
+}
+
+__device__ __forceinline__ std::uint32_t pack16(OutType type, float low, float high) {
+  if (type == OutType::kBF16) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&v);
+  }
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&v);
+}
+
+__device__ __forceinline__ void store_element(const Params& p, std::int64_t at, float v) {
+  if (p.c_type == OutType::kF32)
+    static_cast<float*>(p.c)[at] = v;
+  else if (p.c_type == OutType::kBF16)
+    static_cast<__nv_bfloat16*>(p.c)[at] = __float2bfloat16_rn(v);
+  else
+    static_cast<__half*>(p.c)[at] = __float2half_rn(v);
+}
+
+// Slot of a position. Without a list every row is live, and only positions count.
+__device__ __forceinline__ std::int32_t slot_of(const Params& p, std::int64_t position) {
+  return p.rows.row_slot ? __ldcg(p.rows.row_slot + position) : 0;
+}
+// Not so: padding of a sorted list, or a hostile value.
+__device__ __forceinline__ bool is_live(const Params& p, std::int32_t slot) {
+  return slot >= 0 && (slot < p.rows.slot_count || p.rows.row_slot == nullptr);
+}
+__device__ __forceinline__ std::int64_t row_of(const Params& p, RowOf rule, std::int64_t position,
+                                               std::int64_t slot) {
+  if (rule == RowOf::kPosition) return position;
+  return rule == RowOf::kSlot ? slot : slot / p.top_k;
+}
+
+// The weight row behind row i of task row_task's matrix, as the tensor map arranges them.
+__device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task, int i) {
+  const std::int64_t first = static_cast<std::int64_t>(row_task) * p.task_rows;
+  if (!p.gated) return first + i;
+  const std::int64_t output = (first + i) / 16 * 8 + i % 8;
+  const int half = i / 8 % 2;
+  return p.interleaved ? 2 * output + half : output + half * p.columns;
+}
+
+// A task's table: its tokens' rows of C (kNoRow: not stored), and their factors, in front of the
+// bias and behind everything.
+template <typename S, typename Byte>
+__device__ __forceinline__ auto token_rows(Byte* table) {
+  using T = std::conditional_t<std::is_const_v<Byte>, const std::uint32_t, std::uint32_t>;
+  return reinterpret_cast<T*>(table);
+}
+template <typename S, typename Byte>
+__device__ __forceinline__ auto token_factors(Byte* table) {
+  using T = std::conditional_t<std::is_const_v<Byte>, const float2, float2>;
+  return reinterpret_cast<T*>(table + S::kTokens * 4);
+}
+
+template <typename S>
+class EpilogueBase {
+ public:
+  static constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks;
+
+  // `table`: of this task's tokens, kTableBytes, written by the loading warps.
+  __device__ EpilogueBase(const Params& p, unsigned char* shared, const unsigned char* table,
+                          int warpgroup, int flip)
+      : p_(p),
+        shared_(shared),
+        table_(table),
+        warpgroup_(warpgroup),
+        flip_(flip),
+        thread_(thread_index<S::kKeepsThread>() % 128),
+        lane_(thread_ % 32),
+        warp_(thread_ / 32) {}
+
+  // Before the main loop, which hides the latency. Tasks, also those of a run, alternate between
+  // two places, so nobody can still read what is overwritten.
+  __device__ void begin(const Task& task) {
+    if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
+    if (S::kPromotes && p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
+      *inverse_scale() = inverse_of(p_.quantizer.given[task.expert * p_.quantizer.expert_stride]);
+  }
+
+  // Factor and bias of this thread's weight row.
+  __device__ float2 row_terms_of(const Task& task) const {
+    float2 row{p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
+    const bool scaled = p_.weight_scale != nullptr && !p_.block_scaled;
+    if (!scaled && p_.bias.data == nullptr) return row;
+    const std::int64_t n = weight_row(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
+    if (n >= (p_.gated ? 2 * p_.columns : p_.columns)) return row;
+    if (scaled) {
+      row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
+    }
+    if (p_.bias.data) {
+      row.y = load_small(p_.bias.data, p_.bias.type,
+                         task.expert * p_.bias.expert_stride + n * p_.bias.stride);
+    }
+    return row;
+  }
+
+  // A filtered tile: rows of zeros. (Not of quantized rows: no product reads those.)
+  __device__ void zeros(const Task& task) {
+    if (quantizes()) return;
+    const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
+    const std::int64_t first =
+        (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
+    for (int token = warp_; token < task.rows; token += 4) {
+      const std::int64_t position = task.first + token;
+      const std::int32_t slot = slot_of(p_, position);
+      if (!is_live(p_, slot)) continue;
+      const std::int64_t row = p_.c_rows(row_of(p_, p_.c_row, position, slot));
+      for (int i = lane_; i < width && first + i < p_.columns; i += 32) {
+        store_element(p_, row + (first + i) * p_.c_column, 0.0f);
+      }
+    }
+  }
+
+ protected:
+  // --- shared memory of this warpgroup ---
+  __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
+  __device__ float2* row_terms() const {
+    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes) + flip_ * kBlocks * 64;
+  }
+  __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.kind != Quantizes::kNo; }
+  __device__ float* inverse_scale() const {  // kStatic: of this task's expert
+    return reinterpret_cast<float*>(shared_ + 2 * S::kBufferBytes + 2 * kBlocks * 64 * 8) + flip_;
+  }
+  __device__ const std::uint32_t* rows() const { return token_rows<S>(table_); }
+  __device__ const float2* factors() const { return token_factors<S>(table_); }
+  __device__ void sync() const {
+    if (S::kWarpgroups == 1 || warpgroup_ == 0)
+      ptx::warpgroup_sync<1>();
+    else
+      ptx::warpgroup_sync<2>();
+  }
+
+  // First column of C that block b of this warpgroup makes, and the first that is not this task's.
+  __device__ std::int64_t column(const Task& task, int b) const {
+    const std::int64_t row =
+        static_cast<std::int64_t>(task.row_task) * p_.task_rows + (warpgroup_ * kBlocks + b) * 64;
+    return p_.gated ? row / 2 : row;
+  }
+  __device__ std::int64_t limit(const Task& task) const {
+    const std::int64_t rows = static_cast<std::int64_t>(task.row_task + 1) * p_.task_rows;
+    const std::int64_t end = p_.gated ? rows / 2 : rows;
+    return end < p_.columns ? end : p_.columns;
+  }
+
+  // Four sums of block b: rows g, g + 8 and tokens 2q, 2q + 1 of group j.
+  struct Quad {
+    float v[4];
+    float post[2];
+  };
+  __device__ Quad scaled(const float (&sum)[kTokens / 2], int j, float2 low, float2 high) const {
+    const int token = 8 * j + 2 * (lane_ % 4);
+    const float4 f = *reinterpret_cast<const float4*>(factors() + token);  // of two tokens
+    return {
+        {fmaf(sum[4 * j], low.x * f.x, low.y), fmaf(sum[4 * j + 1], low.x * f.z, low.y),
+         fmaf(sum[4 * j + 2], high.x * f.x, high.y), fmaf(sum[4 * j + 3], high.x * f.z, high.y)},
+        {f.y, f.w}};
+  }
+
+  const Params& p_;
+  unsigned char* shared_;
+  const unsigned char* table_;
+  int warpgroup_, flip_, thread_, lane_, warp_;
+};
+
+}  // namespace moesaic::cuda::sm90

@@ -18,14 +18,20 @@ inline constexpr std::int64_t kMaxTasks = 256;
 // Calls body(begin, end) on contiguous parts of [0, count), each of about kTaskElements elements or
 // more; one part runs in place. The split depends on the sizes alone, never on the threads.
 template <typename Body>
-void parallel_ranges(std::int64_t count, std::int64_t elements_per_item, Body&& body) {
+void parallel_ranges(std::int64_t count, std::int64_t elements_per_item, std::int64_t max_tasks,
+                     Body&& body) {
   if (count <= 0) return;
   const std::int64_t items =
       std::max<std::int64_t>(1, kTaskElements / std::max<std::int64_t>(1, elements_per_item));
-  const std::int64_t tasks = std::min({count, (count + items - 1) / items, kMaxTasks});
+  const std::int64_t tasks = std::min({count, (count + items - 1) / items, max_tasks});
   if (tasks <= 1) return body(std::int64_t{0}, count);
   parallel_for(tasks,
                [&](std::int64_t task) { body(count * task / tasks, count * (task + 1) / tasks); });
+}
+
+template <typename Body>
+void parallel_ranges(std::int64_t count, std::int64_t elements_per_item, Body&& body) {
+  parallel_ranges(count, elements_per_item, kMaxTasks, body);
 }
 
 // Rows of a tensor, its leading dimensions flattened: any strides, rank 1 to 3.

@@ -23,6 +23,17 @@ struct DotBlock {
   std::int64_t z_stride = 0;
 };
 
+// sum[i] = sum[i] + weights[0] * rows[0][i] + weights[1] * rows[1][i] ...: f32, f16 or bf16.
+struct RowSum {
+  DType dtype = DType::kF32;
+  const void* const* rows = nullptr;
+  const float* weights = nullptr;
+  std::int64_t count = 0, n = 0;
+  float* sum = nullptr;
+  const void* const* next = nullptr;  // rows that will be summed next, which are fetched meanwhile
+  std::int64_t next_count = 0;
+};
+
 struct StageKernels {
   // dst[i] = float(src[i]); f32, f16, bf16 or e4m3.
   void (*widen)(DType from, const void* src, std::int64_t n, float* dst);
@@ -35,8 +46,7 @@ struct StageKernels {
   void (*to_e4m3)(const float* x, float inverse_scale, std::int64_t n, std::uint8_t* out);
   void (*to_i8)(const float* x, float inverse_scale, std::int64_t n, std::int8_t* out);
   void (*to_i8_truncate)(const float* x, float scale, std::int64_t n, std::int8_t* out);
-  // sum[i] += weight * row[i]; f32, f16 or bf16.
-  void (*accumulate)(DType from, const void* row, float weight, std::int64_t n, float* sum);
+  void (*accumulate)(const RowSum& rows);
   void (*multiply)(float factor, std::int64_t n, float* x);  // x[i] *= factor
   void (*dots)(const DotBlock& block);
   float (*exponentials)(const float* z, float subtract, std::int64_t n, float* p);  // returns sum

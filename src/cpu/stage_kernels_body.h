@@ -154,14 +154,30 @@ void to_i8_truncate_row(const float* x, float scale, std::int64_t n, std::int8_t
   }
 }
 
-void accumulate_row(DType from, const void* row, float weight, std::int64_t n, float* sum) {
-  with_storage(from, [&]<typename S>() {
-    const auto* p = static_cast<const typename S::Element*>(row);
+// All rows at once, some columns after the other, so that sums stay in registers and every row is a stream of its own.
+void accumulate_rows(const RowSum& s) {
+  with_storage(s.dtype, [&]<typename S>() {
+    using Element = typename S::Element;
+    constexpr std::int64_t kRegs = 4, kColumns = kRegs * kWidth;
+    const auto at = [](const void* row, std::int64_t i) { return static_cast<const Element*>(row) + i; };
     std::int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store(sum + i, load<F>(sum + i) + S::get(p + i) * weight);
-    if (i < n) {
-      const F v = get_tail<F32Storage>(sum + i, n - i) + get_tail<S>(p + i, n - i) * weight;
-      put_tail<F32Storage>(sum + i, v, n - i);
+    for (; i + kColumns <= s.n; i += kColumns) {
+      F sum[kRegs];
+      for (int c = 0; c < kRegs; ++c) sum[c] = load<F>(s.sum + i + c * kWidth);
+      for (std::int64_t j = 0; j < s.count; ++j)
+        for (int c = 0; c < kRegs; ++c)
+          sum[c] = sum[c] + S::get(at(s.rows[j], i + c * kWidth)) * s.weights[j];
+      for (int c = 0; c < kRegs; ++c) store(s.sum + i + c * kWidth, sum[c]);
+      for (std::int64_t j = 0; j < s.next_count; ++j)
+        for (std::int64_t e = 0; e < kColumns; e += 64 / static_cast<std::int64_t>(sizeof(Element)))
+          __builtin_prefetch(at(s.next[j], i + e), 0, 2);
+    }
+    for (; i < s.n; i += kWidth) {
+      const std::int64_t n = s.n - i < kWidth ? s.n - i : kWidth;
+      F sum = get_tail<F32Storage>(s.sum + i, n);
+      for (std::int64_t j = 0; j < s.count; ++j)
+        sum = sum + get_tail<S>(at(s.rows[j], i), n) * s.weights[j];
+      put_tail<F32Storage>(s.sum + i, sum, n);
     }
   });
 }
@@ -259,7 +275,7 @@ constexpr StageKernels kStages{
     .to_e4m3 = to_e4m3_row,
     .to_i8 = to_i8_row,
     .to_i8_truncate = to_i8_truncate_row,
-    .accumulate = accumulate_row,
+    .accumulate = accumulate_rows,
     .multiply = multiply_row,
     .dots = dots_block,
     .exponentials = exponentials_row,

@@ -7,6 +7,24 @@
 namespace moesaic {
 namespace {
 
+// Sixteen floats to a line of which nothing has to be read first, and finally all of them visible to other threads.
+inline bool can_stream([[maybe_unused]] const std::byte* to) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<std::uintptr_t>(to) % sizeof(Floats) == 0;
+#else
+  return false;
+#endif
+}
+#if defined(__AVX512F__)
+MOESAIC_INLINE void stream(std::byte* to, Floats x) {
+  _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)x);
+}
+inline void end_streams() { _mm_sfence(); }
+#else
+MOESAIC_INLINE void stream(std::byte*, Floats) {}
+inline void end_streams() {}
+#endif
+
 inline std::size_t size_of_element(DType dtype) {
   switch (dtype) {
     case DType::kF32: return 4;
@@ -55,12 +73,21 @@ class StripEpilogue {
       weight_[r] =
           stage.row_weights != nullptr ? stage.row_weights[stage.rows.row_slot[position]] : 1.0f;
     }
+    // Slots are megabytes that nobody reads before the sum over them; kept out of the caches, they leave those to
+    // weights, and no line of them is fetched in order to be overwritten.
+    streams_ = c_.dtype == DType::kF32 && stage.activation == nullptr;
     alpha_ = per_expert(side_.alpha, 1.0f);
     if (stage.activation != nullptr)
       values_ = {.alpha = per_expert(side_.activation.alpha, stage.activation->alpha),
                  .beta = per_expert(side_.activation.beta, stage.activation->beta),
                  .limit = per_expert(side_.activation.limit, stage.activation->limit)};
   }
+
+  ~StripEpilogue() {
+    if (streams_) end_streams();
+  }
+  StripEpilogue(const StripEpilogue&) = delete;
+  StripEpilogue& operator=(const StripEpilogue&) = delete;
 
   // Tile `t` of the strip; sums [rows][64] at `stride`, weight scales applied.
   void finish(std::int64_t t, const float* sums, std::int64_t stride) const {
@@ -103,6 +130,11 @@ class StripEpilogue {
         StoreAs<kDtype>::store(out + 16 * c_stride * kElement, c_stride, count - 16, h1 * weight);
         continue;
       }
+      if (kDtype == DType::kF32 && streams_ && c_stride == 1 && count >= kTileCols && can_stream(out)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) stream(out + 64 * i, x[i] * weight);
+        continue;
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         if (activation != nullptr) x[i] = plain16(activation->kind, x[i]);
@@ -125,6 +157,7 @@ class StripEpilogue {
   const Strip& strip_;
   const SideTensors& side_;
   const Tensor& c_;
+  bool streams_ = false;
   float alpha_ = 1.0f;
   ActivationValues values_{};
   std::byte* out_[kStripRows];

@@ -90,7 +90,7 @@ int main(int argc, char** argv) {
   std::printf("%s, kernels %s; E %ld H %ld I %ld k %ld; us per launch\n", gpu->info().name.c_str(),
               gpu->info().kernels.c_str(), long(experts), long(hidden), long(intermediate),
               long(top_k));
-  for (const std::int64_t tokens : {1, 16, 128, 1024, 8192}) {
+  for (const std::int64_t tokens : {1, 16, 128, 1024, 4096, 8192}) {
     const std::int64_t slots = tokens * top_k;
     const std::int64_t tile_rows = tokens <= 128 ? 16 : tokens <= 1024 ? 64 : 256;
     const auto tensor = [](void* data, DType dtype, std::int64_t rows, std::int64_t columns) {
@@ -142,12 +142,14 @@ int main(int argc, char** argv) {
     router.hidden_states = x;
     router.router.weight = tensor(take(experts * hidden * 2), DType::kBF16, experts, hidden);
     router.logits_scratch = tensor(take(tokens * experts * 4), DType::kF32, tokens, experts);
+    const Tensor fixed = Tensor::contiguous(take(4), DType::kF32, {1}, kGpu);
     const auto quantize = [&](const Tensor& in, const Tensor& to, const RowMap* map,
                               ActScale granularity) {
       return QuantizeStage{.input = in,
                            .rows = map,
                            .granularity = granularity,
                            .group = 128,
+                           .static_scale = fixed,
                            .output = to,
                            .scale = scale,
                            .scale_row_stride = granularity == ActScale::kGroup   ? in.shape[1] / 128
@@ -162,7 +164,7 @@ int main(int argc, char** argv) {
     });
     std::printf(
         "T %5ld: route %6.2f  logits+route %6.2f  align %6.2f  x group %6.2f  x token %6.2f  x "
-        "tensor %6.2f  h group %6.2f"
+        "tensor %6.2f  x static %6.2f  h group %6.2f"
         "  h token %6.2f  h tensor %6.2f  combine %7.2f (%.0f GB/s)\n",
         long(tokens), time_of([&](Stream s) { gpu->route(route, s); }),
         time_of([&](Stream s) { gpu->route(router, s); }),
@@ -171,6 +173,9 @@ int main(int argc, char** argv) {
         time_of([&](Stream s) { gpu->quantize(quantize(x, xq, nullptr, ActScale::kToken), s); }),
         time_of([&](Stream s) {
           gpu->quantize(quantize(x, xq, nullptr, ActScale::kTensorDynamic), s);
+        }),
+        time_of([&](Stream s) {
+          gpu->quantize(quantize(x, xq, nullptr, ActScale::kTensorStatic), s);
         }),
         time_of([&](Stream s) { gpu->quantize(quantize(h, hq, &rows, ActScale::kGroup), s); }),
         time_of([&](Stream s) { gpu->quantize(quantize(h, hq, &rows, ActScale::kToken), s); }),

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // From expert ids to positions: a stable counting sort of the slots by local expert. Slots of one
-// expert keep their order, because every rank is a prefix sum over earlier slots. Shared-memory
-// counters handed out by atomics lost: faster to write, but the order then varies from run to run.
+// expert keep their order, because every rank is a prefix sum over earlier slots. Positions handed
+// out by atomics lost: faster to write, but the order then varies from run to run. (Sums of ones,
+// which is all that atomics do here, do not.)
 //
-// Up to kSlotsOfWarp slots one warp does everything, up to kSlotsAtOnce one block. Above, each
-// block counts a contiguous chunk, one block scans the counts, and each block places its chunk: the
-// scattered stores of one multiprocessor would take longer than the two further launches.
+// Up to kSlotsOfWarp slots one warp does everything. Above, every block places a chunk of its own,
+// and must know of each group how many slots lie in front of its chunk, and how many there are. Up
+// to kSlotsOfEach each block counts all slots itself: 64 KiB of ids from L2 and as many ones added
+// in shared memory take less time than a launch. Beyond, a launch in front counts the chunks.
 #include <algorithm>
+#include <bit>
 
 #include "cuda/align_few.h"
 #include "cuda/device.h"
@@ -18,11 +21,14 @@
 namespace moesaic::cuda {
 namespace {
 
-constexpr std::int64_t kSlotsAtOnce = 2048;  // 16 warps of kWarpSlots
-constexpr std::int64_t kMaxChunks = 256;     // the scan of chunks stays short
-constexpr std::int64_t kMinChunk = 1024;
-constexpr std::int64_t kMaxChunk = 64512;  // ranks inside a chunk fit 16 bits
-constexpr int kChunkWarps = 8;
+constexpr std::int64_t kSlotsOfEach = 16384;
+constexpr std::int64_t kOwnChunk = 256;       // where each block counts: scattered stores are few
+constexpr std::int64_t kCountedChunk = 1024;  // at least
+constexpr std::int64_t kMaxChunks = 256;      // every block reads what the chunks hold
+constexpr int kCountThreads = 256;
+// One slot a lane, so many warps: a chunk is placed in rounds of 256 slots, or of 1024 where the
+// ranks of so many warps are few bytes.
+constexpr int kFewRankWarps = 8, kManyRankWarps = 32, kManyRankGroups = 512;
 
 // --- one warp does everything -------------------------------------------------------------------
 __global__ void __launch_bounds__(32, 1) align_tiny(AlignParams p) {
@@ -31,158 +37,217 @@ __global__ void __launch_bounds__(32, 1) align_tiny(AlignParams p) {
   if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
 }
 
-// --- one block does everything ------------------------------------------------------------------
-__global__ void __launch_bounds__(1024, 1)
-    align_small(AlignParams p, int warps, std::int64_t per_warp) {
-  extern __shared__ std::int32_t shared[];
-  const GroupTable table = GroupTable::at(shared, p.groups);
-  auto* counters = reinterpret_cast<std::uint16_t*>(shared + kTableColumns * p.groups);
-  clear(counters, warps * p.groups);
-  begin_between(p.settled);
-  const int warp = threadIdx.x / 32;
-  const std::int64_t first = warp * per_warp;
-  const std::int64_t end = first + per_warp < p.slots ? first + per_warp : p.slots;
-  int group[kSteps], rank[kSteps];
-  if (warp < warps) {
-    load_groups(p, first, end, group);
-    rank_groups(group, counters + warp * p.groups, rank);
-  }
-  fill_padding(p, threadIdx.x, blockDim.x);
-  sum_warps(p, warps, counters, [&](int g, int count) { table.live[g] = count; });
-  const std::int32_t tiles = finish_counts(p, table);
-  if (warp < warps) {
+// --- counts -------------------------------------------------------------------------------------
+// add(slot, group) for slots begin + thread, begin + thread + threads, ... that have a group. The
+// ids of a turn are requested together.
+template <typename F>
+__device__ __forceinline__ void for_groups(const AlignParams& p, std::int64_t begin,
+                                           std::int64_t end, F&& add) {
+  const unsigned threads = blockDim.x, last = static_cast<unsigned>(end);
+  unsigned slot = static_cast<unsigned>(begin) + threadIdx.x;
+  if (p.ids_are_plain) {  // a third of the instructions, which is what the time would go to
+    constexpr int kAtOnce = 8;
+    const auto* const ids = static_cast<const unsigned*>(p.ids);
+#pragma unroll 1
+    for (; slot < last; slot += kAtOnce * threads) {
+      unsigned id[kAtOnce];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const std::int64_t slot = first + s * 32 + threadIdx.x % 32;
-      if (slot >= end) break;
-      const bool placed = group[s] >= 0;
-      place(p, slot, group[s], placed ? table.start[group[s]] : 0,
-            placed ? counters[warp * p.groups + group[s]] + rank[s] : 0);
+      for (int i = 0; i < kAtOnce; ++i)
+        id[i] = slot + i * threads < last ? ids[slot + i * threads] : ~0u;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const unsigned group = id[i] - p.first_group;
+        if (group < static_cast<unsigned>(p.groups))
+          add(slot + i * threads, static_cast<int>(group));
+      }
+    }
+    return;
+  }
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (; slot < last; slot += kAtOnce * threads) {
+    RawId id[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (slot + i * threads < last) id[i] = load_id(p, slot + i * threads);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int group = group_of(p, id[i]);
+      if (group >= 0) add(slot + i * threads, group);
     }
   }
-  write_tiles(p.writer, table, tiles, threadIdx.x, blockDim.x);
-  write_blocks(p, table, padded_rows(p, table), threadIdx.x, blockDim.x);
+}
+
+__device__ __forceinline__ void clear(std::int32_t* data, int count) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += blockDim.x) data[i] = 0;
+}
+
+// counts[chunk][group], a block per chunk.
+__global__ void __launch_bounds__(kCountThreads, 1) align_count(AlignParams p) {
+  extern __shared__ std::int32_t counts[];
+  clear(counts, p.groups);
+  __syncthreads();
+  begin_between(p.settled);
+  const std::int64_t begin = blockIdx.x * p.chunk, end = min(begin + p.chunk, p.slots);
+  for_groups(p, begin, end, [&](unsigned, int group) { atomicAdd(counts + group, 1); });
+  __syncthreads();
+  std::int32_t* const mine = p.counts + static_cast<std::int64_t>(blockIdx.x) * p.groups;
+  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) mine[g] = counts[g];
   if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
 }
 
-// --- many blocks: count, scan, place -------------------------------------------------------------
-// What one warp of a block has of its chunk.
-struct WarpSlots {
-  std::int64_t begin, end;
+// Where a block learns how many slots each group has in front of its chunk, and in all of them.
+struct CountAll {
+  static __device__ void begin(const AlignParams& p) { begin_between(p.settled); }
+  static __device__ void end(const AlignParams& p) {
+    if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
+  }
+  static __device__ void count(const AlignParams& p, std::int64_t chunk, std::int32_t* before,
+                               std::int32_t* all) {
+    const auto mine = static_cast<unsigned>(chunk);
+    for_groups(p, 0, p.slots, [&](unsigned slot, int group) {
+      atomicAdd(all + group, 1);
+      if (slot < mine) atomicAdd(before + group, 1);
+    });
+  }
 };
-__device__ __forceinline__ WarpSlots warp_slots(const AlignParams& p) {
-  const std::int64_t chunk = blockIdx.x * p.chunk, per_warp = p.chunk / kChunkWarps;
-  const std::int64_t begin = chunk + threadIdx.x / 32 * per_warp;
-  return {begin, begin + per_warp < p.slots ? begin + per_warp : p.slots};
-}
-
-// Counts the warp's slots; what is left in `group` and `rank` are those of its last kWarpSlots.
-__device__ __forceinline__ void count_warp(const AlignParams& p, const WarpSlots& mine,
-                                           std::uint16_t* counter, int (&group)[kSteps],
-                                           int (&rank)[kSteps]) {
-  for (std::int64_t first = mine.begin; first < mine.end; first += kWarpSlots) {
-    load_groups(p, first, mine.end, group);
-    rank_groups(group, counter, rank);
+struct SumChunks {
+  static __device__ void begin(const AlignParams&) { begin_kernel(); }
+  static __device__ void end(const AlignParams&) {}
+  static __device__ void count(const AlignParams& p, std::int64_t, std::int32_t* before,
+                               std::int32_t* all) {
+    const int chunks = static_cast<int>(p.chunks), mine = static_cast<int>(blockIdx.x);
+    const int sharing = max(1, static_cast<int>(blockDim.x) / p.groups);  // threads of a group
+    for (int i = threadIdx.x; i < sharing * p.groups; i += blockDim.x) {
+      const int g = i % p.groups;
+      std::int32_t sum = 0, sum_before = 0;
+#pragma unroll 8
+      for (int c = i / p.groups; c < chunks; c += sharing) {
+        const std::int32_t here = __ldcg(p.counts + static_cast<std::int64_t>(c) * p.groups + g);
+        sum += here;
+        if (c < mine) sum_before += here;
+      }
+      atomicAdd(all + g, sum);
+      atomicAdd(before + g, sum_before);
+    }
   }
-}
+};
 
-__global__ void __launch_bounds__(kChunkWarps * 32, 1) align_count(AlignParams p) {
-  extern __shared__ std::uint16_t counters[];
-  clear(counters, kChunkWarps * p.groups);
-  begin_kernel();
-  int group[kSteps], rank[kSteps];
-  count_warp(p, warp_slots(p), counters + threadIdx.x / 32 * p.groups, group, rank);
-  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  fill_padding(p, thread, static_cast<std::int64_t>(gridDim.x) * blockDim.x);
-  sum_warps(p, kChunkWarps, counters, [&](int g, int count) {
-    p.counts[static_cast<std::int64_t>(blockIdx.x) * p.groups + g] = count;
-  });
-}
+// --- places -------------------------------------------------------------------------------------
+// Of a round's slots, one a lane: rank[warp][group] is how many the warp has of each group, then
+// (sum_warps) how many the warps before it have; `taken`: all warps.
+struct Round {
+  std::uint16_t* rank;
+  std::int32_t* taken;
+  int warps, groups, group_bits;
 
-// counts[chunk][group] becomes the position (batched: the rank) of the chunk's first slot of the
-// group. `segments` threads share a group's column of chunks.
-__global__ void __launch_bounds__(1024, 1) align_scan(AlignParams p, int segments) {
-  begin_kernel();
-  extern __shared__ std::int32_t shared[];  // table, then [segments, groups]
+  __device__ __forceinline__ void clear() const {
+    auto* const words = reinterpret_cast<std::int32_t*>(rank);  // warps are even in number
+    cuda::clear(words, warps * groups / 2);
+  }
+  // The slot's rank among its own warp's.
+  __device__ __forceinline__ int count(int group) const {
+    const unsigned same = lanes_of(group), earlier = (1u << threadIdx.x % 32) - 1;
+    const int before = __popc(same & earlier);
+    if (group >= 0 && before == 0)
+      rank[threadIdx.x / 32 * groups + group] = static_cast<std::uint16_t>(__popc(same));
+    return before;
+  }
+  __device__ __forceinline__ void sum_warps() const {
+    constexpr int kAtOnce = 8;
+#pragma unroll 1
+    for (int g = threadIdx.x; g < groups; g += blockDim.x) {
+      int sum = 0;
+#pragma unroll 1
+      for (int first = 0; first < warps; first += kAtOnce) {
+        std::uint16_t* const at = rank + first * groups + g;
+        int count[kAtOnce];
+#pragma unroll
+        for (int w = 0; w < kAtOnce; ++w) count[w] = at[w * groups];
+#pragma unroll
+        for (int w = 0; w < kAtOnce; ++w) {
+          at[w * groups] = static_cast<std::uint16_t>(sum);
+          sum += count[w];
+        }
+      }
+      taken[g] = sum;
+    }
+  }
+
+ private:
+  // The lanes that ask for the same group, bit by bit of its number: __match_any_sync takes twice
+  // as long when all differ.
+  __device__ __forceinline__ unsigned lanes_of(int group) const {
+    unsigned same = kAllLanes;
+#pragma unroll 4
+    for (int bit = 0; bit < group_bits; ++bit) {
+      const bool set = (group >> bit & 1) != 0;
+      const unsigned with = __ballot_sync(kAllLanes, set);
+      same &= set ? with : ~with;
+    }
+    return same;
+  }
+};
+
+template <typename Counts>
+__global__ void __launch_bounds__(1024, 1) align_place(AlignParams p, int warps, int group_bits) {
+  extern __shared__ std::int32_t shared[];  // table, before [groups], taken [groups], ranks
   const GroupTable table = GroupTable::at(shared, p.groups);
-  std::int32_t* partial = shared + kTableColumns * p.groups;
-  const int chunks = static_cast<int>(p.chunks);
-  const int per_segment = (chunks + segments - 1) / segments;
-  for (int i = threadIdx.x; i < segments * p.groups; i += blockDim.x) {
-    const int g = i % p.groups, begin = i / p.groups * per_segment;
-    const int end = min(begin + per_segment, chunks);
-    std::int32_t sum = 0;
-#pragma unroll 8
-    for (int c = begin; c < end; ++c) sum += p.counts[static_cast<std::int64_t>(c) * p.groups + g];
-    partial[i] = sum;
-  }
+  std::int32_t* const before = shared + kTableColumns * p.groups;
+  const Round round{.rank = reinterpret_cast<std::uint16_t*>(before + 2 * p.groups),
+                    .taken = before + p.groups,
+                    .warps = warps,
+                    .groups = p.groups,
+                    .group_bits = group_bits};
+  clear(before, p.groups);
+  clear(table.live, p.groups);
+  round.clear();
   __syncthreads();
-  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
-    std::int32_t sum = 0;
-    for (int s = 0; s < segments; ++s) {
-      const std::int32_t count = partial[s * p.groups + g];
-      partial[s * p.groups + g] = sum;
-      sum += count;
-    }
-    table.live[g] = sum;
-  }
+  Counts::begin(p);
+  const int lane_of_round = static_cast<int>(threadIdx.x);
+  const bool ranks = lane_of_round < warps * 32;
+  const std::int64_t chunk = blockIdx.x * p.chunk, end = min(chunk + p.chunk, p.slots);
+  std::int64_t slot = chunk + lane_of_round;
+  RawId id;
+  if (ranks && slot < end) id = load_id(p, slot);  // together with the others
+  Counts::count(p, chunk, before, table.live);
+  int group = group_of(p, id), rank = 0;
+  if (ranks) rank = round.count(group);
   __syncthreads();
+  round.sum_warps();
   const std::int32_t tiles = finish_counts(p, table);
-  for (int i = threadIdx.x; i < segments * p.groups; i += blockDim.x) {
-    const int g = i % p.groups, begin = i / p.groups * per_segment;
-    const int end = min(begin + per_segment, chunks);
-    std::int32_t at = partial[i] + (p.batched ? 0 : table.start[g]);
-#pragma unroll 8
-    for (int c = begin; c < end; ++c) {
-      std::int32_t* count = p.counts + static_cast<std::int64_t>(c) * p.groups + g;
-      const std::int32_t here = *count;
-      *count = at;
-      at += here;
+  for (std::int64_t first = chunk;;) {
+    if (ranks && slot < end) {
+      const bool placed = group >= 0;
+      place(p, slot, group, placed && !p.batched ? table.start[group] : 0,
+            placed ? before[group] + round.rank[threadIdx.x / 32 * p.groups + group] + rank : 0);
     }
+    first += warps * 32;
+    if (first >= end) break;
+    slot += warps * 32;
+    group = ranks && slot < end ? group_of(p, slot) : -1;
+    __syncthreads();
+    for (int g = threadIdx.x; g < p.groups; g += blockDim.x) before[g] += round.taken[g];
+    round.clear();
+    __syncthreads();
+    if (ranks) rank = round.count(group);
+    __syncthreads();
+    round.sum_warps();
+    __syncthreads();
   }
-  for (int i = threadIdx.x; i < kTableColumns * p.groups; i += blockDim.x) p.table[i] = shared[i];
-  if (threadIdx.x == 0) p.table[kTableColumns * p.groups] = tiles;
-}
-
-__global__ void __launch_bounds__(kChunkWarps * 32, 1) align_place(AlignParams p) {
-  extern __shared__ std::uint16_t counters[];
-  clear(counters, kChunkWarps * p.groups);
-  begin_kernel();
-  const WarpSlots mine = warp_slots(p);
-  std::uint16_t* counter = counters + threadIdx.x / 32 * p.groups;
-  int group[kSteps], rank[kSteps];
-  count_warp(p, mine, counter, group, rank);
-  sum_warps(p, kChunkWarps, counters, [](int, int) {});
-  const std::int32_t* base = p.counts + static_cast<std::int64_t>(blockIdx.x) * p.groups;
-  const bool one_round = mine.end - mine.begin <= kWarpSlots;  // then all ranks are at hand
-  for (std::int64_t from = mine.begin; from < mine.end; from += kWarpSlots) {
-    int before[kSteps];  // of the group's slots in the chunk
-    if (one_round) {
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) before[s] = group[s] >= 0 ? counter[group[s]] + rank[s] : 0;
-    } else {
-      load_groups(p, from, mine.end, group);
-      rank_groups(group, counter, before);
-    }
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const std::int64_t slot = from + s * 32 + threadIdx.x % 32;
-      if (slot >= mine.end) break;
-      const std::int64_t first = group[s] >= 0 ? base[group[s]] : 0;
-      place(p, slot, group[s], first, p.batched ? first + before[s] : before[s]);
-    }
-  }
-  const GroupTable table = GroupTable::at(p.table, p.groups);
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  write_tiles(p.writer, table, p.table[kTableColumns * p.groups], thread, threads);
+  write_tiles(p.writer, table, tiles, thread, threads);
+  fill_padding(p, table, thread, threads);
   write_blocks(p, table, padded_rows(p, table), thread, threads);
+  Counts::end(p);
 }
 
 // A pure function of the number of slots, so that the scratch is, too.
 std::int64_t chunk_size(std::int64_t slots) {
-  const std::int64_t even = ceil_div(slots, kMaxChunks);
-  return round_up(std::clamp(even, kMinChunk, kMaxChunk), kChunkWarps * kWarpSlots);
+  return slots <= kSlotsOfEach ? kOwnChunk
+                               : round_up(ceil_div(slots, kMaxChunks), kCountedChunk);
 }
 
 }  // namespace
@@ -219,6 +284,8 @@ AlignParams align_params(const AlignStage& s) {
                 .tokens_per_expert = s.tokens_per_expert,
                 .dropped = s.dropped};
   p.ids_are_dense = p.slot_stride == 1 && p.token_stride == p.top_k;
+  p.ids_are_plain = p.ids_are_dense && !p.ids_are_64bit && (padded || p.expert_map == nullptr);
+  p.first_group = padded ? 0 : static_cast<unsigned>(s.local.first);
   p.writer = {.tiles = rows.tiles,
               .max_tiles = rows.max_tiles,
               .tile_rows = p.tile_rows,
@@ -228,50 +295,43 @@ AlignParams align_params(const AlignStage& s) {
 }
 
 std::size_t align_scratch(std::int64_t slots, std::int64_t experts) {
-  if (slots <= kSlotsAtOnce) return 0;
-  const std::int64_t chunks = ceil_div(slots, chunk_size(slots));
-  return static_cast<std::size_t>((chunks + kTableColumns) * experts + 1) * sizeof(std::int32_t);
+  if (slots <= kSlotsOfEach) return 0;
+  return static_cast<std::size_t>(ceil_div(slots, chunk_size(slots)) * experts) *
+         sizeof(std::int32_t);
 }
 
 void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream) {
   AlignParams p = align_params(stage);
-  const std::size_t table_bytes = static_cast<std::size_t>(kTableColumns * p.groups) * 4;
   if (is_few(p)) {
     launch("align", align_tiny, {.grid = 1, .block = dim3(32), .dependency = overlap(device)},
            stream, p);
     return;
   }
-  if (p.slots <= kSlotsAtOnce) {
-    // Few slots: a warp each 32, the shortest way. More: full warps, so that fewer are summed.
-    const std::int64_t per_warp = p.slots <= 512 ? 32 : p.slots <= 1024 ? 64 : kWarpSlots;
-    const std::int64_t warps = ceil_div(p.slots, per_warp);
-    const std::int64_t wanted = std::max({warps * 32, std::int64_t{p.groups}, std::int64_t{128}});
-    launch(
-        "align", align_small,
-        {.grid = 1,
-         .block = dim3(static_cast<unsigned>(std::min<std::int64_t>(1024, round_up(wanted, 32)))),
-         .shared_bytes = table_bytes + static_cast<std::size_t>(warps * p.groups) * 2,
-         .dependency = overlap(device)},
-        stream, p, static_cast<int>(warps), per_warp);
+  p.chunk = chunk_size(p.slots);
+  p.chunks = std::max<std::int64_t>(ceil_div(p.slots, p.chunk), 1);
+  const bool counted = p.slots > kSlotsOfEach;
+  const int warps = counted && p.groups <= kManyRankGroups ? kManyRankWarps : kFewRankWarps;
+  // A thread has four slots to count, where they are few, and a group.
+  const std::int64_t wanted = std::max({p.slots / 4, std::int64_t{p.groups}, warps * INT64_C(32)});
+  const LaunchShape places{
+      .grid = dim3(static_cast<unsigned>(p.chunks)),
+      .block = dim3(static_cast<unsigned>(std::min<std::int64_t>(1024, round_up(wanted, 32)))),
+      .shared_bytes = static_cast<std::size_t>(p.groups) *
+                      static_cast<std::size_t>((kTableColumns + 2) * 4 + warps * 2),
+      .dependency = overlap(device)};
+  const int group_bits = std::bit_width(static_cast<unsigned>(p.groups));  // all ones: no group
+  if (!counted) {
+    launch("align", align_place<CountAll>, places, stream, p, warps, group_bits);
     return;
   }
-  p.chunk = chunk_size(p.slots);
-  p.chunks = ceil_div(p.slots, p.chunk);
   p.counts = static_cast<std::int32_t*>(stage.scratch);
-  p.table = p.counts + p.chunks * p.groups;
-  const LaunchShape chunks{.grid = dim3(static_cast<unsigned>(p.chunks)),
-                           .block = dim3(kChunkWarps * 32),
-                           .shared_bytes = static_cast<std::size_t>(kChunkWarps * p.groups) * 2,
-                           .dependency = overlap(device)};
-  const int segments = std::clamp(1024 / p.groups, 1, static_cast<int>(p.chunks));
-  launch("align: count", align_count, chunks, stream, p);
-  launch("align: scan", align_scan,
-         {.grid = 1,
-          .block = dim3(1024),
-          .shared_bytes = table_bytes + static_cast<std::size_t>(segments * p.groups) * 4,
+  launch("align: count", align_count,
+         {.grid = places.grid,
+          .block = dim3(kCountThreads),
+          .shared_bytes = static_cast<std::size_t>(p.groups) * 4,
           .dependency = overlap(device)},
-         stream, p, segments);
-  launch("align: place", align_place, chunks, stream, p);
+         stream, p);
+  launch("align: place", align_place<SumChunks>, places, stream, p, warps, group_bits);
 }
 
 }  // namespace moesaic::cuda

@@ -14,13 +14,12 @@
 
 namespace moesaic::cuda {
 
-constexpr int kSteps = 4;  // slots that a lane reads at once
-constexpr std::int64_t kWarpSlots = 32 * kSteps;
-
 struct AlignParams {
   const void* ids = nullptr;
   bool settled = false;  // the ids are older than the kernel in front
   bool ids_are_64bit = false, ids_are_dense = true;
+  bool ids_are_plain = false;  // dense, 32 bits, and groups are ids from first_group on
+  unsigned first_group = 0;
   std::int64_t token_stride = 0, slot_stride = 0, top_k = 1;
   std::int64_t slots = 0, experts = 0, local_first = 0, local_count = 0;
   const std::int32_t* expert_map = nullptr;
@@ -38,8 +37,7 @@ struct AlignParams {
   std::int32_t* num_padded = nullptr;
   std::int32_t* tokens_per_expert = nullptr;
   std::int32_t* dropped = nullptr;
-  std::int32_t* counts = nullptr;  // [chunks, groups] scratch: slots, then the base of each chunk
-  std::int32_t* table = nullptr;   // [3, groups] scratch, then the number of tiles
+  std::int32_t* counts = nullptr;  // [chunks, groups] scratch
   std::int64_t chunk = 0, chunks = 0;
 };
 
@@ -50,76 +48,39 @@ __device__ __forceinline__ int local_of(const AlignParams& p, std::int64_t id) {
   return local >= 0 && local < p.local_count ? static_cast<int>(local) : -1;
 }
 
-// -1: the slot contributes nothing.
-__device__ __forceinline__ int group_of(const AlignParams& p, std::int64_t slot) {
+// An id as it lies in memory. Apart from what it means, and in words that nothing has to be done to,
+// because several ids are requested before the first is waited for.
+struct RawId {
+  unsigned low = ~0u, high = 0;  // that is: no expert
+};
+__device__ __forceinline__ RawId load_id(const AlignParams& p, std::int64_t slot) {
   std::int64_t at = slot;
-  if (!p.ids_are_dense) at = slot / p.top_k * p.token_stride + slot % p.top_k * p.slot_stride;
-  const std::int64_t id = p.ids_are_64bit ? static_cast<const std::int64_t*>(p.ids)[at]
-                                          : static_cast<const std::int32_t*>(p.ids)[at];
-  if (id < 0 || id >= p.experts) return -1;
-  return p.block_rows > 0 ? static_cast<int>(id) : local_of(p, id);
+  if (!p.ids_are_dense) {  // (lists number slots with 32 bits)
+    const auto s = static_cast<unsigned>(slot), top_k = static_cast<unsigned>(p.top_k);
+    const unsigned token = s / top_k;
+    at = token * p.token_stride + (s - token * top_k) * p.slot_stride;
+  }
+  const unsigned* const words = static_cast<const unsigned*>(p.ids) + (at << p.ids_are_64bit);
+  RawId id{.low = words[0]};
+  if (p.ids_are_64bit) id.high = words[1];
+  return id;
+}
+// -1: a slot with this id contributes nothing.
+__device__ __forceinline__ int group_of(const AlignParams& p, RawId id) {
+  if (id.high != 0 || id.low >= p.experts) return -1;  // negative ones are large here
+  return p.block_rows > 0 ? static_cast<int>(id.low) : local_of(p, id.low);
+}
+__device__ __forceinline__ int group_of(const AlignParams& p, std::int64_t slot) {
+  return group_of(p, load_id(p, slot));
 }
 
 __device__ __forceinline__ int expert_of(const AlignParams& p, int group) {
   return p.block_rows > 0 ? local_of(p, group) : group;
 }
 
-// The groups of kWarpSlots slots from `first` on, all requested before the first is used.
-__device__ __forceinline__ void load_groups(const AlignParams& p, std::int64_t first,
-                                            std::int64_t end, int (&group)[kSteps]) {
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const std::int64_t slot = first + s * 32 + threadIdx.x % 32;
-    group[s] = slot < end ? group_of(p, slot) : -1;
-  }
-}
-
-// rank[s]: how many of the warp's earlier slots have the group of slot s; counter[group] counts
-// them. A match costs some 300 cycles when all 32 differ, so ranks are kept and not found a second
-// time.
-__device__ __forceinline__ void rank_groups(const int (&group)[kSteps], std::uint16_t* counter,
-                                            int (&rank)[kSteps]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    rank[s] = 0;
-    if (!__any_sync(kAllLanes, group[s] >= 0)) continue;  // also the steps behind the last slot
-    const unsigned same = __match_any_sync(kAllLanes, group[s]);
-    const unsigned before = same & ((1u << lane) - 1);
-    const int base = group[s] >= 0 ? counter[group[s]] : 0;
-    __syncwarp();
-    rank[s] = base + __popc(before);
-    if (group[s] >= 0 && before == 0)
-      counter[group[s]] = static_cast<std::uint16_t>(base + __popc(same));
-    __syncwarp();
-  }
-}
-
-// counters[warp][group] of a block become each warp's first rank. total(group, count) once per
-// group.
-template <typename F>
-__device__ __forceinline__ void sum_warps(const AlignParams& p, int warps, std::uint16_t* counters,
-                                          F&& total) {
-  __syncthreads();
-  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
-    int sum = 0;
-#pragma unroll 4
-    for (int w = 0; w < warps; ++w) {
-      const int count = counters[w * p.groups + g];
-      counters[w * p.groups + g] = static_cast<std::uint16_t>(sum);
-      sum += count;
-    }
-    total(g, sum);
-  }
-  __syncthreads();
-}
-__device__ __forceinline__ void clear(std::uint16_t* counters, int count) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
-  __syncthreads();
-}
-
 // --- groups ---
-// From counts (in table.live) to the table and every small output. One block; all threads call it.
+// From counts (in table.live) to the table and every small output. All threads of a block call it;
+// where several blocks do, the first one speaks for all.
 __device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p,
                                                       const GroupTable& table) {
   const int per_thread = (p.groups + blockDim.x - 1) / blockDim.x;
@@ -133,13 +94,15 @@ __device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p,
     const auto rows = static_cast<unsigned>(p.tile_rows);
     return static_cast<std::int32_t>((live + rows - 1) / rows);
   };
-  const bool counts_meet = p.tokens_per_expert != nullptr && p.block_rows > 0;
+  const bool speaks = blockIdx.x == 0, counts = speaks && p.tokens_per_expert != nullptr;
+  const bool counts_meet = counts && p.block_rows > 0;
   if (counts_meet) {  // several experts of the model may map to one local expert: their rows add up
     for (int e = threadIdx.x; e < p.local_count; e += blockDim.x) p.tokens_per_expert[e] = 0;
     __syncthreads();
   }
   ScanSums mine;
   std::int32_t lost = 0;
+#pragma unroll 1
   for (int g = begin; g < end; ++g) {
     int live = table.live[g];
     if (p.batched && live > p.capacity) {
@@ -151,20 +114,22 @@ __device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p,
     if (counts_meet) {
       const int expert = expert_of(p, g);
       if (expert >= 0 && live > 0) atomicAdd(p.tokens_per_expert + expert, live);
-    } else if (p.tokens_per_expert != nullptr) {
+    } else if (counts) {
       p.tokens_per_expert[g] = live;
     }
   }
   ScanSums total;
-  ScanSums at = block_scan(mine, &total);
+  const int holders = (p.groups + per_thread - 1) / per_thread;
+  ScanSums at = block_scan(mine, &total, holders);
+#pragma unroll 1
   for (int g = begin; g < end; ++g) {
     table.start[g] = at.rows;
     table.first_tile[g] = at.tiles;
     at = {at.rows + padded(table.live[g]), at.tiles + tiles_of(table.live[g])};
   }
   ScanSums lost_total;
-  if (p.dropped != nullptr) block_scan({lost, 0}, &lost_total);
-  if (threadIdx.x == 0) {
+  if (p.dropped != nullptr) block_scan({lost, 0}, &lost_total, holders);
+  if (speaks && threadIdx.x == 0) {
     if (p.num_tiles != nullptr)
       *p.num_tiles =
           total.tiles < p.max_tiles ? total.tiles : static_cast<std::int32_t>(p.max_tiles);
@@ -191,12 +156,16 @@ __device__ __forceinline__ void place(const AlignParams& p, std::int64_t slot, i
   if (p.slot_row != nullptr) p.slot_row[slot] = static_cast<std::int32_t>(position);
 }
 
-// Padded lists: everything is padding until a slot is placed there.
-__device__ __forceinline__ void fill_padding(const AlignParams& p, std::int64_t begin,
-                                             std::int64_t stride) {
+// Padded lists: what no slot is placed on.
+__device__ __forceinline__ void fill_padding(const AlignParams& p, const GroupTable& table,
+                                             std::int64_t begin, std::int64_t stride) {
   if (p.block_rows == 0 || p.row_slot == nullptr) return;
-  for (std::int64_t i = begin; i < p.positions; i += stride)
-    p.row_slot[i] = static_cast<std::int32_t>(p.slot_count);
+  for (std::int64_t i = begin; i < p.positions; i += stride) {
+    const auto position = static_cast<std::int32_t>(i);
+    const int g = group_at(table.start, p.groups, position);
+    if (position - table.start[g] >= table.live[g])
+      p.row_slot[i] = static_cast<std::int32_t>(p.slot_count);
+  }
 }
 __device__ __forceinline__ void write_blocks(const AlignParams& p, const GroupTable& table,
                                              std::int32_t rows_used, std::int64_t begin,

@@ -27,10 +27,11 @@ struct ScanSums {
   std::int32_t rows = 0, tiles = 0;
 };
 
-// Exclusive sums over the block's threads; `total` is what all of them add up to.
-__device__ __forceinline__ ScanSums block_scan(ScanSums mine, ScanSums* total) {
+// Exclusive sums over the block's threads, of which the first `holders` have something; `total` is
+// what they add up to.
+__device__ __forceinline__ ScanSums block_scan(ScanSums mine, ScanSums* total, int holders) {
   __shared__ ScanSums warps[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = (blockDim.x + 31) / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = (holders + 31) / 32;
   ScanSums sum = mine;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {

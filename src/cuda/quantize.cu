@@ -10,6 +10,7 @@
 #include "cuda/overlap.h"
 #include "cuda/quantize_groups.h"
 #include "cuda/quantize_rows.h"
+#include "cuda/quantize_slices.h"
 #include "cuda/stages.h"
 
 namespace moesaic::cuda {
@@ -259,6 +260,11 @@ template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
+template <typename F>
+void for_eight_bit_type(DType dtype, F&& f) {
+  if (dtype == DType::kF8E4M3) return f(__nv_fp8_e4m3{});
+  f(std::int8_t{});
+}
 template <int kA, int kB, typename F>
 void pick(bool first, F&& f) {
   if (first) return f(Constant<kA>{});
@@ -296,6 +302,13 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
 
   const int row_threads = warp_rows ? 32 : kThreads;
 
+  // Plenty of plain rows, with the scales that a layer's own have.
+  const bool by_slices =
+      is_16bit(stage.input.dtype) && sliceable(p) &&
+      live * ceil_div(p.columns, 256) > device.sm_count * 32 &&
+      ((p.granularity == ActScale::kGroup && p.group == kSliceGroup) ||
+       p.granularity == ActScale::kTensorStatic);
+
   // Groups in a warp's registers, four pieces of rows at once where there are plenty.
   const bool by_group = p.granularity == ActScale::kGroup;
   const std::int64_t lanes = p.group / 8, pieces = ceil_div(p.columns, 256);
@@ -307,7 +320,7 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   AlignFew beside;
   if (align != nullptr) beside.params = align_params(*align);
   const bool aligned =
-      align != nullptr && is_few(beside.params) && quantizes && (!by_group || (even && !plenty));
+      align != nullptr && is_few(beside.params) && quantizes && !by_slices && (!by_group || (even && !plenty));
 
   const auto move = [&](auto in) {
     using In = decltype(in);
@@ -325,6 +338,21 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   }
   for_float_type(stage.input.dtype, [&](auto in) {
     using In = decltype(in);
+    if (by_slices) {
+      if constexpr (sizeof(In) == 2) {
+        const Slices slices = slices_of(p);
+        const std::int64_t most =
+            p.tiles != nullptr ? p.max_tiles * slices.per_tile : ceil_div(rows, slices.rows);
+        for_eight_bit_type(p.output_dtype, [&](auto out) {
+          using Out = decltype(out);
+          go("quantize: slices",
+             by_group ? quantize_slices<In, Out, ActScale::kGroup>
+                      : quantize_slices<In, Out, ActScale::kTensorStatic>,
+             strided_grid(ceil_div(most, kWarps), device, kSliceBlocksPerSm), slices);
+        });
+      }
+      return;
+    }
     if (by_group) {
       if (!even)
         return go("quantize: groups", quantize_odd_groups<In>,

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
       for (std::int64_t t = begin; t < end; ++t) tiles.tiles += tile_length(t * p.tile_rows) > 0;
     }
     ScanSums total;
-    std::int64_t at = written + block_scan(tiles, &total).tiles;
+    std::int64_t at = written + block_scan(tiles, &total, count).tiles;
     for (std::int64_t t = begin; t < end; ++t) {
       const std::int64_t row = t * p.tile_rows, length = tile_length(row);
       if (length == 0) continue;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
         static_cast<std::int32_t>((table.live[e] + writer.tile_rows - 1) / writer.tile_rows);
   }
   ScanSums total;
-  ScanSums at = block_scan(mine, &total);
+  ScanSums at = block_scan(mine, &total, (writer.groups + per_thread - 1) / per_thread);
   for (int e = begin; e < end; ++e) {
     table.start[e] = 0;
     table.first_tile[e] = at.tiles;

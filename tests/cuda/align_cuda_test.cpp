@@ -102,7 +102,7 @@ void check_align(const AlignCase& c, std::uint64_t seed) {
 TEST(AlignCuda, CompactLikeTheCpu) {
   MOESAIC_NEEDS_CUDA();
   std::uint64_t seed = 1;
-  for (const std::int64_t tokens : {0, 1, 2, 5, 16, 100, 128, 700, 1024, 1025, 5000})
+  for (const std::int64_t tokens : {0, 1, 2, 5, 16, 32, 33, 100, 128, 700, 1024, 2048, 2049, 5000})
     for (const std::int64_t experts : {1, 8, 60, 128, 512, 2048})
       for (const bool skewed : {false, true})
         check_align({.tokens = tokens,

@@ -70,7 +70,8 @@ struct QuantizeCase {
   bool mapped = false, weights = false, per_expert = false, odd_values = false;
   bool scattered =
       false;         // mapped, but the device is given each token's positions instead of the tiles
-  int prequant = 0;  // rank
+  bool in_place = false;  // mapped, and input rows are positions, as a product left them
+  int prequant = 0;       // rank
   std::int64_t statics = 1;
 };
 std::ostream& operator<<(std::ostream& out, const QuantizeCase& c) {
@@ -79,6 +80,7 @@ std::ostream& operator<<(std::ostream& out, const QuantizeCase& c) {
              << " T " << c.tokens << " capacity " << c.capacity << (c.mapped ? " mapped" : "")
              << (c.weights ? " weights" : "") << (c.per_expert ? " per expert" : "")
              << (c.odd_values ? " odd values" : "") << (c.scattered ? " scattered" : "")
+             << (c.in_place ? " in place" : "")
              << " prequant " << c.prequant << " statics " << c.statics;
 }
 
@@ -88,8 +90,9 @@ void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
   const Rows rows = random_rows(c.tokens, kTopK, kExperts, c.capacity, seed);
   TwinRows map(rows);
   const std::int64_t out_rows = c.mapped ? rows.positions : c.tokens;
+  const std::int64_t in_rows = c.in_place ? rows.positions : c.tokens;
   std::vector<std::uint8_t> values =
-      random_storage(c.input, static_cast<std::size_t>(c.tokens * c.columns), seed + 1, 3.0f);
+      random_storage(c.input, static_cast<std::size_t>(in_rows * c.columns), seed + 1, 3.0f);
   if (c.odd_values && is_float(c.input)) {
     harness::store_element(values.data(), c.input, 5, std::nan(""));
     harness::store_element(values.data(), c.input, c.columns + 1, HUGE_VAL);
@@ -124,9 +127,9 @@ void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
     const Scratch scratch(
         device, of(device).quantize_scratch_bytes(std::max(out_rows, c.tokens), kExperts));
     const RowMap on_device = map.on(device);
-    QuantizeStage stage{.input = on(device, input, c.input, {c.tokens, c.columns}),
+    QuantizeStage stage{.input = on(device, input, c.input, {in_rows, c.columns}),
                         .rows = c.mapped ? &on_device : nullptr,
-                        .source = c.mapped ? RowOf::kToken : RowOf::kPosition,
+                        .source = c.mapped && !c.in_place ? RowOf::kToken : RowOf::kPosition,
                         .top_k = kTopK,
                         .row_weights = c.weights ? weights.on(device) : nullptr,
                         .round_to = is_16bit(c.input) ? c.input : DType::kBF16,
@@ -274,6 +277,39 @@ TEST(QuantizeCuda, BatchedRowsAndScalesPerExpert) {
                           .odd_values = tokens == 30,
                           .statics = statics},
                          ++seed);
+}
+
+// Many rows that nothing is looked up for: what a layer's hidden rows are.
+TEST(QuantizeCuda, ManyRowsWhereTheyLie) {
+  MOESAIC_NEEDS_CUDA();
+  std::uint64_t seed = 7000;
+  for (const DType input : {DType::kF16, DType::kBF16})
+    for (const DType output : {DType::kF8E4M3, DType::kI8})
+      for (const ActScale granularity :
+           {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kTensorDynamic})
+        for (const std::int64_t columns : {128, 192, 256, 768, 2056, 2048, 7168})
+          for (const bool batched : {false, true}) {
+            const std::int64_t tokens = 1500 / ((columns + 255) / 256) + 20;
+            QuantizeCase c{.input = input,
+                           .output = output,
+                           .granularity = granularity,
+                           .columns = columns,
+                           .tokens = tokens,
+                           .capacity = batched ? tokens : 0,
+                           .rounding = columns == 768 ? Int8Rounding::kTruncate
+                                                      : Int8Rounding::kNearest,
+                           .mapped = true,
+                           .per_expert = batched,
+                           .odd_values = columns == 256 || columns == 2048,
+                           .in_place = true,
+                           .statics = columns == 256 ? 6 : 1};
+            check_quantize(c, ++seed);
+            if (batched) continue;
+            c.tokens *= 3;
+            c.mapped = c.in_place = false;
+            c.statics = 1;
+            check_quantize(c, ++seed);
+          }
 }
 
 TEST(QuantizeCuda, EightBitRowsMoveWithTheirScales) {

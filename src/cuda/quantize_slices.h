@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// The quantizer of many rows that nothing has to be looked up for: 16-bit values, no factors, rows
+// that lie where their positions say, scales of groups of 128 or known before. Here it is
+// instructions that the time goes to, not bytes: a lane has 16 elements, so that a group's scale is
+// made by 8 lanes instead of 16, and what is the same for several rows is found out once for them.
+#pragma once
+
+#include "cuda/overlap.h"
+#include "cuda/quantize_rows.h"
+
+namespace moesaic::cuda {
+
+inline constexpr int kSliceGroup = 128, kSliceVec = 16, kSliceLanes = kSliceGroup / kSliceVec;
+inline constexpr int kSliceBlocksPerSm = 4;
+
+// A warp's work at a time: a few rows of one tile (or of the input), cut into groups.
+struct Slices {
+  unsigned rows = 1, per_tile = 1;  // rows of a slice; slices of a tile
+  unsigned groups = 1;              // of a row
+  unsigned groups_reciprocal = 0;   // 2^32 / groups, rounded up
+  int input_stride = 0, output_stride = 0;
+};
+
+// Groups that a slice has at least, so that no warp's second turn is for a few of them only.
+inline constexpr std::int64_t kSliceItems = 16;
+
+inline Slices slices_of(const QuantizeParams& p) {
+  const std::int64_t groups = (p.columns + kSliceGroup - 1) / kSliceGroup;
+  std::int64_t rows = 1;
+  while (rows * groups < kSliceItems) rows *= 2;
+  if (p.tiles != nullptr && rows > p.tile_rows) rows = p.tile_rows;
+  return {.rows = static_cast<unsigned>(rows),
+          .per_tile = static_cast<unsigned>((p.tile_rows + rows - 1) / rows),
+          .groups = static_cast<unsigned>(groups),
+          .groups_reciprocal = static_cast<unsigned>((0xffffffffLL + groups) / groups),
+          .input_stride = static_cast<int>(p.input_stride),
+          .output_stride = static_cast<int>(p.output_stride)};
+}
+// Whether rows are such as these: read and written 16 bytes at a time, strides in 32 bits.
+inline bool sliceable(const QuantizeParams& p) {
+  constexpr std::int64_t kMost = 0x7fffffff;
+  const auto by_sixteen = [](const void* data) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+  };
+  return p.row_slot == nullptr && p.row_weights == nullptr && p.prequant == nullptr &&
+         p.columns % kSliceVec == 0 && p.columns <= kSliceGroup * 0xffff &&
+         p.input_stride % 8 == 0 && p.output_stride % kSliceVec == 0 && by_sixteen(p.input) &&
+         by_sixteen(p.output) && p.input_stride <= kMost && p.output_stride <= kMost;
+}
+
+// Sixteen values of 16 bits as they came.
+template <typename In>
+struct Sixteen {
+  static_assert(sizeof(In) == 2);
+  uint4 half[2] = {};
+  __device__ __forceinline__ void load(const In* at) {
+    const auto* const from = reinterpret_cast<const uint4*>(at);
+    half[0] = from[0];
+    half[1] = from[1];
+  }
+  // The largest magnitude's bits, as a float.
+  __device__ __forceinline__ unsigned largest() const {
+    const unsigned top = max(largest_of_eight(half[0]), largest_of_eight(half[1]));
+    const auto bits = static_cast<unsigned short>(top);
+    return __float_as_uint(to_float(*reinterpret_cast<const In*>(&bits)));
+  }
+  // Values 2 i and 2 i + 1.
+  __device__ __forceinline__ float2 pair(int i) const {
+    const unsigned word = reinterpret_cast<const unsigned*>(half)[i];
+    if constexpr (std::is_same_v<In, __nv_bfloat16>)
+      return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+    else
+      return __half22float2(*reinterpret_cast<const __half2*>(&word));
+  }
+};
+
+template <typename Out, typename In>
+__device__ __forceinline__ uint4 to_eight_bit(const Sixteen<In>& raw, Int8Rounding rounding,
+                                              float scale, float inverse) {
+  unsigned words[4] = {};
+#pragma unroll
+  for (int i = 0; i < kSliceVec / 2; ++i) {
+    const float2 v = raw.pair(i);
+    unsigned two;
+    if constexpr (std::is_same_v<Out, __nv_fp8_e4m3>) {
+      two = __nv_cvt_float2_to_fp8x2({v.x * inverse, v.y * inverse}, __NV_SATFINITE, __NV_E4M3);
+    } else {
+      const bool down = rounding == Int8Rounding::kTruncate;
+      const auto first = down ? to_i8_truncated(v.x, scale) : to_i8(v.x * inverse);
+      const auto second = down ? to_i8_truncated(v.y, scale) : to_i8(v.y * inverse);
+      two = static_cast<std::uint8_t>(first) | static_cast<std::uint8_t>(second) << 8;
+    }
+    words[i / 2] |= two << i % 2 * 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The rows of slice `s`: none, where it lies behind a tile's last.
+struct SliceRows {
+  std::int64_t first = 0;
+  int rows = 0, expert = 0;
+};
+__device__ __forceinline__ SliceRows slice_rows(const QuantizeParams& p, const Slices& slices,
+                                                unsigned s) {
+  if (p.tiles == nullptr) {
+    const std::int64_t first = static_cast<std::int64_t>(s) * slices.rows;
+    const std::int64_t left = p.input_rows - first;
+    return {.first = first, .rows = static_cast<int>(min(left, std::int64_t{slices.rows}))};
+  }
+  const unsigned tile_of = s / slices.per_tile, within = (s - tile_of * slices.per_tile) * slices.rows;
+  const Tile tile = load_tile(p.tiles + tile_of);
+  const std::int64_t first = tile.first + within;
+  const std::int64_t end = min(tile.first + tile.rows, min(p.positions, p.input_rows));
+  const std::int64_t rows = min(end - first, std::int64_t{slices.rows});
+  return {.first = first,
+          .rows = tile.expert < 0 || rows < 0 ? 0 : static_cast<int>(rows),
+          .expert = tile.expert};
+}
+
+// kScale: kGroup, or kTensorStatic.
+template <typename In, typename Out, ActScale kScale>
+__global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
+    quantize_slices(QuantizeParams p, Slices slices) {
+  constexpr int kAtOnce = 2, kGroupsOfWarp = 32 / kSliceLanes;
+  bool waited = !p.settled;
+  begin_between(!waited);
+  const int lane = threadIdx.x % 32, column_of_lane = lane % kSliceLanes * kSliceVec;
+  const unsigned stride = gridDim.x * kWarps;
+  unsigned s = blockIdx.x * kWarps + threadIdx.x / 32;
+  const auto count = static_cast<unsigned>(
+      p.tiles == nullptr ? (p.input_rows + slices.rows - 1) / slices.rows
+                         : min(std::int64_t{__ldcg(p.num_tiles)}, p.max_tiles) * slices.per_tile);
+  SliceRows next;
+  if (s < count) next = slice_rows(p, slices, s);
+  if (!waited) wait_for_earlier_kernels();
+  for (; s < count; s += stride) {
+    const SliceRows mine = next;
+    next = {};
+    if (s + stride < count) next = slice_rows(p, slices, s + stride);
+    const In* const input = static_cast<const In*>(p.input) + mine.first * slices.input_stride;
+    float given = 0.0f, given_inverse = 0.0f;
+    if constexpr (kScale == ActScale::kTensorStatic) {
+      given = p.static_scale[p.static_scales > 1 ? mine.expert * p.static_stride : 0];
+      given_inverse = inverse_of(given);
+    }
+    const int items = mine.rows * static_cast<int>(slices.groups);
+#pragma unroll 1
+    for (int first = lane / kSliceLanes; first - lane / kSliceLanes < items;
+         first += kAtOnce * kGroupsOfWarp) {
+      Sixteen<In> raw[kAtOnce];
+      int row[kAtOnce], group[kAtOnce];
+      bool inside[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int item = first + i * kGroupsOfWarp;
+        row[i] = slices.groups == 1 ? item
+                                    : static_cast<int>(__umulhi(static_cast<unsigned>(item),
+                                                                slices.groups_reciprocal));
+        group[i] = item - row[i] * static_cast<int>(slices.groups);
+        const int column = group[i] * kSliceGroup + column_of_lane;
+        inside[i] = item < items && column < p.columns;
+        if (inside[i])
+          raw[i].load(input + static_cast<std::int64_t>(row[i]) * slices.input_stride + column);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const QuantizeRow at{.position = mine.first + row[i], .source = mine.first + row[i]};
+        float scale = given, inverse = given_inverse;
+        if constexpr (kScale == ActScale::kGroup) {
+          unsigned top = raw[i].largest();
+#pragma unroll
+          for (int offset = kSliceLanes / 2; offset > 0; offset /= 2)
+            top = max(top, __shfl_xor_sync(kAllLanes, top, offset));
+          scale = scale_of(std::is_same_v<Out, __nv_fp8_e4m3> ? DType::kF8E4M3 : DType::kI8, top);
+          inverse = inverse_of_made(scale);
+        }
+        if (!inside[i]) continue;
+        const uint4 eight_bit = to_eight_bit<Out>(raw[i], p.int8_rounding, scale, inverse);
+        for_positions(p, at, [&](std::int64_t position) {
+          const std::int64_t column = group[i] * kSliceGroup + column_of_lane;
+          *reinterpret_cast<uint4*>(static_cast<char*>(p.output) +
+                                    position * slices.output_stride + column) = eight_bit;
+          if (kScale == ActScale::kGroup && column_of_lane == 0 && p.scale != nullptr)
+            p.scale[position * p.scale_row_stride + group[i]] = scale;
+        });
+      }
+    }
+    if constexpr (kScale == ActScale::kTensorStatic)
+      if (p.per_expert && lane == 0 && p.scale != nullptr && mine.rows > 0)
+        p.scale[mine.expert] = given;  // every slice of the expert writes the same
+  }
+  if constexpr (kScale == ActScale::kTensorStatic)
+    if (blockIdx.x == 0 && p.scale != nullptr)
+      for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)
+        p.scale[i] = p.static_scale[i * p.static_stride];
+}
+
+}  // namespace moesaic::cuda

@@ -45,15 +45,6 @@ __device__ __forceinline__ float inverse_of(float scale) {
   return inverse > kMax ? kMax : inverse < -kMax ? -kMax : inverse;
 }
 
-// The same of a scale that scale_of made: neither that nor its inverse is ever subnormal, so the
-// reciprocal and its remainder are a division. (Infinities and NaN have no remainder.)
-__device__ __forceinline__ float inverse_of_made(float scale) {
-  float near;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(scale));
-  const float exact = fmaf(near, fmaf(-scale, near, 1.0f), near);
-  return magnitude(scale) < 0x7f800000u ? exact : near;
-}
-
 // To the nearest, halves away from zero; saturated; NaN becomes 0.
 __device__ __forceinline__ std::int8_t to_i8(float scaled) {
   if (!(scaled > -128.0f)) return scaled == scaled ? -128 : 0;

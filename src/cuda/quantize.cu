@@ -307,7 +307,7 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
       is_16bit(stage.input.dtype) && sliceable(p) &&
       live * ceil_div(p.columns, 256) > device.sm_count * 32 &&
       ((p.granularity == ActScale::kGroup && p.group == kSliceGroup) ||
-       p.granularity == ActScale::kTensorStatic);
+       p.granularity == ActScale::kTensorStatic || p.granularity == ActScale::kToken);
 
   // Groups in a warp's registers, four pieces of rows at once where there are plenty.
   const bool by_group = p.granularity == ActScale::kGroup;
@@ -347,7 +347,9 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
           using Out = decltype(out);
           go("quantize: slices",
              by_group ? quantize_slices<In, Out, ActScale::kGroup>
-                      : quantize_slices<In, Out, ActScale::kTensorStatic>,
+             : p.granularity == ActScale::kToken
+                 ? quantize_token_slices<In, Out>
+                 : quantize_slices<In, Out, ActScale::kTensorStatic>,
              strided_grid(ceil_div(most, kWarps), device, kSliceBlocksPerSm), slices);
         });
       }

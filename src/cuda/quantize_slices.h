@@ -74,6 +74,14 @@ struct Sixteen {
   }
 };
 
+// inverse_of, for a scale that scale_of made: neither that nor its inverse is ever subnormal, so the
+// reciprocal and its remainder are a division. (Infinities and NaN have no remainder.)
+__device__ __forceinline__ float inverse_of_made(float scale) {
+  const float near = __fdividef(1.0f, scale);
+  const float exact = fmaf(near, fmaf(-scale, near, 1.0f), near);
+  return magnitude(scale) < 0x7f800000u ? exact : near;
+}
+
 template <typename Out, typename In>
 __device__ __forceinline__ uint4 to_eight_bit(const Sixteen<In>& raw, Int8Rounding rounding,
                                               float scale, float inverse) {
@@ -93,6 +101,12 @@ __device__ __forceinline__ uint4 to_eight_bit(const Sixteen<In>& raw, Int8Roundi
     words[i / 2] |= two << i % 2 * 16;
   }
   return {words[0], words[1], words[2], words[3]};
+}
+
+// For e4m3 or int8.
+template <typename Out>
+__device__ __forceinline__ float scale_for(unsigned absmax) {
+  return scale_of(std::is_same_v<Out, __nv_fp8_e4m3> ? DType::kF8E4M3 : DType::kI8, absmax);
 }
 
 // The rows of slice `s`: none, where it lies behind a tile's last.
@@ -117,14 +131,12 @@ __device__ __forceinline__ SliceRows slice_rows(const QuantizeParams& p, const S
           .expert = tile.expert};
 }
 
-// kScale: kGroup, or kTensorStatic.
-template <typename In, typename Out, ActScale kScale>
-__global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
-    quantize_slices(QuantizeParams p, Slices slices) {
-  constexpr int kAtOnce = 2, kGroupsOfWarp = 32 / kSliceLanes;
-  bool waited = !p.settled;
-  begin_between(!waited);
-  const int lane = threadIdx.x % 32, column_of_lane = lane % kSliceLanes * kSliceVec;
+// Calls f(rows) for the slices that are this warp's. Where the list is settled, the first of them
+// are looked up before the kernel in front has ended; where the next ones lie is asked for before
+// the rows of these.
+template <typename F>
+__device__ __forceinline__ void for_slices(const QuantizeParams& p, const Slices& slices, F&& f) {
+  begin_between(p.settled);
   const unsigned stride = gridDim.x * kWarps;
   unsigned s = blockIdx.x * kWarps + threadIdx.x / 32;
   const auto count = static_cast<unsigned>(
@@ -132,11 +144,22 @@ __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
                          : min(std::int64_t{__ldcg(p.num_tiles)}, p.max_tiles) * slices.per_tile);
   SliceRows next;
   if (s < count) next = slice_rows(p, slices, s);
-  if (!waited) wait_for_earlier_kernels();
+  if (p.settled) wait_for_earlier_kernels();
   for (; s < count; s += stride) {
-    const SliceRows mine = next;
+    const SliceRows rows = next;
     next = {};
     if (s + stride < count) next = slice_rows(p, slices, s + stride);
+    f(rows);
+  }
+}
+
+// kScale: kGroup, or kTensorStatic.
+template <typename In, typename Out, ActScale kScale>
+__global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
+    quantize_slices(QuantizeParams p, Slices slices) {
+  constexpr int kAtOnce = 2, kGroupsOfWarp = 32 / kSliceLanes;
+  const int lane = threadIdx.x % 32, column_of_lane = lane % kSliceLanes * kSliceVec;
+  for_slices(p, slices, [&](const SliceRows& mine) {
     const In* const input = static_cast<const In*>(p.input) + mine.first * slices.input_stride;
     float given = 0.0f, given_inverse = 0.0f;
     if constexpr (kScale == ActScale::kTensorStatic) {
@@ -171,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
 #pragma unroll
           for (int offset = kSliceLanes / 2; offset > 0; offset /= 2)
             top = max(top, __shfl_xor_sync(kAllLanes, top, offset));
-          scale = scale_of(std::is_same_v<Out, __nv_fp8_e4m3> ? DType::kF8E4M3 : DType::kI8, top);
+          scale = scale_for<Out>(top);
           inverse = inverse_of_made(scale);
         }
         if (!inside[i]) continue;
@@ -188,11 +211,64 @@ __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
     if constexpr (kScale == ActScale::kTensorStatic)
       if (p.per_expert && lane == 0 && p.scale != nullptr && mine.rows > 0)
         p.scale[mine.expert] = given;  // every slice of the expert writes the same
-  }
+  });
   if constexpr (kScale == ActScale::kTensorStatic)
     if (blockIdx.x == 0 && p.scale != nullptr)
       for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)
         p.scale[i] = p.static_scale[i * p.static_stride];
+}
+
+// A scale per row: a warp has a row, 2048 columns of it in registers between their scale and their
+// elements; of longer ones the rest is read twice.
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kThreads, std::is_same_v<Out, std::int8_t> ? 3 : kSliceBlocksPerSm)
+    quantize_token_slices(QuantizeParams p, Slices slices) {
+  constexpr int kKept = 4, kTurn = 32 * kSliceVec;
+  const int lane = threadIdx.x % 32, columns = static_cast<int>(p.columns);
+  for_slices(p, slices, [&](const SliceRows& mine) {
+#pragma unroll 1
+    for (int r = 0; r < mine.rows; ++r) {
+      const QuantizeRow at{.position = mine.first + r, .source = mine.first + r};
+      const In* const row = static_cast<const In*>(p.input) + at.source * slices.input_stride;
+      Sixteen<In> raw[kKept];
+      unsigned top = 0;
+#pragma unroll
+      for (int k = 0; k < kKept; ++k) {
+        const int column = k * kTurn + lane * kSliceVec;
+        if (column < columns) raw[k].load(row + column);
+      }
+#pragma unroll
+      for (int k = 0; k < kKept; ++k)
+        if (k * kTurn < columns) top = max(top, raw[k].largest());
+#pragma unroll 2
+      for (int column = kKept * kTurn + lane * kSliceVec; column < columns; column += kTurn) {
+        Sixteen<In> more;
+        more.load(row + column);
+        top = max(top, more.largest());
+      }
+      const float scale = scale_for<Out>(__reduce_max_sync(kAllLanes, top));
+      const float inverse = inverse_of_made(scale);
+      const auto store = [&](int column, const Sixteen<In>& values) {
+        const uint4 eight_bit = to_eight_bit<Out>(values, p.int8_rounding, scale, inverse);
+        for_positions(p, at, [&](std::int64_t position) {
+          *reinterpret_cast<uint4*>(static_cast<char*>(p.output) +
+                                    position * slices.output_stride + column) = eight_bit;
+          if (column == 0 && p.scale != nullptr) p.scale[position * p.scale_row_stride] = scale;
+        });
+      };
+#pragma unroll
+      for (int k = 0; k < kKept; ++k) {
+        const int column = k * kTurn + lane * kSliceVec;
+        if (column < columns) store(column, raw[k]);
+      }
+#pragma unroll 1
+      for (int column = kKept * kTurn + lane * kSliceVec; column < columns; column += kTurn) {
+        Sixteen<In> more;
+        more.load(row + column);
+        store(column, more);
+      }
+    }
+  });
 }
 
 }  // namespace moesaic::cuda

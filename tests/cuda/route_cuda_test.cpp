@@ -165,5 +165,75 @@ TEST(RouteCuda, LogitsFromHiddenStates) {
         }
 }
 
+// Every tile makes the same bits, and so do rows that begin anywhere.
+TEST(RouteCuda, LogitsOfManyTokens) {
+  MOESAIC_NEEDS_CUDA();
+  struct Case {
+    DType x, w;
+    std::int64_t hidden, experts;
+  };
+  std::uint64_t seed = 1900;
+  for (const Case& c : {Case{DType::kBF16, DType::kBF16, 1032, 100},
+                        Case{DType::kF16, DType::kF16, 2048, 128},
+                        Case{DType::kBF16, DType::kF32, 520, 130}}) {
+    SCOPED_TRACE(testing::Message() << name(c.x) << " x " << name(c.w) << " H " << c.hidden);
+    constexpr std::int64_t kTokens = 2500;
+    Twin<std::uint8_t> x(
+        random_storage(c.x, static_cast<std::size_t>(kTokens * c.hidden), ++seed));
+    Twin<std::uint8_t> w(
+        random_storage(c.w, static_cast<std::size_t>(c.experts * c.hidden), ++seed));
+    Twin<std::uint8_t> odd(static_cast<std::size_t>(kTokens * (c.hidden + 1)) * size_of(c.x));
+    for (std::int64_t t = 0; t < kTokens; ++t)
+      std::memcpy(odd.cpu() + static_cast<std::size_t>(t * (c.hidden + 1)) * size_of(c.x),
+                  x.cpu() + static_cast<std::size_t>(t * c.hidden) * size_of(c.x),
+                  static_cast<std::size_t>(c.hidden) * size_of(c.x));
+    odd.upload();
+    const std::size_t entries = static_cast<std::size_t>(kTokens * c.experts);
+    Twin<float> whole(entries), parts(entries), shifted(entries);
+    Twin<std::int32_t> ids(static_cast<std::size_t>(kTokens));
+    Twin<float> weights(static_cast<std::size_t>(kTokens));
+    const Tensor rows = on(kGpu, x, c.x, {kTokens, c.hidden});
+    Tensor rows_apart = rows;
+    rows_apart.data = odd.gpu();
+    rows_apart.strides[0] = c.hidden + 1;
+    const auto run = [&](const Tensor& hidden, std::int64_t first, std::int64_t count,
+                         Twin<float>& z) {
+      device_backend()->route(
+          {.spec = {.method = RoutingMethod::kSigmoid},
+           .hidden_states = hidden.slice(first, count),
+           .router = {.weight = on(kGpu, w, c.w, {c.experts, c.hidden})},
+           .logits_scratch = Tensor::contiguous(z.gpu(), DType::kF32, {kTokens, c.experts}, kGpu)
+                                 .slice(first, count),
+           .topk_ids = Tensor::contiguous(ids.gpu(), DType::kI32, {count, 1}, kGpu),
+           .topk_weights = Tensor::contiguous(weights.gpu(), DType::kF32, {count, 1}, kGpu)},
+          {});
+    };
+    run(rows, 0, kTokens, whole);
+    std::int64_t first = 0;
+    for (const std::int64_t count : {1, 2, 13, 100, 700, 1684}) {
+      run(rows, first, count, parts);
+      first += count;
+    }
+    ASSERT_EQ(first, kTokens);
+    run(rows_apart, 0, kTokens, shifted);
+    const std::vector<float> got = whole.download();
+    EXPECT_EQ(got, parts.download());
+    EXPECT_EQ(got, shifted.download());
+    for (std::int64_t t = 0; t < kTokens; t += 37)
+      for (std::int64_t e = 0; e < c.experts; ++e) {
+        double sum = 0, size = 0;
+        for (std::int64_t h = 0; h < c.hidden; ++h) {
+          const double p = harness::load_element(x.cpu(), c.x, t * c.hidden + h) *
+                           harness::load_element(w.cpu(), c.w, e * c.hidden + h);
+          sum += p;
+          size += std::abs(p);
+        }
+        ASSERT_NEAR(got[static_cast<std::size_t>(t * c.experts + e)], sum,
+                    1e-5 * size / std::sqrt(static_cast<double>(c.hidden)) + 1e-6)
+            << "token " << t << " expert " << e;
+      }
+  }
+}
+
 }  // namespace
 }  // namespace moesaic

@@ -302,10 +302,12 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
 
   const int row_threads = warp_rows ? 32 : kThreads;
 
-  // Plenty of plain rows, with the scales that a layer's own have.
+  // Plain rows, with the scales that a layer's own have: a product's, or plenty. (Few that are wide
+  // are better spread over many warps.)
+  const bool many = live * ceil_div(p.columns, 256) > device.sm_count * 32;
   const bool by_slices =
       is_16bit(stage.input.dtype) && sliceable(p) &&
-      live * ceil_div(p.columns, 256) > device.sm_count * 32 &&
+      (many || (p.tiles != nullptr && p.columns <= 2048)) &&
       ((p.granularity == ActScale::kGroup && p.group == kSliceGroup) ||
        p.granularity == ActScale::kTensorStatic || p.granularity == ActScale::kToken);
 
@@ -340,9 +342,8 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
     using In = decltype(in);
     if (by_slices) {
       if constexpr (sizeof(In) == 2) {
-        const Slices slices = slices_of(p);
-        const std::int64_t most =
-            p.tiles != nullptr ? p.max_tiles * slices.per_tile : ceil_div(rows, slices.rows);
+        const Slices slices =
+            slices_of(p, live, std::int64_t{device.sm_count} * kSliceBlocksPerSm * kWarps);
         for_eight_bit_type(p.output_dtype, [&](auto out) {
           using Out = decltype(out);
           go("quantize: slices",
@@ -350,7 +351,7 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
              : p.granularity == ActScale::kToken
                  ? quantize_token_slices<In, Out>
                  : quantize_slices<In, Out, ActScale::kTensorStatic>,
-             strided_grid(ceil_div(most, kWarps), device, kSliceBlocksPerSm), slices);
+             strided_grid(ceil_div(slices.most, kWarps), device, kSliceBlocksPerSm), slices);
         });
       }
       return;

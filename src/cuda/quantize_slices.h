@@ -15,26 +15,27 @@ inline constexpr int kSliceBlocksPerSm = 4;
 
 // A warp's work at a time: a few rows of one tile (or of the input), cut into groups.
 struct Slices {
-  unsigned rows = 1, per_tile = 1;  // rows of a slice; slices of a tile
-  unsigned groups = 1;              // of a row
-  unsigned groups_reciprocal = 0;   // 2^32 / groups, rounded up
+  unsigned rows = 1;               // of a slice
+  unsigned groups = 1;             // of a row
+  unsigned groups_reciprocal = 0;  // 2^32 / groups, rounded up
   int input_stride = 0, output_stride = 0;
+  std::int64_t most = 0;           // slices
 };
 
-// Groups that a slice has at least, so that no warp's second turn is for a few of them only.
-inline constexpr std::int64_t kSliceItems = 16;
-
-inline Slices slices_of(const QuantizeParams& p) {
+// `warps`: what the machine holds at a time. `live`: rows that there are, at most.
+inline Slices slices_of(const QuantizeParams& p, std::int64_t live, std::int64_t warps) {
+  // So many groups that no warp's second turn is for a few of them only; fewer where rows are few.
+  constexpr std::int64_t kGroups = 16;
   const std::int64_t groups = (p.columns + kSliceGroup - 1) / kSliceGroup;
   std::int64_t rows = 1;
-  while (rows * groups < kSliceItems) rows *= 2;
-  if (p.tiles != nullptr && rows > p.tile_rows) rows = p.tile_rows;
+  while (rows * groups < kGroups && live >= 2 * rows * warps) rows *= 2;
+  const std::int64_t of_tile = (p.tile_rows + rows - 1) / rows;
   return {.rows = static_cast<unsigned>(rows),
-          .per_tile = static_cast<unsigned>((p.tile_rows + rows - 1) / rows),
           .groups = static_cast<unsigned>(groups),
           .groups_reciprocal = static_cast<unsigned>((0xffffffffLL + groups) / groups),
           .input_stride = static_cast<int>(p.input_stride),
-          .output_stride = static_cast<int>(p.output_stride)};
+          .output_stride = static_cast<int>(p.output_stride),
+          .most = p.tiles != nullptr ? p.max_tiles * of_tile : (p.input_rows + rows - 1) / rows};
 }
 // Whether rows are such as these: read and written 16 bytes at a time, strides in 32 bits.
 inline bool sliceable(const QuantizeParams& p) {
@@ -109,21 +110,22 @@ __device__ __forceinline__ float scale_for(unsigned absmax) {
   return scale_of(std::is_same_v<Out, __nv_fp8_e4m3> ? DType::kF8E4M3 : DType::kI8, absmax);
 }
 
-// The rows of slice `s`: none, where it lies behind a tile's last.
+// The rows of slice `s`: none, where it lies behind a tile's last. The first slices of all tiles come
+// first, so that those which have rows are spread evenly over the warps.
 struct SliceRows {
   std::int64_t first = 0;
   int rows = 0, expert = 0;
 };
 __device__ __forceinline__ SliceRows slice_rows(const QuantizeParams& p, const Slices& slices,
-                                                unsigned s) {
+                                                unsigned tiles, unsigned s) {
   if (p.tiles == nullptr) {
     const std::int64_t first = static_cast<std::int64_t>(s) * slices.rows;
     const std::int64_t left = p.input_rows - first;
     return {.first = first, .rows = static_cast<int>(min(left, std::int64_t{slices.rows}))};
   }
-  const unsigned tile_of = s / slices.per_tile, within = (s - tile_of * slices.per_tile) * slices.rows;
-  const Tile tile = load_tile(p.tiles + tile_of);
-  const std::int64_t first = tile.first + within;
+  const unsigned turn = s / tiles;
+  const Tile tile = load_tile(p.tiles + (s - turn * tiles));
+  const std::int64_t first = tile.first + turn * slices.rows;
   const std::int64_t end = min(tile.first + tile.rows, min(p.positions, p.input_rows));
   const std::int64_t rows = min(end - first, std::int64_t{slices.rows});
   return {.first = first,
@@ -139,16 +141,19 @@ __device__ __forceinline__ void for_slices(const QuantizeParams& p, const Slices
   begin_between(p.settled);
   const unsigned stride = gridDim.x * kWarps;
   unsigned s = blockIdx.x * kWarps + threadIdx.x / 32;
-  const auto count = static_cast<unsigned>(
-      p.tiles == nullptr ? (p.input_rows + slices.rows - 1) / slices.rows
-                         : min(std::int64_t{__ldcg(p.num_tiles)}, p.max_tiles) * slices.per_tile);
+  auto count = static_cast<unsigned>(slices.most);
+  unsigned tiles = 1;
+  if (p.tiles != nullptr) {
+    tiles = static_cast<unsigned>(min(std::int64_t{__ldcg(p.num_tiles)}, p.max_tiles));
+    count = tiles * ((static_cast<unsigned>(p.tile_rows) + slices.rows - 1) / slices.rows);
+  }
   SliceRows next;
-  if (s < count) next = slice_rows(p, slices, s);
+  if (s < count) next = slice_rows(p, slices, tiles, s);
   if (p.settled) wait_for_earlier_kernels();
   for (; s < count; s += stride) {
     const SliceRows rows = next;
     next = {};
-    if (s + stride < count) next = slice_rows(p, slices, s + stride);
+    if (s + stride < count) next = slice_rows(p, slices, tiles, s + stride);
     f(rows);
   }
 }

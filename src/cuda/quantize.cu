@@ -70,18 +70,6 @@ __global__ void __launch_bounds__(kThreads, 1) move_rows(QuantizeParams p, int r
 }
 
 // --- one scale per row, or one that is known -----------------------------------------------------
-__device__ __forceinline__ unsigned block_max(unsigned v) {
-  __shared__ unsigned warps[kWarps];
-  v = __reduce_max_sync(kAllLanes, v);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  unsigned top = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) top = max(top, warps[w]);
-  __syncthreads();  // `warps` may be used again
-  return top;
-}
-
 // The largest of an expert's tiles, found around one of them: tiles of an expert are neighbours.
 __device__ __forceinline__ unsigned expert_max(const QuantizeParams& p, std::int64_t tile) {
   const int lane = threadIdx.x % 32;
@@ -99,13 +87,11 @@ __device__ __forceinline__ unsigned expert_max(const QuantizeParams& p, std::int
   return __reduce_max_sync(kAllLanes, top);
 }
 
-// A settled list says where the first row lies before the kernel in front has ended. A dynamic
-// scale per tensor gains nothing by that: behind tensor_absmax, a short kernel, its maxima come
-// first.
+// A settled list says where the first row lies before the kernel in front has ended.
 template <typename In, int kVec, typename Beside>
 __global__ void __launch_bounds__(kThreads, 1)
     quantize_rows(QuantizeParams p, int row_threads, Beside beside) {
-  bool waited = !p.settled || p.granularity == ActScale::kTensorDynamic;
+  bool waited = !p.settled;
   begin_between(!waited);
   const unsigned blocks = own_blocks<Beside>();
   if (blockIdx.x >= blocks) return beside.run();
@@ -226,7 +212,9 @@ QuantizeParams make_params(const QuantizeStage& s) {
   }
   if (s.rows != nullptr) {
     // Row weights, which are looked up with the row, are not promised to be as old as the list.
-    p.settled = s.list_age == ListAge::kSettled && s.row_weights == nullptr;
+    // A dynamic scale per tensor gains nothing by looking rows up early: its maxima come first.
+    p.settled = s.list_age == ListAge::kSettled && s.row_weights == nullptr &&
+                s.granularity != ActScale::kTensorDynamic;
     // Rows that lie where their positions say, and have no factor, need no slot. A caller's padding
     // is then quantized with the rest, and nobody reads it; but it must not enter a scale that
     // others share.
@@ -304,12 +292,13 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
 
   // Plain rows, with the scales that a layer's own have: a product's, or plenty. (Few that are wide
   // are better spread over many warps.)
+  const bool dynamic = p.granularity == ActScale::kTensorDynamic;
   const bool many = live * ceil_div(p.columns, 256) > device.sm_count * 32;
   const bool by_slices =
-      is_16bit(stage.input.dtype) && sliceable(p) &&
+      is_16bit(stage.input.dtype) && sliceable(p) && !(dynamic && p.per_expert) &&
       (many || (p.tiles != nullptr && p.columns <= 2048)) &&
       ((p.granularity == ActScale::kGroup && p.group == kSliceGroup) ||
-       p.granularity == ActScale::kTensorStatic || p.granularity == ActScale::kToken);
+       p.granularity == ActScale::kTensorStatic || p.granularity == ActScale::kToken || dynamic);
 
   // Groups in a warp's registers, four pieces of rows at once where there are plenty.
   const bool by_group = p.granularity == ActScale::kGroup;
@@ -344,14 +333,23 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
       if constexpr (sizeof(In) == 2) {
         const Slices slices =
             slices_of(p, live, std::int64_t{device.sm_count} * kSliceBlocksPerSm * kWarps);
+        const dim3 grid = strided_grid(ceil_div(slices.most, kWarps), device, kSliceBlocksPerSm);
+        if (p.granularity == ActScale::kTensorDynamic) {
+          p.partials = static_cast<int>(std::min<unsigned>(grid.x, kMaxPartials));
+          go("quantize: absmax", slices_absmax<In>, dim3(static_cast<unsigned>(p.partials)),
+             slices);
+          p.row_slot = nullptr;
+        }
         for_eight_bit_type(p.output_dtype, [&](auto out) {
           using Out = decltype(out);
           go("quantize: slices",
              by_group ? quantize_slices<In, Out, ActScale::kGroup>
              : p.granularity == ActScale::kToken
                  ? quantize_token_slices<In, Out>
+             : p.granularity == ActScale::kTensorDynamic
+                 ? quantize_slices<In, Out, ActScale::kTensorDynamic>
                  : quantize_slices<In, Out, ActScale::kTensorStatic>,
-             strided_grid(ceil_div(slices.most, kWarps), device, kSliceBlocksPerSm), slices);
+             grid, slices);
         });
       }
       return;

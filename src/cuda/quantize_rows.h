@@ -168,6 +168,19 @@ __device__ __forceinline__ void for_row(const QuantizeParams& p, const QuantizeR
   }
 }
 
+// Of a block. All of its threads call it.
+__device__ __forceinline__ unsigned block_max(unsigned v) {
+  __shared__ unsigned warps[kWarps];
+  v = __reduce_max_sync(kAllLanes, v);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+  __syncthreads();
+  unsigned top = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) top = max(top, warps[w]);
+  __syncthreads();  // `warps` may be used again
+  return top;
+}
+
 // --- the result ----------------------------------------------------------------------------------
 // Calls f(position) for every row of the output that is this row's.
 template <typename F>

@@ -43,7 +43,10 @@ inline bool sliceable(const QuantizeParams& p) {
   const auto by_sixteen = [](const void* data) {
     return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
   };
-  return p.row_slot == nullptr && p.row_weights == nullptr && p.prequant == nullptr &&
+  // (Slots say which rows enter a dynamic scale; where rows lie, they do not say.)
+  const bool in_place = p.row_slot == nullptr || (p.granularity == ActScale::kTensorDynamic &&
+                                                  p.source == RowOf::kPosition);
+  return in_place && p.row_weights == nullptr && p.prequant == nullptr &&
          p.columns % kSliceVec == 0 && p.columns <= kSliceGroup * 0xffff &&
          p.input_stride % 8 == 0 && p.output_stride % kSliceVec == 0 && by_sixteen(p.input) &&
          by_sixteen(p.output) && p.input_stride <= kMost && p.output_stride <= kMost;
@@ -64,6 +67,15 @@ struct Sixteen {
     const unsigned top = max(largest_of_eight(half[0]), largest_of_eight(half[1]));
     const auto bits = static_cast<unsigned short>(top);
     return __float_as_uint(to_float(*reinterpret_cast<const In*>(&bits)));
+  }
+  __device__ __forceinline__ unsigned largest_finite() const {
+    const unsigned all = largest();
+    if (all < 0x7f800000u) return all;
+    unsigned top = 0;
+#pragma unroll 1
+    for (int i = 0; i < kSliceVec / 2; ++i)
+      top = max(top, max(finite_magnitude(pair(i).x), finite_magnitude(pair(i).y)));
+    return top;
   }
   // Values 2 i and 2 i + 1.
   __device__ __forceinline__ float2 pair(int i) const {
@@ -133,11 +145,12 @@ __device__ __forceinline__ SliceRows slice_rows(const QuantizeParams& p, const S
           .expert = tile.expert};
 }
 
-// Calls f(rows) for the slices that are this warp's. Where the list is settled, the first of them
+// Calls f(rows) for the slices that are this warp's, after ready(). Where the list is settled, the first of them
 // are looked up before the kernel in front has ended; where the next ones lie is asked for before
 // the rows of these.
-template <typename F>
-__device__ __forceinline__ void for_slices(const QuantizeParams& p, const Slices& slices, F&& f) {
+template <typename Ready, typename F>
+__device__ __forceinline__ void for_slices(const QuantizeParams& p, const Slices& slices,
+                                           Ready&& ready, F&& f) {
   begin_between(p.settled);
   const unsigned stride = gridDim.x * kWarps;
   unsigned s = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -150,6 +163,7 @@ __device__ __forceinline__ void for_slices(const QuantizeParams& p, const Slices
   SliceRows next;
   if (s < count) next = slice_rows(p, slices, tiles, s);
   if (p.settled) wait_for_earlier_kernels();
+  ready();
   for (; s < count; s += stride) {
     const SliceRows rows = next;
     next = {};
@@ -158,69 +172,108 @@ __device__ __forceinline__ void for_slices(const QuantizeParams& p, const Slices
   }
 }
 
-// kScale: kGroup, or kTensorStatic.
+// The groups of a slice, by 8 lanes each: f(row, group, column, inside, values) for kAtOnce times
+// what a warp takes at a time, requested together. All lanes call f.
+template <typename In, typename F>
+__device__ __forceinline__ void for_groups_of(const QuantizeParams& p, const Slices& slices,
+                                              const SliceRows& mine, F&& f) {
+  constexpr int kAtOnce = 2, kGroupsOfWarp = 32 / kSliceLanes;
+  const int lane = threadIdx.x % 32, column_of_lane = lane % kSliceLanes * kSliceVec;
+  const In* const input = static_cast<const In*>(p.input) + mine.first * slices.input_stride;
+  const int items = mine.rows * static_cast<int>(slices.groups);
+#pragma unroll 1
+  for (int first = 0; first < items; first += kAtOnce * kGroupsOfWarp) {
+    Sixteen<In> raw[kAtOnce];
+    int row[kAtOnce], group[kAtOnce];
+    bool inside[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int item = first + lane / kSliceLanes + i * kGroupsOfWarp;
+      row[i] = slices.groups == 1 ? item
+                                  : static_cast<int>(__umulhi(static_cast<unsigned>(item),
+                                                              slices.groups_reciprocal));
+      group[i] = item - row[i] * static_cast<int>(slices.groups);
+      const int column = group[i] * kSliceGroup + column_of_lane;
+      inside[i] = item < items && column < p.columns;
+      if (inside[i])
+        raw[i].load(input + static_cast<std::int64_t>(row[i]) * slices.input_stride + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) f(row[i], group[i], inside[i], raw[i]);
+  }
+}
+
+// kScale: kGroup, or per tensor.
 template <typename In, typename Out, ActScale kScale>
 __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
     quantize_slices(QuantizeParams p, Slices slices) {
-  constexpr int kAtOnce = 2, kGroupsOfWarp = 32 / kSliceLanes;
-  const int lane = threadIdx.x % 32, column_of_lane = lane % kSliceLanes * kSliceVec;
-  for_slices(p, slices, [&](const SliceRows& mine) {
-    const In* const input = static_cast<const In*>(p.input) + mine.first * slices.input_stride;
-    float given = 0.0f, given_inverse = 0.0f;
+  const int column_of_lane = threadIdx.x % kSliceLanes * kSliceVec;
+  float given = 0.0f, given_inverse = 0.0f;
+  const auto find_maximum = [&] {
+    if constexpr (kScale == ActScale::kTensorDynamic) {
+      unsigned top = 0;
+      for (int i = threadIdx.x; i < p.partials; i += kThreads)
+        top = max(top, __float_as_uint(p.partial[i]));
+      given = scale_for<Out>(block_max(top));
+      given_inverse = inverse_of_made(given);
+      if (blockIdx.x == 0 && threadIdx.x == 0 && p.scale != nullptr) p.scale[0] = given;
+    }
+  };
+  for_slices(p, slices, find_maximum, [&](const SliceRows& mine) {
     if constexpr (kScale == ActScale::kTensorStatic) {
       given = p.static_scale[p.static_scales > 1 ? mine.expert * p.static_stride : 0];
       given_inverse = inverse_of(given);
     }
-    const int items = mine.rows * static_cast<int>(slices.groups);
-#pragma unroll 1
-    for (int first = lane / kSliceLanes; first - lane / kSliceLanes < items;
-         first += kAtOnce * kGroupsOfWarp) {
-      Sixteen<In> raw[kAtOnce];
-      int row[kAtOnce], group[kAtOnce];
-      bool inside[kAtOnce];
+    for_groups_of<In>(
+        p, slices, mine, [&](int row, int group, bool inside, const Sixteen<In>& values) {
+          const QuantizeRow at{.position = mine.first + row, .source = mine.first + row};
+          float scale = given, inverse = given_inverse;
+          if constexpr (kScale == ActScale::kGroup) {
+            unsigned top = values.largest();
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int item = first + i * kGroupsOfWarp;
-        row[i] = slices.groups == 1 ? item
-                                    : static_cast<int>(__umulhi(static_cast<unsigned>(item),
-                                                                slices.groups_reciprocal));
-        group[i] = item - row[i] * static_cast<int>(slices.groups);
-        const int column = group[i] * kSliceGroup + column_of_lane;
-        inside[i] = item < items && column < p.columns;
-        if (inside[i])
-          raw[i].load(input + static_cast<std::int64_t>(row[i]) * slices.input_stride + column);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const QuantizeRow at{.position = mine.first + row[i], .source = mine.first + row[i]};
-        float scale = given, inverse = given_inverse;
-        if constexpr (kScale == ActScale::kGroup) {
-          unsigned top = raw[i].largest();
-#pragma unroll
-          for (int offset = kSliceLanes / 2; offset > 0; offset /= 2)
-            top = max(top, __shfl_xor_sync(kAllLanes, top, offset));
-          scale = scale_for<Out>(top);
-          inverse = inverse_of_made(scale);
-        }
-        if (!inside[i]) continue;
-        const uint4 eight_bit = to_eight_bit<Out>(raw[i], p.int8_rounding, scale, inverse);
-        for_positions(p, at, [&](std::int64_t position) {
-          const std::int64_t column = group[i] * kSliceGroup + column_of_lane;
-          *reinterpret_cast<uint4*>(static_cast<char*>(p.output) +
-                                    position * slices.output_stride + column) = eight_bit;
-          if (kScale == ActScale::kGroup && column_of_lane == 0 && p.scale != nullptr)
-            p.scale[position * p.scale_row_stride + group[i]] = scale;
+            for (int offset = kSliceLanes / 2; offset > 0; offset /= 2)
+              top = max(top, __shfl_xor_sync(kAllLanes, top, offset));
+            scale = scale_for<Out>(top);
+            inverse = inverse_of_made(scale);
+          }
+          if (!inside) return;
+          const uint4 eight_bit = to_eight_bit<Out>(values, p.int8_rounding, scale, inverse);
+          for_positions(p, at, [&](std::int64_t position) {
+            const std::int64_t column = group * kSliceGroup + column_of_lane;
+            *reinterpret_cast<uint4*>(static_cast<char*>(p.output) +
+                                      position * slices.output_stride + column) = eight_bit;
+            if (kScale == ActScale::kGroup && column_of_lane == 0 && p.scale != nullptr)
+              p.scale[position * p.scale_row_stride + group] = scale;
+          });
         });
-      }
-    }
     if constexpr (kScale == ActScale::kTensorStatic)
-      if (p.per_expert && lane == 0 && p.scale != nullptr && mine.rows > 0)
+      if (p.per_expert && threadIdx.x % 32 == 0 && p.scale != nullptr && mine.rows > 0)
         p.scale[mine.expert] = given;  // every slice of the expert writes the same
   });
   if constexpr (kScale == ActScale::kTensorStatic)
     if (blockIdx.x == 0 && p.scale != nullptr)
       for (std::int64_t i = threadIdx.x; i < p.static_scales; i += kThreads)
         p.scale[i] = p.static_scale[i * p.static_stride];
+}
+
+// First pass of a dynamic scale per tensor: the largest finite magnitude of each block's rows.
+template <typename In>
+__global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
+    slices_absmax(QuantizeParams p, Slices slices) {
+  unsigned top = 0;
+  for_slices(p, slices, [] {}, [&](const SliceRows& mine) {
+    for_groups_of<In>(
+        p, slices, mine, [&](int row, int, bool inside, const Sixteen<In>& values) {
+          if (!inside) return;
+          if (p.row_slot != nullptr) {
+            const std::int64_t slot = __ldcg(p.row_slot + mine.first + row);
+            if (slot < 0 || slot >= p.slot_count) return;
+          }
+          top = max(top, values.largest_finite());
+        });
+  });
+  top = block_max(top);
+  if (threadIdx.x == 0) p.partial[blockIdx.x] = __uint_as_float(top);
 }
 
 // A scale per row: a warp has a row, 2048 columns of it in registers between their scale and their
@@ -230,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<Out, std::int8_t> ? 3
     quantize_token_slices(QuantizeParams p, Slices slices) {
   constexpr int kKept = 4, kTurn = 32 * kSliceVec;
   const int lane = threadIdx.x % 32, columns = static_cast<int>(p.columns);
-  for_slices(p, slices, [&](const SliceRows& mine) {
+  for_slices(p, slices, [] {}, [&](const SliceRows& mine) {
 #pragma unroll 1
     for (int r = 0; r < mine.rows; ++r) {
       const QuantizeRow at{.position = mine.first + r, .source = mine.first + r};

@@ -174,9 +174,8 @@ int main(int argc, char** argv) {
         time_of([&](Stream s) {
           gpu->quantize(quantize(x, xq, nullptr, ActScale::kTensorDynamic), s);
         }),
-        time_of([&](Stream s) {
-          gpu->quantize(quantize(x, xq, nullptr, ActScale::kTensorStatic), s);
-        }),
+        time_of(
+            [&](Stream s) { gpu->quantize(quantize(x, xq, nullptr, ActScale::kTensorStatic), s); }),
         time_of([&](Stream s) { gpu->quantize(quantize(h, hq, &rows, ActScale::kGroup), s); }),
         time_of([&](Stream s) { gpu->quantize(quantize(h, hq, &rows, ActScale::kToken), s); }),
         time_of(

@@ -97,18 +97,18 @@ __global__ void __launch_bounds__(kCountThreads, 1) align_count(AlignParams p) {
   if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
 }
 
-// Where a block learns how many slots each group has in front of its chunk, and in all of them.
+// Where a block learns how many slots each group has in front of its chunk, and how many from
+// there.
 struct CountAll {
   static __device__ void begin(const AlignParams& p) { begin_between(p.settled); }
   static __device__ void end(const AlignParams& p) {
     if (p.settled) wait_for_earlier_kernels();  // every grid waits: see overlap.h
   }
   static __device__ void count(const AlignParams& p, std::int64_t chunk, std::int32_t* before,
-                               std::int32_t* all) {
+                               std::int32_t* from) {
     const auto mine = static_cast<unsigned>(chunk);
     for_groups(p, 0, p.slots, [&](unsigned slot, int group) {
-      atomicAdd(all + group, 1);
-      if (slot < mine) atomicAdd(before + group, 1);
+      atomicAdd((slot < mine ? before : from) + group, 1);
     });
   }
 };
@@ -116,20 +116,19 @@ struct SumChunks {
   static __device__ void begin(const AlignParams&) { begin_kernel(); }
   static __device__ void end(const AlignParams&) {}
   static __device__ void count(const AlignParams& p, std::int64_t, std::int32_t* before,
-                               std::int32_t* all) {
+                               std::int32_t* from) {
     const int chunks = static_cast<int>(p.chunks), mine = static_cast<int>(blockIdx.x);
     const int sharing = max(1, static_cast<int>(blockDim.x) / p.groups);  // threads of a group
     for (int i = threadIdx.x; i < sharing * p.groups; i += blockDim.x) {
       const int g = i % p.groups;
-      std::int32_t sum = 0, sum_before = 0;
+      std::int32_t sum_before = 0, sum_from = 0;
 #pragma unroll 8
       for (int c = i / p.groups; c < chunks; c += sharing) {
         const std::int32_t here = __ldcg(p.counts + static_cast<std::int64_t>(c) * p.groups + g);
-        sum += here;
-        if (c < mine) sum_before += here;
+        (c < mine ? sum_before : sum_from) += here;
       }
-      atomicAdd(all + g, sum);
       atomicAdd(before + g, sum_before);
+      atomicAdd(from + g, sum_from);
     }
   }
 };
@@ -216,6 +215,8 @@ __global__ void __launch_bounds__(1024, 1) align_place(AlignParams p, int warps,
   if (ranks) rank = round.count(group);
   __syncthreads();
   round.sum_warps();
+  for (int g = threadIdx.x; g < p.groups; g += blockDim.x) table.live[g] += before[g];
+  if (p.groups > static_cast<int>(blockDim.x)) __syncthreads();  // else a thread reads its own
   const std::int32_t tiles = finish_counts(p, table);
   for (std::int64_t first = chunk;;) {
     if (ranks && slot < end) {
@@ -246,8 +247,7 @@ __global__ void __launch_bounds__(1024, 1) align_place(AlignParams p, int warps,
 
 // A pure function of the number of slots, so that the scratch is, too.
 std::int64_t chunk_size(std::int64_t slots) {
-  return slots <= kSlotsOfEach ? kOwnChunk
-                               : round_up(ceil_div(slots, kMaxChunks), kCountedChunk);
+  return slots <= kSlotsOfEach ? kOwnChunk : round_up(ceil_div(slots, kMaxChunks), kCountedChunk);
 }
 
 }  // namespace

@@ -48,8 +48,8 @@ __device__ __forceinline__ int local_of(const AlignParams& p, std::int64_t id) {
   return local >= 0 && local < p.local_count ? static_cast<int>(local) : -1;
 }
 
-// An id as it lies in memory. Apart from what it means, and in words that nothing has to be done to,
-// because several ids are requested before the first is waited for.
+// An id as it lies in memory. Apart from what it means, and in words that nothing has to be done
+// to, because several ids are requested before the first is waited for.
 struct RawId {
   unsigned low = ~0u, high = 0;  // that is: no expert
 };

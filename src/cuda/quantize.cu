@@ -310,8 +310,8 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const bool quantizes = is_float(stage.input.dtype) && p.granularity != ActScale::kDefault;
   AlignFew beside;
   if (align != nullptr) beside.params = align_params(*align);
-  const bool aligned =
-      align != nullptr && is_few(beside.params) && quantizes && !by_slices && (!by_group || (even && !plenty));
+  const bool aligned = align != nullptr && is_few(beside.params) && quantizes && !by_slices &&
+                       (!by_group || (even && !plenty));
 
   const auto move = [&](auto in) {
     using In = decltype(in);
@@ -343,9 +343,8 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
         for_eight_bit_type(p.output_dtype, [&](auto out) {
           using Out = decltype(out);
           go("quantize: slices",
-             by_group ? quantize_slices<In, Out, ActScale::kGroup>
-             : p.granularity == ActScale::kToken
-                 ? quantize_token_slices<In, Out>
+             by_group                            ? quantize_slices<In, Out, ActScale::kGroup>
+             : p.granularity == ActScale::kToken ? quantize_token_slices<In, Out>
              : p.granularity == ActScale::kTensorDynamic
                  ? quantize_slices<In, Out, ActScale::kTensorDynamic>
                  : quantize_slices<In, Out, ActScale::kTensorStatic>,

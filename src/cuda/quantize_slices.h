@@ -19,7 +19,7 @@ struct Slices {
   unsigned groups = 1;             // of a row
   unsigned groups_reciprocal = 0;  // 2^32 / groups, rounded up
   int input_stride = 0, output_stride = 0;
-  std::int64_t most = 0;           // slices
+  std::int64_t most = 0;  // slices
 };
 
 // `warps`: what the machine holds at a time. `live`: rows that there are, at most.
@@ -44,8 +44,8 @@ inline bool sliceable(const QuantizeParams& p) {
     return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
   };
   // (Slots say which rows enter a dynamic scale; where rows lie, they do not say.)
-  const bool in_place = p.row_slot == nullptr || (p.granularity == ActScale::kTensorDynamic &&
-                                                  p.source == RowOf::kPosition);
+  const bool in_place = p.row_slot == nullptr ||
+                        (p.granularity == ActScale::kTensorDynamic && p.source == RowOf::kPosition);
   return in_place && p.row_weights == nullptr && p.prequant == nullptr &&
          p.columns % kSliceVec == 0 && p.columns <= kSliceGroup * 0xffff &&
          p.input_stride % 8 == 0 && p.output_stride % kSliceVec == 0 && by_sixteen(p.input) &&
@@ -87,8 +87,8 @@ struct Sixteen {
   }
 };
 
-// inverse_of, for a scale that scale_of made: neither that nor its inverse is ever subnormal, so the
-// reciprocal and its remainder are a division. (Infinities and NaN have no remainder.)
+// inverse_of, for a scale that scale_of made: neither that nor its inverse is ever subnormal, so
+// the reciprocal and its remainder are a division. (Infinities and NaN have no remainder.)
 __device__ __forceinline__ float inverse_of_made(float scale) {
   const float near = __fdividef(1.0f, scale);
   const float exact = fmaf(near, fmaf(-scale, near, 1.0f), near);
@@ -122,8 +122,8 @@ __device__ __forceinline__ float scale_for(unsigned absmax) {
   return scale_of(std::is_same_v<Out, __nv_fp8_e4m3> ? DType::kF8E4M3 : DType::kI8, absmax);
 }
 
-// The rows of slice `s`: none, where it lies behind a tile's last. The first slices of all tiles come
-// first, so that those which have rows are spread evenly over the warps.
+// The rows of slice `s`: none, where it lies behind a tile's last. The first slices of all tiles
+// come first, so that those which have rows are spread evenly over the warps.
 struct SliceRows {
   std::int64_t first = 0;
   int rows = 0, expert = 0;
@@ -145,9 +145,9 @@ __device__ __forceinline__ SliceRows slice_rows(const QuantizeParams& p, const S
           .expert = tile.expert};
 }
 
-// Calls f(rows) for the slices that are this warp's, after ready(). Where the list is settled, the first of them
-// are looked up before the kernel in front has ended; where the next ones lie is asked for before
-// the rows of these.
+// Calls f(rows) for the slices that are this warp's, after ready(). Where the list is settled, the
+// first of them are looked up before the kernel in front has ended; where the next ones lie is
+// asked for before the rows of these.
 template <typename Ready, typename F>
 __device__ __forceinline__ void for_slices(const QuantizeParams& p, const Slices& slices,
                                            Ready&& ready, F&& f) {
@@ -189,9 +189,10 @@ __device__ __forceinline__ void for_groups_of(const QuantizeParams& p, const Sli
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int item = first + lane / kSliceLanes + i * kGroupsOfWarp;
-      row[i] = slices.groups == 1 ? item
-                                  : static_cast<int>(__umulhi(static_cast<unsigned>(item),
-                                                              slices.groups_reciprocal));
+      row[i] =
+          slices.groups == 1
+              ? item
+              : static_cast<int>(__umulhi(static_cast<unsigned>(item), slices.groups_reciprocal));
       group[i] = item - row[i] * static_cast<int>(slices.groups);
       const int column = group[i] * kSliceGroup + column_of_lane;
       inside[i] = item < items && column < p.columns;
@@ -261,17 +262,19 @@ template <typename In>
 __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
     slices_absmax(QuantizeParams p, Slices slices) {
   unsigned top = 0;
-  for_slices(p, slices, [] {}, [&](const SliceRows& mine) {
-    for_groups_of<In>(
-        p, slices, mine, [&](int row, int, bool inside, const Sixteen<In>& values) {
-          if (!inside) return;
-          if (p.row_slot != nullptr) {
-            const std::int64_t slot = __ldcg(p.row_slot + mine.first + row);
-            if (slot < 0 || slot >= p.slot_count) return;
-          }
-          top = max(top, values.largest_finite());
-        });
-  });
+  for_slices(
+      p, slices, [] {},
+      [&](const SliceRows& mine) {
+        for_groups_of<In>(p, slices, mine,
+                          [&](int row, int, bool inside, const Sixteen<In>& values) {
+                            if (!inside) return;
+                            if (p.row_slot != nullptr) {
+                              const std::int64_t slot = __ldcg(p.row_slot + mine.first + row);
+                              if (slot < 0 || slot >= p.slot_count) return;
+                            }
+                            top = max(top, values.largest_finite());
+                          });
+      });
   top = block_max(top);
   if (threadIdx.x == 0) p.partial[blockIdx.x] = __uint_as_float(top);
 }
@@ -279,54 +282,57 @@ __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
 // A scale per row: a warp has a row, 2048 columns of it in registers between their scale and their
 // elements; of longer ones the rest is read twice.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<Out, std::int8_t> ? 3 : kSliceBlocksPerSm)
+__global__ void __launch_bounds__(kThreads,
+                                  std::is_same_v<Out, std::int8_t> ? 3 : kSliceBlocksPerSm)
     quantize_token_slices(QuantizeParams p, Slices slices) {
   constexpr int kKept = 4, kTurn = 32 * kSliceVec;
   const int lane = threadIdx.x % 32, columns = static_cast<int>(p.columns);
-  for_slices(p, slices, [] {}, [&](const SliceRows& mine) {
+  for_slices(
+      p, slices, [] {},
+      [&](const SliceRows& mine) {
 #pragma unroll 1
-    for (int r = 0; r < mine.rows; ++r) {
-      const QuantizeRow at{.position = mine.first + r, .source = mine.first + r};
-      const In* const row = static_cast<const In*>(p.input) + at.source * slices.input_stride;
-      Sixteen<In> raw[kKept];
-      unsigned top = 0;
+        for (int r = 0; r < mine.rows; ++r) {
+          const QuantizeRow at{.position = mine.first + r, .source = mine.first + r};
+          const In* const row = static_cast<const In*>(p.input) + at.source * slices.input_stride;
+          Sixteen<In> raw[kKept];
+          unsigned top = 0;
 #pragma unroll
-      for (int k = 0; k < kKept; ++k) {
-        const int column = k * kTurn + lane * kSliceVec;
-        if (column < columns) raw[k].load(row + column);
-      }
+          for (int k = 0; k < kKept; ++k) {
+            const int column = k * kTurn + lane * kSliceVec;
+            if (column < columns) raw[k].load(row + column);
+          }
 #pragma unroll
-      for (int k = 0; k < kKept; ++k)
-        if (k * kTurn < columns) top = max(top, raw[k].largest());
+          for (int k = 0; k < kKept; ++k)
+            if (k * kTurn < columns) top = max(top, raw[k].largest());
 #pragma unroll 2
-      for (int column = kKept * kTurn + lane * kSliceVec; column < columns; column += kTurn) {
-        Sixteen<In> more;
-        more.load(row + column);
-        top = max(top, more.largest());
-      }
-      const float scale = scale_for<Out>(__reduce_max_sync(kAllLanes, top));
-      const float inverse = inverse_of_made(scale);
-      const auto store = [&](int column, const Sixteen<In>& values) {
-        const uint4 eight_bit = to_eight_bit<Out>(values, p.int8_rounding, scale, inverse);
-        for_positions(p, at, [&](std::int64_t position) {
-          *reinterpret_cast<uint4*>(static_cast<char*>(p.output) +
-                                    position * slices.output_stride + column) = eight_bit;
-          if (column == 0 && p.scale != nullptr) p.scale[position * p.scale_row_stride] = scale;
-        });
-      };
+          for (int column = kKept * kTurn + lane * kSliceVec; column < columns; column += kTurn) {
+            Sixteen<In> more;
+            more.load(row + column);
+            top = max(top, more.largest());
+          }
+          const float scale = scale_for<Out>(__reduce_max_sync(kAllLanes, top));
+          const float inverse = inverse_of_made(scale);
+          const auto store = [&](int column, const Sixteen<In>& values) {
+            const uint4 eight_bit = to_eight_bit<Out>(values, p.int8_rounding, scale, inverse);
+            for_positions(p, at, [&](std::int64_t position) {
+              *reinterpret_cast<uint4*>(static_cast<char*>(p.output) +
+                                        position * slices.output_stride + column) = eight_bit;
+              if (column == 0 && p.scale != nullptr) p.scale[position * p.scale_row_stride] = scale;
+            });
+          };
 #pragma unroll
-      for (int k = 0; k < kKept; ++k) {
-        const int column = k * kTurn + lane * kSliceVec;
-        if (column < columns) store(column, raw[k]);
-      }
+          for (int k = 0; k < kKept; ++k) {
+            const int column = k * kTurn + lane * kSliceVec;
+            if (column < columns) store(column, raw[k]);
+          }
 #pragma unroll 1
-      for (int column = kKept * kTurn + lane * kSliceVec; column < columns; column += kTurn) {
-        Sixteen<In> more;
-        more.load(row + column);
-        store(column, more);
-      }
-    }
-  });
+          for (int column = kKept * kTurn + lane * kSliceVec; column < columns; column += kTurn) {
+            Sixteen<In> more;
+            more.load(row + column);
+            store(column, more);
+          }
+        }
+      });
 }
 
 }  // namespace moesaic::cuda

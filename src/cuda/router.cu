@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The router's product: logits = x W^T, exact products accumulated in fp32 in one order of the width
-// for every T, because an expert chosen by a different last bit would be another token's doing.
+// The router's product: logits = x W^T, exact products accumulated in fp32 in one order of the
+// width for every T, because an expert chosen by a different last bit would be another token's
+// doing.
 //
 // K is cut into kSlices slices, one for each warp of a block: few tokens still occupy many warps,
 // and at any T a block has enough bytes in flight without staging them. (One warp per product with
@@ -62,8 +63,8 @@ struct OneByOne {
   }
 };
 template <typename T>
-__device__ __forceinline__ Eight<T> load_eight(const T* row, std::int64_t column,
-                                               std::int64_t end, bool wide) {
+__device__ __forceinline__ Eight<T> load_eight(const T* row, std::int64_t column, std::int64_t end,
+                                               bool wide) {
   return wide ? Together::load(row, column, end) : OneByOne::load(row, column, end);
 }
 
@@ -279,15 +280,15 @@ void run_router(const RouteStage& s, const DeviceTraits& device, cudaStream_t st
       if constexpr (kOnTensorCores<X, W>) {
         if (!p.x_wide || !p.w_wide || p.x_stride > kMostStride || p.w_stride > kMostStride)
           return tiles(router_tiles<X, W, OneByOne, 1, 1, 1>, 16, 8);
-        [[maybe_unused]] const std::int64_t wide =
-            ceil_div(p.tokens, 64) * ceil_div(p.experts, 32);
+        [[maybe_unused]] const std::int64_t wide = ceil_div(p.tokens, 64) * ceil_div(p.experts, 32);
         if constexpr (sizeof(W) == 2)  // (parts of f32 take too many registers)
           if (wide * 10 >= device.sm_count * 9)
             return tiles(router_tiles<X, W, Together, 4, 4, 2>, 64, 32);
         const std::int64_t middle = ceil_div(p.tokens, 32) * ceil_div(p.experts, 32);
-        if (middle * 4 >= device.sm_count) return tiles(router_tiles<X, W, Together, 2, sizeof(W) == 4 ? 2 : 4, 2>, 32,
+        if (middle * 4 >= device.sm_count)
+          return tiles(router_tiles < X, W, Together, 2, sizeof(W) == 4 ? 2 : 4, 2 >, 32,
                        sizeof(W) == 4 ? 16 : 32);
-        tiles(router_tiles<X, W, Together, 1, 1, sizeof(W) == 4 ? 4 : 8>, 16, 8);
+        tiles(router_tiles < X, W, Together, 1, 1, sizeof(W) == 4 ? 4 : 8 >, 16, 8);
       } else {
         if (p.tokens * p.experts <= 32 * device.sm_count)
           return warps(router_logits<X, W, 1, 1>, 1, 1);

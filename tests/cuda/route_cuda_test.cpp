@@ -173,13 +173,12 @@ TEST(RouteCuda, LogitsOfManyTokens) {
     std::int64_t hidden, experts;
   };
   std::uint64_t seed = 1900;
-  for (const Case& c : {Case{DType::kBF16, DType::kBF16, 1032, 100},
-                        Case{DType::kF16, DType::kF16, 2048, 128},
-                        Case{DType::kBF16, DType::kF32, 520, 130}}) {
+  for (const Case& c :
+       {Case{DType::kBF16, DType::kBF16, 1032, 100}, Case{DType::kF16, DType::kF16, 2048, 128},
+        Case{DType::kBF16, DType::kF32, 520, 130}}) {
     SCOPED_TRACE(testing::Message() << name(c.x) << " x " << name(c.w) << " H " << c.hidden);
     constexpr std::int64_t kTokens = 2500;
-    Twin<std::uint8_t> x(
-        random_storage(c.x, static_cast<std::size_t>(kTokens * c.hidden), ++seed));
+    Twin<std::uint8_t> x(random_storage(c.x, static_cast<std::size_t>(kTokens * c.hidden), ++seed));
     Twin<std::uint8_t> w(
         random_storage(c.w, static_cast<std::size_t>(c.experts * c.hidden), ++seed));
     Twin<std::uint8_t> odd(static_cast<std::size_t>(kTokens * (c.hidden + 1)) * size_of(c.x));

@@ -69,7 +69,7 @@ struct QuantizeCase {
   Int8Rounding rounding = Int8Rounding::kNearest;
   bool mapped = false, weights = false, per_expert = false, odd_values = false;
   bool scattered =
-      false;         // mapped, but the device is given each token's positions instead of the tiles
+      false;  // mapped, but the device is given each token's positions instead of the tiles
   bool in_place = false;  // mapped, and input rows are positions, as a product left them
   int prequant = 0;       // rank
   std::int64_t statics = 1;
@@ -80,8 +80,8 @@ std::ostream& operator<<(std::ostream& out, const QuantizeCase& c) {
              << " T " << c.tokens << " capacity " << c.capacity << (c.mapped ? " mapped" : "")
              << (c.weights ? " weights" : "") << (c.per_expert ? " per expert" : "")
              << (c.odd_values ? " odd values" : "") << (c.scattered ? " scattered" : "")
-             << (c.in_place ? " in place" : "")
-             << " prequant " << c.prequant << " statics " << c.statics;
+             << (c.in_place ? " in place" : "") << " prequant " << c.prequant << " statics "
+             << c.statics;
 }
 
 void check_quantize(const QuantizeCase& c, std::uint64_t seed) {
@@ -290,19 +290,19 @@ TEST(QuantizeCuda, ManyRowsWhereTheyLie) {
         for (const std::int64_t columns : {128, 192, 256, 768, 2056, 2048, 7168})
           for (const bool batched : {false, true}) {
             const std::int64_t tokens = 1500 / ((columns + 255) / 256) + 20;
-            QuantizeCase c{.input = input,
-                           .output = output,
-                           .granularity = granularity,
-                           .columns = columns,
-                           .tokens = tokens,
-                           .capacity = batched ? tokens : 0,
-                           .rounding = columns == 768 ? Int8Rounding::kTruncate
-                                                      : Int8Rounding::kNearest,
-                           .mapped = true,
-                           .per_expert = batched,
-                           .odd_values = columns == 256 || columns == 2048,
-                           .in_place = true,
-                           .statics = columns == 256 ? 6 : 1};
+            QuantizeCase c{
+                .input = input,
+                .output = output,
+                .granularity = granularity,
+                .columns = columns,
+                .tokens = tokens,
+                .capacity = batched ? tokens : 0,
+                .rounding = columns == 768 ? Int8Rounding::kTruncate : Int8Rounding::kNearest,
+                .mapped = true,
+                .per_expert = batched,
+                .odd_values = columns == 256 || columns == 2048,
+                .in_place = true,
+                .statics = columns == 256 ? 6 : 1};
             check_quantize(c, ++seed);
             if (batched) continue;
             c.tokens *= 3;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rate of mma.sync when nothing but registers is touched: the ceiling of the SM80 kernels, which
-// bench/promises.py holds them against. One line per type: its name, TFLOPS (TOPS).
+// The rate of mma.sync when nothing but registers is touched: the ceiling of the SM80 kernels,
+// which bench/promises.py holds them against. One line per type: its name, TFLOPS (TOPS).
 //
 //   nvcc -O3 -std=c++17 -arch=sm_80 bench/mma_peak.cu -o build/mma_peak
 #include <cuda_runtime.h>
@@ -17,9 +17,11 @@ constexpr int kChains = 8, kRounds = 1 << 12, kThreads = 512;
 struct Bf16 {
   static constexpr const char* kName = "bf16";
   static constexpr int kK = 16;
-  static __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  static __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4],
+                             const std::uint32_t (&b)[2]) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
@@ -27,9 +29,11 @@ struct Bf16 {
 struct Tf32 {
   static constexpr const char* kName = "tf32";
   static constexpr int kK = 8;
-  static __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  static __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4],
+                             const std::uint32_t (&b)[2]) {
     asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }

@@ -241,9 +241,12 @@ class Case:
 
 
 def our_products(case, weights, block, a, act, h, c, lists, p):
+    """The order of the rows in between is the peer's: by slot, or as the lists have them where `h` is as long as these."""
+    between = "slot" if h.shape[0] == case.slots else "sorted"
     for rows, b, out, second in ((a, weights.named()[0], h, False), (act, weights.named()[1], c, True)):
         moesaic.grouped_gemm(rows[0], b, out, quant=case.quant(), a_scale=rows[1], slots=lists[0], block_experts=lists[1], num_padded=lists[2],
-                             block_rows=block, top_k=1 if second else case.top_k, row_weights=p.view(-1) if second else None)
+                             block_rows=block, top_k=1 if second else case.top_k, row_weights=p.view(-1) if second else None,
+                             a_order=between if second else "slot", c_order="slot" if second else between)
 
 
 def our_experts(case, weights, block, a, c, lists, p):
@@ -384,10 +387,10 @@ class Bench:
 
             def buffers(config):
                 down = config.get("down_tma", False)
-                rows = max(lists_of(ids, config["BLOCK_SIZE_M"])[0].numel() for _, ids, _ in sets) if down else case.slots
+                rows = lists_of(sets[0][1], config["BLOCK_SIZE_M"])[0].numel() if down else case.slots
                 second = act
                 if down:  # rows of the second product by position: as many as the lists are long
-                    second = tuple(None if t is None else t[:1].expand(rows, t.shape[1]).contiguous() for t in act)
+                    second = tuple(None if t is None else t[torch.arange(rows, device=DEVICE) % case.slots] for t in act)
                 return (torch.empty(rows, 2 * case.intermediate, dtype=torch.bfloat16, device=DEVICE), second,
                         torch.empty(case.slots, case.hidden, dtype=torch.bfloat16, device=DEVICE))
 
@@ -406,14 +409,14 @@ class Bench:
                 continue
             graph, config = found
             block = config["BLOCK_SIZE_M"]
-            h, _, c = buffers({"BLOCK_SIZE_M": block})
+            h, second, c = buffers(config)
             c2 = torch.empty_like(c)
-            mine = [lambda s=s: our_products(case, s[0], block, a, act, h, c, lists_of(s[1], block), s[2]) for s in sets]
+            mine = [lambda s=s: our_products(case, s[0], block, a, second, h, c, lists_of(s[1], block), s[2]) for s in sets]
             stages = [lambda s=s: our_experts(case, s[0], block, a, c2, lists_of(s[1], block), s[2]) for s in sets]
             graphs = {"moesaic": graph_of(mine), "experts": graph_of(stages), peer.name: graph}
             for g in graphs.values():
                 g.replay()
-            same = {"moesaic": c, peer.name: outputs[str(config)]} if not config.get("down_tma") else {}
+            same = {"moesaic": c, peer.name: outputs[str(config)]}
             self.report(f"products ({peer.name})", case, graphs, same, len(sets), config)
 
     def report(self, what, case, graphs, outputs, calls, config=None):

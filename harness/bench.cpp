@@ -217,7 +217,7 @@ class Bench {
       BenchRow done = finished_row(tokens, active, samples, 0.5 * (read_before + read_after));
       done.tactics = pair;
       done.clock_mhz = watch_->clock_mhz();
-      if (tokens <= 16) done.host_us = watch_->host_us(calls[0]);
+      if (tokens <= 16 && worth_ms == 0) done.host_us = watch_->host_us(calls[0]);
       if (worth_ms == 0) worth_ms = 2 * done.ms_median;
       read_before = read_after;
       result_.rows.push_back(std::move(done));

@@ -104,6 +104,14 @@ def test_what_the_peers_are_held_against_is_the_layer(script, monkeypatch, schem
     act = case.quantized(torch.randn(case.slots, case.intermediate, dtype=torch.bfloat16))
     peers.our_products(case, weights, 16, a, act, h, c, lists, p)
     assert peers.difference(h, products) < 0.05 and torch.isfinite(c).all()
+    # The same with rows in between as the lists have them.
+    slots = lists[0].long()
+    live = slots < case.slots
+    h2 = torch.zeros(slots.numel(), h.shape[1], dtype=torch.bfloat16)
+    act2 = tuple(None if t is None else t[torch.where(live, slots, 0)] for t in act)
+    c2 = torch.full_like(c, float("nan"))
+    peers.our_products(case, weights, 16, a, act2, h2, c2, lists, p)
+    assert torch.equal(h2[live], h[slots[live]]) and torch.equal(c2, c)
     peers.our_experts(case, weights, 16, a, c, lists, p)
     assert peers.difference(c.view(case.tokens, case.top_k, -1).float().sum(1), out) < 0.08
     if scheme == "bf16" and hasattr(torch, "_grouped_mm"):

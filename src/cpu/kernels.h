@@ -9,12 +9,24 @@
 
 namespace moesaic {
 
+struct Strip;
+// What a thread will most likely take behind a strip: asked shortly before its end, when that can be told.
+class StripForecast {
+ public:
+  // False: nothing. `positions`: room for kStripRows.
+  virtual bool next(Strip* strip, std::int64_t* positions) const = 0;
+
+ protected:
+  ~StripForecast() = default;
+};
+
 // Rows of one expert against a strip of its tiles: the unit a thread takes.
 struct Strip {
   std::int64_t expert = 0;
   std::int64_t first_tile = 0, tiles = 0;  // of columns
   const std::int64_t* positions = nullptr; // [rows] live rows
   std::int64_t rows = 0;                   // <= kStripRows
+  const StripForecast* forecast = nullptr; // none: nothing is fetched for what follows
 };
 inline constexpr std::int64_t kStripRows = 48;
 

@@ -70,6 +70,8 @@ class StripRun {
       for_each_piece(all, limit, [&](const Chunk& chunk) {
         if (chunks > 1 || first == 0) convert_rows(chunk);
         for (std::int64_t t = first; t < last; ++t) {
+          if (kForecasts && chunks == 1 && t == std::max<std::int64_t>(0, last - kForecastTiles))
+            look_forward(t);
           run_tile(chunk, t, chunks == 1 ? 0 : t - first);
           if (chunks == 1) epilogue.finish(t, b_.total, c_stride_);
         }
@@ -81,6 +83,8 @@ class StripRun {
 
  private:
   static constexpr bool kFuses = Level::template can_fuse<kCompute>();
+  // Integer products take half as long as others, so their waiting counts twice: bf16 gained nothing from it.
+  static constexpr bool kForecasts = kCompute == Compute::kByte;
 
   void set_code() {
     const WeightFormat format = call_.spec->format;
@@ -248,6 +252,7 @@ class StripRun {
           a_[0] + (piece.segment * layout_.segment_k + piece.first_step * layout_.step_k) * element_);
     const std::int64_t units = ((piece.segments - 1) * piece.steps + segments.last_steps) * per_step_;
     if (!streams()) look_ahead(chunk, piece, t, &panel);
+    if (lines_.count > 0) panel.lines = &lines_;
     for (std::int64_t p = 0, row = 0; p < panels_; ++p) {
       panel.rows = (strip_.rows - row + panels_ - p - 1) / (panels_ - p);  // even shares
       panel.a = rows + row * a_stride_;
@@ -309,6 +314,27 @@ class StripRun {
         b_.total[r * c_stride_ + slot * kTileCols + c] = std::bit_cast<float>(0x7fc00000u);
   }
 
+  // Behind the last tile this thread begins another strip, whose rows and weights are in no cache of its own. Beside
+  // the last tiles, from `t` on, they are fetched.
+  void look_forward(std::int64_t t) {
+    if (strip_.forecast == nullptr || call_.packed == nullptr || streams()) return;
+    Strip next;
+    std::int64_t positions[kStripRows];
+    if (!strip_.forecast->next(&next, positions)) return;
+    if (next.expert < 0 || next.expert >= call_.spec->experts) return;
+    next_tile_ = call_.packed->tile(next.expert, next.first_tile);
+    std::int64_t lines = 0;
+    for (std::int64_t r = 0; r < next.rows; ++r) {
+      const std::byte* row =
+          row_of(stage_.a, row_index(stage_.rows, stage_.a_row, stage_.top_k, positions[r]), element_);
+      for (std::int64_t at = 0; at < layout_.k * element_ && lines < kMostLines; at += 64)
+        b_.lines[lines++] = row + at;
+    }
+    const std::int64_t runs =
+        layout_.segments * layout_.segment_steps * panels_ * (strip_.tiles - t) / LineFetch::kSteps;
+    lines_ = {.lines = b_.lines, .count = lines, .at_once = lines / std::max<std::int64_t>(runs, 1) + 1};
+  }
+
   // With several panels the same weights are multiplied several times: each panel fetches its share of
   // what follows, so that memory works while the arithmetic does. Within a tile pieces follow each other
   // in memory, and behind a tile the next one; only the last piece of a chunk of several knows better.
@@ -322,12 +348,13 @@ class StripRun {
     }
     if (segment >= chunk.segment + chunk.segments ||
         (chunk.segments == 1 && step >= chunk.first_step + chunk.steps)) {
-      if (t + 1 >= strip_.tiles) return;  // rare: nothing known to follow
+      if (t + 1 >= strip_.tiles && next_tile_ == nullptr) return;  // nothing known to follow
       ++tile;
       segment = chunk.segment;
       step = chunk.first_step;
     }
-    const std::byte* from = call_.packed->tile(strip_.expert, tile);
+    const std::byte* from =
+        tile < strip_.first_tile + strip_.tiles ? call_.packed->tile(strip_.expert, tile) : next_tile_;
     panel->ahead = reinterpret_cast<const std::uint8_t*>(from) + segment * layout_.segment_bytes +
                    (step == 0 ? 0 : layout_.header_bytes) + step * layout_.step_bytes;
     const std::int64_t units = piece.segments * piece.steps * per_step_ * panels_;
@@ -344,6 +371,8 @@ class StripRun {
   std::int64_t element_ = 1, per_step_ = 1, a_stride_ = 0, c_stride_ = kTileCols, panels_ = 1;
   Code code_ = Code::kF32;
   std::int32_t implicit_zero_ = 1;
+  const std::byte* next_tile_ = nullptr;
+  LineFetch lines_;
   bool grouped_rows_ = false, in_place_ = false;
   const std::byte* a_[kStripRows];
   const float* a_scale_[kStripRows] = {};

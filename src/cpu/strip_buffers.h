@@ -27,6 +27,10 @@ inline constexpr std::int64_t kRowSegments = kStripRows * 128;
 inline constexpr std::int64_t kWaitingTiles = 8;
 inline constexpr std::int64_t kWaitingCols = kWaitingTiles * kTileCols;
 
+// Lines of the rows that the thread needs next: fetched beside the last tiles of a strip.
+inline constexpr std::int64_t kMostLines = 4096;
+inline constexpr std::int64_t kForecastTiles = 2;
+
 // All of it on the stack of the thread that runs the strip: no allocation, and no scratch whose size
 // would depend on the number of threads.
 struct alignas(64) StripBuffers {
@@ -35,6 +39,7 @@ struct alignas(64) StripBuffers {
   float raw[kStripRows * kWaitingCols];
   std::int32_t row_begins[kRowSegments];
   float row_scales[kRowSegments];
+  const std::byte* lines[kMostLines];
   PieceScales scales;
   // A caller's weights, packed on the fly.
   std::uint8_t plain[kPlainPiece.units * 256 + kPlainPiece.segments * (5 * kTileCols)];

@@ -70,6 +70,21 @@ enum class Begin : std::uint8_t { kZero, kRaw };        // sums start at 0, or g
 enum class End : std::uint8_t { kRaw, kFirst, kAdd };   // sums are kept, or scaled into the total
 enum class Sums : std::uint8_t { kPerSegment, kThroughout };  // what is summed before scaling
 
+// Lines to be fetched, some in front of each run of steps.
+struct LineFetch {
+  static constexpr std::int64_t kSteps = 16;
+  const std::byte* const* lines = nullptr;
+  std::int64_t count = 0, at_once = 0;
+
+  template <typename Fetch>
+  void fetch(const Fetch& line) {
+    const std::int64_t now = at_once < count ? at_once : count;
+    for (std::int64_t i = 0; i < now; ++i) line(lines[i]);
+    lines += now;
+    count -= now;
+  }
+};
+
 // Some rows of A against such a run. Behind each segment its sums are scaled and added to the total;
 // only a part of a segment begins or ends with raw sums.
 struct Panel {
@@ -94,6 +109,7 @@ struct Panel {
   const std::int32_t* zero = nullptr;      // kByte: [segments][64] zero points, or none
   const std::uint8_t* ahead = nullptr;     // weights that are needed next, to be fetched meanwhile:
   std::int64_t ahead_step = 0;             // bytes per unit
+  LineFetch* lines = nullptr;              // likewise, beside `ahead`, or none
 
   Panel at(std::int64_t i) const {         // the i-th segment alone
     Panel p = *this;

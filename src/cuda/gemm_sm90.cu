@@ -21,11 +21,13 @@ constexpr int kKernels = 7;
 struct KernelTraits {
   TaskShape task;
   void (*launch)(const Params&, int, cudaStream_t);
+  bool (*leaves_directly)(Activation);
 };
 
 template <typename S>
 KernelTraits traits_of(int rows = S::kRows) {
-  return {.task = task_shape<S>(rows), .launch = launch_gemm<S>};
+  return {
+      .task = task_shape<S>(rows), .launch = launch_gemm<S>, .leaves_directly = leaves_directly<S>};
 }
 
 template <Element E>
@@ -220,6 +222,16 @@ bool upright(const Params& p) {
   return p.block_scaled && p.store == StorePath::kMatrix && known && uniform;
 }
 
+// Whether the weight rows can lie in shared memory as gemm_sm90_direct.h wants them: in units of 32
+// rows (16 of each half), and with gate and up of all experts at one distance.
+bool lie_directly(const Params& p, const GemmStage& stage) {
+  const WeightSpec& spec = stage.b->spec;
+  const Tensor& w = weights_of(*stage.b).weight;
+  const bool halves = p.gated && !p.interleaved;
+  const bool one_distance = w.shape[0] <= 1 || w.strides[0] == spec.n * w.strides[1];
+  return p.store == StorePath::kMatrix && spec.n % 32 == 0 && (!halves || one_distance);
+}
+
 // Whether the scales of four chunks are 16 aligned bytes.
 bool scale_quads(const Params& p) {
   return p.block_scaled && p.a_scale_group == 1 && p.scale_k == 1 && p.k_chunks % 4 == 0 &&
@@ -235,6 +247,8 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const TaskShape& task = traits.task;
   Params p{};
   set_stage(p, stage, element, task);
+  p.direct = traits.leaves_directly(p.activates ? p.activation.kind : Activation::kIdentity) &&
+             lie_directly(p, stage);
   set_weights(p, stage,
               {.element = element,
                .row_k = spec.k,

@@ -49,6 +49,8 @@ struct Shape {
   static constexpr bool kHasRuns = kSmall || kPair == 2;  // see Params::run
   // A task has a group of 128 columns of a gated row: see store_groups.
   static constexpr bool kHasGroups = kHasUpright && kWarpgroups == 2;
+  // Rows of C leave without shared memory: see gemm_sm90_direct.h.
+  static constexpr bool kDirect = kPair == 2 && !kHasBlockScales;
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
   static constexpr int kChunkK = 128 / kElementBytes;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
@@ -78,10 +80,14 @@ struct Shape {
   static constexpr int kTaskBytes = 32;
   static constexpr int kTableBytes = kTokens * 12;
   static constexpr int kRing = kStages + 1;
-  // Offsets of gathered rows: for each of 8 rows of a pass those of all passes, in fours.
-  static constexpr int kPasses = kTokens / 8;
+  // Offsets of gathered rows: for each row of a pass those of all passes, in fours.
+  // Warps that gather tokens, four rows of each at a time. A copy takes its warp 40 to 57 cycles
+  // whoever else copies, so two were not enough for 128 rows in the 1024 cycles of a 16-bit stage.
+  static constexpr int kLoaderWarps = kTokens >= 128 && !kHasBlockScales ? 3 : 2;
+  static constexpr int kPassRows = 4 * kLoaderWarps;
+  static constexpr int kPasses = (kTokens + kPassRows - 1) / kPassRows;
   static constexpr int kPassRoom = (kPasses + 3) / 4 * 4;
-  static constexpr int kGatherBytes = 8 * kPassRoom * 4;
+  static constexpr int kGatherBytes = kPassRows * kPassRoom * 4;
   static constexpr int kSharedBytes =
       kStages * (kStageBytes + kScaleBytes) + kWarpgroups * kEpilogueBytes +
       kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8;
@@ -92,6 +98,14 @@ struct Shape {
   static constexpr int kBox = kTokens % 32 == 0 ? 32 : kTokens % 48 == 0 ? 48 : 16;
   static_assert(kTokens % kBox == 0);
 };
+
+// Whether rows behind this activation can leave directly. Beside the partial sums of e4m3 there are
+// no registers for an error function.
+template <typename S>
+__host__ __device__ constexpr bool leaves_directly(Activation kind) {
+  const bool erf = kind == Activation::kGelu || kind == Activation::kGeglu;
+  return S::kDirect && !(S::kPromotes && erf);
+}
 
 // Element-independent names of the kernels, in the order of their tactics.
 // Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half
@@ -142,7 +156,7 @@ struct QuantizerView {
 inline constexpr std::uint32_t kNoRow = 0xffffffffu;  // in place of a row of C: not stored
 
 struct Params {
-  CUtensorMap weights;  // {K, 8 or rows, 2 or 1, chunks of 16 rows or 1, E}: see set_weights
+  CUtensorMap weights;  // {K, rows, halves, units of rows, E} or the like: see set_weights
   CUtensorMap tokens;   // {K, positions}, TokenLoad::kTma only
 
   RowMap rows;
@@ -176,6 +190,7 @@ struct Params {
   bool block_scaled;  // weight and activation scales change along K
   bool scale_quads;   // scales of four chunks can be loaded at once: see TokenLoader::store_scales
   bool upright;       // tokens may take the 64-row side: see gemm_sm90_upright.h
+  bool direct;        // S::kDirect: and the weights allow it
   const float* a_scale;
   std::int64_t a_scale_row, a_scale_group, a_scale_expert;
   const float* row_weights;

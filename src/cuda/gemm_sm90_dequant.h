@@ -42,6 +42,7 @@ struct DequantShape {
   static constexpr bool kHasRuns = kLoop == Loop::kFreeInRuns, kSmall = kHasRuns;
   static constexpr bool kKeepsThread = false;  // see thread_index
   static constexpr bool kHasGroups = false;    // for the epilogue: C is never quantized
+  static constexpr bool kDirect = false;
   static constexpr int kChunks = kStageK / 64, kChunkK = 64;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
@@ -62,6 +63,7 @@ struct DequantShape {
   static constexpr int kEpilogueBytes = 2 * (kBufferBytes + kBlocks * 64 * 8);
   static constexpr int kTaskBytes = 32;
   static constexpr int kTableBytes = kTokens * 12;
+  static constexpr int kLoaderWarps = 2, kPassRows = 8;  // for the token loader
   static constexpr int kPasses = kTokens / 8;
   static constexpr int kPassRoom = (kPasses + 3) / 4 * 4;
   static constexpr int kGatherBytes = 8 * kPassRoom * 4;

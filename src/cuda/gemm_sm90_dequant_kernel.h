@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     if (!gather) ptx::tensor_map_prefetch(&p.tokens);
     for (int i = 0; i < S::kStages; ++i) {
       // Weights, two token warps, their copies, the copies of the scales.
-      ptx::barrier_init(shared.full(i), 3 + (gather ? kLoaders : 0) + 32);
+      ptx::barrier_init(shared.full(i), 3 + (gather ? kLoaders<S> : 0) + 32);
       ptx::barrier_init(shared.empty(i), 4 * S::kWarpgroups);
     }
     ptx::barrier_init_fence();
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ptx::give_registers<56>();  // with 224: what 384 times 168 leaves
     if (threadIdx.x < 32) {
       load_packed_weights<S>(p, shared);
-    } else if (threadIdx.x < 32 + kLoaders) {
+    } else if (threadIdx.x < 32 + kLoaders<S>) {
       TokenLoader<S>(p, shared).run();
     } else {
       load_scales<S>(p, shared);

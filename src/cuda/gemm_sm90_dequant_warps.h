@@ -28,7 +28,8 @@ class WarpEpilogue : public Epilogue<S> {
     for (int b = 0; b < S::kBlocks; ++b) {
       const int at = b * 64 + this->warp_ * 16 + this->lane_;
       float2 row{p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
-      const std::int64_t n = weight_row(p_, task.row_task, this->warpgroup_ * S::kBlocks * 64 + at);
+      const std::int64_t n =
+          weight_row<S>(p_, task.row_task, this->warpgroup_ * S::kBlocks * 64 + at);
       if (p_.bias.data && n < (p_.gated ? 2 * p_.columns : p_.columns)) {
         row.y = load_small(p_.bias.data, p_.bias.type,
                            task.expert * p_.bias.expert_stride + n * p_.bias.stride);

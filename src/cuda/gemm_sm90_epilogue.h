@@ -33,6 +33,7 @@ class Epilogue : public StagedEpilogue<S> {
  protected:
   using Base::buffer;
   using Base::column;
+  using Base::element;
   using Base::flip_;
   using Base::inverse_scale;
   using Base::lane_;
@@ -183,8 +184,7 @@ class Epilogue : public StagedEpilogue<S> {
 
   // Eight neighbouring values of a row of C whose rows are contiguous and aligned.
   __device__ void store_eight(std::uint32_t row, std::int64_t n, const uint4& v) const {
-    // The host has made sure that one 32-bit stride is all there is.
-    const std::uint64_t at = std::uint64_t{row} * static_cast<std::uint32_t>(p_.c_rows.stride) + n;
+    const std::uint64_t at = element(row, n);
     if (quantizes()) {
       *reinterpret_cast<uint2*>(static_cast<char*>(p_.c) + at) =
           to_e4m3(p_.c_type, v, *inverse_scale());

@@ -60,8 +60,14 @@ __device__ __forceinline__ std::int64_t row_of(const Params& p, RowOf rule, std:
 }
 
 // The weight row behind row i of task row_task's matrix, as the tensor map arranges them.
+template <typename S>
 __device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task, int i) {
   const std::int64_t first = static_cast<std::int64_t>(row_task) * p.task_rows;
+  if (S::kDirect && p.direct) {  // see gemm_sm90_direct.h
+    const int unit = i / 128 * 4 + i / 16 % 4, block = i / 64 % 2, half = i / 8 % 2, s = i % 8;
+    if (!p.gated || p.interleaved) return first + unit * 32 + s * 4 + block * 2 + half;
+    return first / 2 + unit * 16 + s * 2 + block + half * p.columns;
+  }
   if (!p.gated) return first + i;
   const std::int64_t output = (first + i) / 16 * 8 + i % 8;
   const int half = i / 8 % 2;
@@ -111,7 +117,7 @@ class EpilogueBase {
     float2 row{p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
     const bool scaled = p_.weight_scale != nullptr && !p_.block_scaled;
     if (!scaled && p_.bias.data == nullptr) return row;
-    const std::int64_t n = weight_row(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
+    const std::int64_t n = weight_row<S>(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
     if (n >= (p_.gated ? 2 * p_.columns : p_.columns)) return row;
     if (scaled) {
       row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
@@ -169,6 +175,12 @@ class EpilogueBase {
     const std::int64_t rows = static_cast<std::int64_t>(task.row_task + 1) * p_.task_rows;
     const std::int64_t end = p_.gated ? rows / 2 : rows;
     return end < p_.columns ? end : p_.columns;
+  }
+
+  // Where element n of a row of C lies, whose rows are contiguous and aligned: the host has made
+  // sure that one 32-bit stride is all there is.
+  __device__ __forceinline__ std::uint64_t element(std::uint32_t row, std::int64_t n) const {
+    return std::uint64_t{row} * static_cast<std::uint32_t>(p_.c_rows.stride) + n;
   }
 
   // Four sums of block b: rows g, g + 8 and tokens 2q, 2q + 1 of group j.

@@ -190,7 +190,9 @@ void set_stage(Params& p, const GemmStage& stage, Element element, const TaskSha
 }
 
 // Gate and up rows are brought together by the map: 8 rows of gate, 8 of up, and so on, whichever
-// way the caller's N lies. So a thread's accumulators hold gate and up of the same column.
+// way the caller's N lies. So a thread's accumulators hold gate and up of the same column. Where
+// rows of C leave directly, the 8 rows are every second (or, with gate and up interleaved or in an
+// ungated product, every fourth) of a unit of 16 columns (32 rows): gemm_sm90_direct.h.
 void set_weights(Params& p, const GemmStage& stage, const WeightBox& box) {
   const Tensor& w = weights_of(*stage.b).weight;
   const std::int64_t bytes = size_of(box.element), n = stage.b->spec.n;
@@ -206,7 +208,15 @@ void set_weights(Params& p, const GemmStage& stage, const WeightBox& box) {
   const auto half = static_cast<cuuint64_t>(p.columns);
   const auto box_k = static_cast<cuuint32_t>(box.k), rows = static_cast<cuuint32_t>(box.rows);
   Extent<5> extent;
-  if (!p.gated) {
+  if (p.direct && p.gated && !p.interleaved) {
+    extent = {{k, 8, 2 * experts, half / 16, 2},
+              {2 * row, half * row, 16 * row, row},
+              {box_k, 8, 2, 4, 1}};
+  } else if (p.direct) {
+    extent = {{k, 8, 4, static_cast<cuuint64_t>(n) / 32, experts},
+              {4 * row, row, 32 * row, expert},
+              {box_k, 8, 2, 4, 1}};
+  } else if (!p.gated) {
     extent = {{k, static_cast<cuuint64_t>(n), 1, 1, experts},
               {row, expert, expert, expert},
               {box_k, rows, 1, 1, 1}};

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped product on SM90a: persistent CTAs of one loading warpgroup (warp 0: weights by TMA;
-// warps 1 and 2: tokens, gathered by cp.async or by TMA) and one or two multiplying warpgroups. A
-// ring of stages runs through all tasks of a CTA and never drains between them.
+// warps 1 and 2, of some kernels 3: tokens, gathered by cp.async or by TMA) and one or two
+// multiplying warpgroups. A ring of stages runs through all tasks of a CTA and never drains between
+// them.
 //
 // Every sum is one chain of fp32 accumulations in ascending K, in chunks of 128 bytes, whatever the
 // shape of the tile: all tactics give the same bits. e4m3 is promoted to fp32 after every chunk
@@ -9,6 +10,7 @@
 #pragma once
 
 #include "cuda/gemm_sm90_consumer.h"
+#include "cuda/gemm_sm90_direct.h"
 #include "cuda/gemm_sm90_upright.h"
 #include "cuda/launch.h"
 #include "cuda/overlap.h"
@@ -51,7 +53,7 @@ class Multiplier : private Consumer<S, Params> {
         // The task is still there: its place is needed only when a stage of the next task is free
         // again. Read twice, since registers are what the main loop is short of.
         const Task again = load_task_of_run(ring, r);
-        epilogue(ring, again).finish(again, sums);
+        write_out(ring, again, sums);
         if (!S::kHasRuns || ++r == again.run) break;
       }
     }
@@ -67,6 +69,16 @@ class Multiplier : private Consumer<S, Params> {
   using Base::shared_;
   using Base::skip;
   using Base::warpgroup;
+
+  __device__ __forceinline__ void write_out(int ring, const Task& task, Sums& sums) {
+    const int mine = warpgroup();
+    if constexpr (S::kDirect) {
+      DirectEpilogue<S>(p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip)
+          .finish(task, sums);
+    } else {
+      epilogue(ring, task).finish(task, sums);
+    }
+  }
 
   // Fewer tokens than the tile has room for need a smaller instruction only.
   template <int N>
@@ -301,7 +313,7 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
     const bool quads = S::kHasUpright && p.scale_quads && !gather;
     const bool scales = S::kHasBlockScales && p.block_scaled && !quads;
     const int arrivals =
-        3 + (gather || scales ? kLoaders : 0);  // one of each loading warp, and copies
+        1 + S::kLoaderWarps + (gather || scales ? kLoaders<S> : 0);  // of loading warps, and copies
     if (!gather) ptx::tensor_map_prefetch(&p.tokens);
     for (int i = 0; i < S::kStages; ++i) {
       ptx::barrier_init(shared.full(i), static_cast<std::uint32_t>(arrivals));
@@ -319,7 +331,7 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
     if constexpr (S::kWarpgroups == 2) ptx::give_registers<kForLoading>();
     if (threadIdx.x < 32) {
       load_weights<S>(p, shared);
-    } else if (threadIdx.x < 32 + kLoaders) {
+    } else if (threadIdx.x < 32 + kLoaders<S>) {
       TokenLoader<S>(p, shared).run();
     }
   } else {

@@ -8,6 +8,32 @@
 namespace moesaic::cuda::sm90 {
 
 // --- warp 0
+// Where a box of weight rows begins in the tensor map, whose first row is `row` of the matrix: see
+// set_weights.
+struct WeightCorner {
+  int y, u;
+};
+__device__ inline WeightCorner weight_corner(const Params& p, std::int64_t row) {
+  return {p.gated ? 0 : static_cast<int>(row), p.gated ? static_cast<int>(row / 16) : 0};
+}
+// This CTA's half of a pair's weight rows, into both CTAs.
+template <typename S>
+__device__ __forceinline__ void load_half(const Params& p, std::uint32_t to, std::uint32_t full,
+                                          int x, std::int64_t row, int expert) {
+  if (!S::kDirect || !p.direct) {
+    const WeightCorner corner = weight_corner(p, row);
+    ptx::tma_load_5d_pair(to, &p.weights, full, x, corner.y, 0, corner.u, expert);
+    return;
+  }
+  const int unit = static_cast<int>(row / 32);
+  const bool halves = p.gated && !p.interleaved;
+#pragma unroll
+  for (int b = 0; b < S::kBlocks; ++b) {
+    ptx::tma_load_5d_pair(to + b * 8192, &p.weights, full, x, 0, halves ? 2 * expert : 2 * b, unit,
+                          halves ? b : expert);
+  }
+}
+
 template <typename S>
 __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   if (!p.settled) wait_for_earlier_kernels();
@@ -26,8 +52,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
       for (int r = 0; r < run; ++r) {
         const std::int64_t row = static_cast<std::int64_t>(task.row_task + r) * p.task_rows;
         const std::int64_t mine = row + rank * (S::kRows / S::kPair);
-        const int y = p.gated ? 0 : static_cast<int>(mine);
-        const int u = p.gated ? static_cast<int>(mine / 16) : 0;
+        const WeightCorner corner = weight_corner(p, mine);
         for (int i = 0; i < stages; ++i) {
           ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
           if (r + i == 0) shared.tasks()[ring] = task;
@@ -45,10 +70,9 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
                   ptx::shared_address(shared.weights(cursor.stage)) + c * S::kWeightBytes;
               const int x = (i * S::kChunks + c) * S::kChunkK;
               if constexpr (S::kPair == 2) {
-                ptx::tma_load_5d_pair(to + rank * (S::kWeightBytes / 2), &p.weights, full, x, y, 0,
-                                      u, task.expert);
+                load_half<S>(p, to + rank * (S::kWeightBytes / 2), full, x, mine, task.expert);
               } else {
-                ptx::tma_load_5d(to, &p.weights, full, x, y, 0, u, task.expert);
+                ptx::tma_load_5d(to, &p.weights, full, x, corner.y, 0, corner.u, task.expert);
               }
             }
           }
@@ -62,7 +86,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   }
 }
 
-// --- warps 1 and 2
+// --- warps 1 and 2, and 3 of some kernels
 // Rows are gathered in 16-byte pieces, eight threads to a row. Rows behind the tile's last are not
 // read: what lies there spoils only columns that nobody stores.
 template <typename S>
@@ -140,7 +164,7 @@ class TokenLoader {
   __device__ void fetch_slots(const Task& task) {
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
-      const int token = pass_of(i) * 8 + row_in_pass();
+      const int token = pass_of(i) * S::kPassRows + row_in_pass();
       slot_[i] = task.expert >= 0 && token < task.rows ? slot_of(p_, task.first + token) : -1;
     }
   }
@@ -150,7 +174,7 @@ class TokenLoader {
     __syncwarp();  // all have read the previous task's rows
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
-      const int pass = pass_of(i), token = pass * 8 + row_in_pass();
+      const int pass = pass_of(i), token = pass * S::kPassRows + row_in_pass();
       if (pass >= S::kPassRoom) break;
       std::uint32_t row = kNone;
       if constexpr (S::kHasBlockScales) scale_[i] = kNone;
@@ -185,7 +209,7 @@ class TokenLoader {
   __device__ void find_weight_scale(int expert, int row_task) {
     if (!block_scales() || expert < 0 || me() >= S::kRows / 8) return;
     const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
-    std::int64_t n = weight_row(p_, row_task, me() * 8);
+    std::int64_t n = weight_row<S>(p_, row_task, me() * 8);
     if (n >= rows) n = rows - 1;
     // Both fit 32 bits (TMA counts rows with as many), whose division is a third as long.
     const std::uint32_t cell =
@@ -231,7 +255,9 @@ class TokenLoader {
   __device__ void gather_rows(int live, int stage, std::uint32_t to,
                               const std::uint32_t (&rows)[S::kPassRoom]) {
     const int piece = me() % 8, lead = me() / 8;
-    const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
+    // Rows i * kPassRows + lead: swizzled alike in every pass, or (12 rows) in every second.
+    const std::uint32_t even = to + lead * 128 + ((piece ^ lead % 8) << 4);
+    const std::uint32_t odd = S::kPassRows % 8 == 0 ? even : even ^ 64;
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
       const std::int64_t at = static_cast<std::int64_t>(stage * S::kChunks + c) * 128 + piece * 16;
@@ -241,8 +267,8 @@ class TokenLoader {
       const std::uint32_t bytes = inside ? 16 : 0;
 #pragma unroll
       for (int i = 0; i < S::kPasses; ++i) {
-        if (i * 8 + lead < live) {
-          ptx::copy_async_16(dst + c * S::kTokenBytes + i * 1024,
+        if (i * S::kPassRows + lead < live) {
+          ptx::copy_async_16((i % 2 ? odd : even) + c * S::kTokenBytes + i * S::kPassRows * 128,
                              from + std::uint64_t{rows[i]} * 16, bytes);
         }
       }
@@ -251,7 +277,7 @@ class TokenLoader {
 
   // The same with the offsets from shared memory, eight at a time.
   __device__ void gather_listed_rows(int live, int stage, std::uint32_t to) {
-    static_assert(S::kPasses % 8 == 0 || kInRegisters);
+    static_assert((S::kPasses % 8 == 0 && S::kPassRows == 8) || kInRegisters);
     const int piece = me() % 8, lead = me() / 8;
     const std::uint32_t* const rows = shared_.gathered() + lead * S::kPassRoom;
     const std::uint32_t dst = to + lead * 128 + ((piece ^ lead) << 4);
@@ -286,7 +312,7 @@ class TokenLoader {
       const int group = chunk < p_.k_chunks ? chunk : p_.k_chunks - 1;
 #pragma unroll
       for (int i = 0; i < kEntries; ++i) {
-        const int token = pass_of(i) * 8 + row_in_pass();
+        const int token = pass_of(i) * S::kPassRows + row_in_pass();
         if (token < live && scale_[i] != kNone) {
           ptx::copy_async_4(to + (c * S::kScales + token) * 4,
                             p_.a_scale + scale_[i] + group * p_.a_scale_group);
@@ -302,14 +328,14 @@ class TokenLoader {
   // As a rule scales along K are neighbours, and four chunks' are loaded into registers at once. (A
   // copy of four bytes takes shared memory as long as one of 128: with one for each token and stage
   // the products took 10 to 18% longer.)
-  static constexpr int kRowScales = S::kRows / 8 <= kLoaders ? S::kRows / 8 : kLoaders;
+  static constexpr int kRowScales = S::kRows / 8 <= kLoaders<S> ? S::kRows / 8 : kLoaders<S>;
   struct ScaleQuads {
     float4 token[kEntries], row;
   };
   __device__ void load_scales(int live, int chunk, ScaleQuads& to) {
 #pragma unroll
     for (int e = 0; e < kEntries; ++e) {
-      if (pass_of(e) * 8 + row_in_pass() < live && scale_[e] != kNone)
+      if (pass_of(e) * S::kPassRows + row_in_pass() < live && scale_[e] != kNone)
         to.token[e] = *reinterpret_cast<const float4*>(p_.a_scale + scale_[e] + chunk);
     }
     if (live > 0 && me() < kRowScales)
@@ -340,7 +366,7 @@ class TokenLoader {
       const int chunk = stage * S::kChunks + c;
 #pragma unroll
       for (int e = 0; e < kEntries; ++e) {
-        const int token = pass_of(e) * 8 + row_in_pass();
+        const int token = pass_of(e) * S::kPassRows + row_in_pass();
         if (token < S::kTokens) to[c * S::kScales + token] = one_of(scales.token[e], chunk % 4);
       }
       if (me() < kRowScales) to[c * S::kScales + S::kTokens + me()] = one_of(scales.row, chunk % 4);

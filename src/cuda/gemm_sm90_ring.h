@@ -6,7 +6,8 @@
 
 namespace moesaic::cuda::sm90 {
 
-inline constexpr int kLoaders = 64;  // threads that gather tokens: eight rows at a time
+template <typename S>
+inline constexpr int kLoaders = 32 * S::kLoaderWarps;  // threads that gather tokens
 
 extern __shared__ __align__(1024) unsigned char shared_bytes[];  // it begins aligned so: no padding
 

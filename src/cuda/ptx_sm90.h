@@ -159,6 +159,32 @@ __device__ __forceinline__ void store_matrix_x4(std::uint32_t dst, std::uint32_t
                : "memory");
 }
 
+// An 8x8 matrix of 16-bit elements, of which lane l has elements 2 (l % 4) and the next of row l /
+// 4: the same of its transpose. Volatile, so that it stays where all lanes are.
+__device__ __forceinline__ std::uint32_t transposed(std::uint32_t part) {
+  std::uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(part));
+  return out;
+}
+
+// 8 or 16 bytes to global memory, under a predicate: a branch would keep apart what comes before
+// and behind it.
+__device__ __forceinline__ void store_if(bool condition, char* to, std::uint32_t a,
+                                         std::uint32_t b) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3}; }" ::"r"(
+                   static_cast<std::uint32_t>(condition)),
+               "l"(to), "r"(a), "r"(b)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool condition, char* to, std::uint32_t a, std::uint32_t b,
+                                         std::uint32_t c, std::uint32_t d) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5}; }" ::"r"(
+          static_cast<std::uint32_t>(condition)),
+      "l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
 // threadIdx.x, read again wherever it is asked for: so nothing that follows from it is kept in
 // registers across the main loop.
 __device__ __forceinline__ int thread_index() {

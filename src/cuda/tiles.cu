@@ -29,22 +29,52 @@ struct SortedParams {
   std::int32_t* num_tiles = nullptr;
 };
 
-// One more than the last row of a block that holds a slot; 0: all padding. By one warp.
-__device__ __forceinline__ int live_rows(const SortedParams& p, std::int64_t block,
-                                         std::int64_t used) {
-  const int lane = threadIdx.x % 32;
-  int last = 0;
-  for (std::int64_t first = 0; first < p.block_rows; first += 32) {
-    const std::int64_t row = first + lane;
-    bool live = false;
-    if (row < p.block_rows && block * p.block_rows + row < used) {
-      const std::int32_t slot = p.slots[block * p.block_rows + row];
-      live = slot >= 0 && slot < p.slot_count;
+// live[i]: one more than the last row of block first + i that holds a slot; 0: all padding. `rows`
+// of the list are looked at, from block `first` on. All threads read neighbouring rows, several at
+// once: a warp for each block waited for memory as often as it had blocks, 10 us for 128 of them.
+template <int kThreads>
+__device__ __forceinline__ void find_live_rows(const SortedParams& p, std::int64_t first,
+                                               std::int64_t rows, std::int32_t* live) {
+  constexpr int kAtOnce = 8;
+  const std::int32_t* const slots = p.slots + first * p.block_rows;
+  const auto block_rows = static_cast<std::uint32_t>(p.block_rows);
+  const std::uint32_t lane = threadIdx.x % 32;
+  for (std::int64_t base = threadIdx.x - lane; base < rows; base += kThreads * kAtOnce) {
+    std::int32_t slot[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const std::int64_t row = base + i * kThreads + lane;
+      slot[i] = row < rows ? slots[row] : -1;
     }
-    const unsigned mask = __ballot_sync(kAllLanes, live);
-    if (mask != 0) last = static_cast<int>(first) + 32 - __clz(mask);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool is_live = slot[i] >= 0 && slot[i] < p.slot_count;
+      const unsigned mask = __ballot_sync(kAllLanes, is_live);
+      if (!is_live) continue;
+      const auto row = static_cast<std::uint32_t>(base + i * kThreads + lane);
+      const std::uint32_t block = row / block_rows, offset = row - block * block_rows;
+      // Only the last live one of a block among these 32 rows.
+      const std::uint32_t others = min(31 - lane, block_rows - 1 - offset);  // lanes behind mine
+      const unsigned behind = mask >> lane >> 1;
+      if ((behind & ((1u << others) - 1)) == 0)
+        atomicMax(&live[block], static_cast<std::int32_t>(offset + 1));
+    }
   }
-  return last;
+}
+
+// Inclusive maxima over the block's threads, none below -1. `warps` [32] may be written again
+// behind the next barrier.
+__device__ __forceinline__ std::int32_t scan_maxima(std::int32_t value, std::int32_t* warps) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const std::int32_t other = __shfl_up_sync(kAllLanes, value, offset);
+    if (lane >= offset) value = max(value, other);
+  }
+  if (lane == 31) warps[warp] = value;
+  __syncthreads();
+  const std::int32_t before = __reduce_max_sync(kAllLanes, lane < warp ? warps[lane] : -1);
+  return max(value, before);
 }
 
 __device__ __forceinline__ int expert_of(const SortedParams& p, std::int64_t block) {
@@ -60,8 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
   extern __shared__ std::int32_t shared[];
   std::int32_t* expert = shared;                  // [kThreads + halo]
   std::int32_t* live = shared + kThreads + halo;  // [kThreads + halo]
-  __shared__ std::int32_t run_start[kThreads];    // head of each block's run, from the list's start
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __shared__ std::int32_t warps[32], last_head;
   const std::int64_t used_rows = *p.num_padded > 0 ? *p.num_padded : 0;
   const std::int64_t used_blocks = min((used_rows + p.block_rows - 1) / p.block_rows, p.blocks);
   std::int64_t written = 0;
@@ -70,11 +99,13 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
   for (std::int64_t first = 0; first < used_blocks; first += kThreads) {
     const int window =
         static_cast<int>(min(used_blocks - first, static_cast<std::int64_t>(kThreads + halo)));
-    for (int i = threadIdx.x; i < window; i += kThreads) expert[i] = expert_of(p, first + i);
-    for (int i = warp; i < window; i += kThreads / 32) {
-      const int rows = live_rows(p, first + i, used_rows);
-      if (lane == 0) live[i] = rows;
+    for (int i = threadIdx.x; i < window; i += kThreads) {
+      live[i] = 0;
+      expert[i] = expert_of(p, first + i);
     }
+    __syncthreads();
+    find_live_rows<kThreads>(p, first, min(window * p.block_rows, used_rows - first * p.block_rows),
+                             live);
     __syncthreads();
     // Heads of runs: the largest head at or before each block, by a scan for the maximum.
     const int mine = threadIdx.x;
@@ -82,19 +113,13 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
     bool head = false;
     if (mine < count)
       head = mine == 0 ? expert[0] != carried_expert : expert[mine] != expert[mine - 1];
-    run_start[mine] = head ? mine : -1;
-    __syncthreads();
-    for (int offset = 1; offset < kThreads; offset *= 2) {
-      const int other = mine >= offset ? run_start[mine - offset] : -1;
-      __syncthreads();
-      if (other > run_start[mine]) run_start[mine] = other;
-      __syncthreads();
-    }
+    const std::int32_t head_of_mine = scan_maxima(head ? mine : -1, warps);
+    if (mine == kThreads - 1) last_head = head_of_mine;
     // The tiles that begin in my block: at multiples of tile_rows within the run.
     ScanSums tiles;
     std::int64_t begin = 0, end = 0;
     const std::int64_t start =
-        mine < count && run_start[mine] >= 0 ? first + run_start[mine] : carried_start;
+        mine < count && head_of_mine >= 0 ? first + head_of_mine : carried_start;
     const std::int64_t offset = (first + mine - start) * p.block_rows;
     // Rows of a tile from `row` of my run on: up to the last live one of its blocks.
     const auto tile_length = [&](std::int64_t row) {
@@ -125,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
     }
     written += total.tiles;
     if (count == kThreads) {
-      const int last = run_start[kThreads - 1];
+      const int last = last_head;
       carried_start = last >= 0 ? first + last : carried_start;
       carried_expert = expert[kThreads - 1];
     }
@@ -207,7 +232,9 @@ void run_tiles(const TileStage& stage, const DeviceTraits& device, cudaStream_t 
             .dependency = overlap(device)},
            stream, p, halo);
   };
-  if (p.blocks <= kFewThreads) return go(sorted_tiles<kFewThreads>, kFewThreads);
+  constexpr std::int64_t kFewRows = 16 * kFewThreads;
+  if (p.blocks <= kFewThreads && p.blocks * block_rows <= kFewRows)
+    return go(sorted_tiles<kFewThreads>, kFewThreads);
   go(sorted_tiles<kManyThreads>, kManyThreads);
 }
 

@@ -235,6 +235,14 @@ void check_sorted(const Lists& lists, std::int64_t block_rows, std::int64_t expe
   const std::int32_t n = count.download()[0];
   ASSERT_GE(n, 0);
   ASSERT_LE(n, most);
+  const auto is_live = [&](std::int64_t p) {
+    const std::int32_t slot = lists.slots[static_cast<std::size_t>(p)];
+    return slot >= 0 && slot < lists.slot_count && p < lists.num_padded &&
+           p / block_rows < block_count;
+  };
+  bool gaps = false;  // in a block, in front of a live row
+  for (std::int64_t p = 1; p < positions; ++p)
+    gaps |= p % block_rows != 0 && is_live(p) && !is_live(p - 1);
   std::vector<int> covered(lists.slots.size(), -2);
   for (std::int32_t i = 0; i < n; ++i) {
     Tile tile;
@@ -243,17 +251,16 @@ void check_sorted(const Lists& lists, std::int64_t block_rows, std::int64_t expe
     ASSERT_LE(tile.rows, tile_rows);
     ASSERT_GE(tile.first, 0);
     ASSERT_LE(tile.first + tile.rows, positions);
+    EXPECT_TRUE(gaps || is_live(tile.first + tile.rows - 1))
+        << "tile " << i << " ends with padding";
     for (std::int64_t p = tile.first; p < tile.first + tile.rows; ++p) {
       EXPECT_EQ(covered[static_cast<std::size_t>(p)], -2) << "position " << p << " in two tiles";
       covered[static_cast<std::size_t>(p)] = tile.expert;
     }
   }
   for (std::int64_t p = 0; p < positions; ++p) {
-    const std::int32_t slot = lists.slots[static_cast<std::size_t>(p)];
-    const bool live = slot >= 0 && slot < lists.slot_count && p < lists.num_padded &&
-                      p / block_rows < block_count;
     const int found = covered[static_cast<std::size_t>(p)];
-    if (!live) continue;
+    if (!is_live(p)) continue;
     const std::int32_t given = lists.block_experts[static_cast<std::size_t>(p / block_rows)];
     ASSERT_EQ(found, given >= 0 && given < experts ? given : -1) << "position " << p;
   }
@@ -262,7 +269,7 @@ void check_sorted(const Lists& lists, std::int64_t block_rows, std::int64_t expe
 TEST(TilesCuda, SortedLists) {
   MOESAIC_NEEDS_CUDA();
   harness::Rng rng(7);
-  for (const std::int64_t block_rows : {1, 8, 16, 64, 128})
+  for (const std::int64_t block_rows : {1, 5, 8, 16, 48, 64, 128})
     for (const std::int64_t tile_rows : {16, 64, 256})
       for (const std::int64_t blocks : {1, 3, 40, 1500, 4000}) {
         Lists lists{.slots = {},

@@ -117,17 +117,16 @@ bool supports(const WeightSpec& spec) {
 // --- policy
 // The smallest tile that holds nearly every expert's rows: about two standard deviations above the
 // mean of uniform routing. A tile with fewer rows runs a smaller instruction, so too large costs
-// little; too small reads weights once more through L2. Forced heights moved three of the bounds,
-// each where one side won on every shape tried: in e4m3 a little, as larger tiles also promote more
-// sums; and in 16 bit Widest begins later where K is short, because its pairs' epilogues, half
-// full, cost more than weights that are read twice (5 to 12% at means of 109 to 128 and K = 2048;
-// with K = 5120 the second reading lost 8% at 120).
+// little; too small reads weights once more through L2. Forced heights moved three of the bounds:
+// in e4m3 a little, as larger tiles also promote more sums; and in 16 bit Widest begins later where
+// K is short, because its pairs' epilogues, half full, cost more than weights that are read twice:
+// at a mean of 118 and K = 2048 Wide took 0.91, 0.91 and 1.03 of the time, with K = 5120 1.08.
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
   const std::int64_t mean = slots / (fc1.experts > 0 ? fc1.experts : 1);
   const bool e4m3 = fc1.format == WeightFormat::kE4M3;
   if (mean <= (e4m3 ? 10 : 9)) return 16;
   if (mean <= (e4m3 ? 54 : 50)) return 64;
-  if (mean <= (!e4m3 && fc1.k <= 2048 ? 128 : 108)) return 128;
+  if (mean <= (!e4m3 && fc1.k <= 2048 ? 118 : 108)) return 128;
   return traits_of(fc1, Kernel::kWidest).task.tokens;
 }
 

@@ -111,6 +111,24 @@ TEST(RouteCuda, NotANumberRanksLast) {
   }
 }
 
+// So many that several share a block.
+TEST(RouteCuda, ManyTokens) {
+  MOESAIC_NEEDS_CUDA();
+  std::uint64_t seed = 700;
+  for (const std::int64_t experts : {24, 130, 500})
+    for (const RoutingMethod method :
+         {RoutingMethod::kRenormalize, RoutingMethod::kDeepSeekV3, RoutingMethod::kSparseMixer}) {
+      RouteCase c{.spec = {.method = method}, .tokens = 4099, .experts = experts};
+      if (method == RoutingMethod::kDeepSeekV3 && experts == 24) {
+        c.spec.groups = 6;
+        c.spec.topk_groups = 3;
+        c.selection_bias = true;
+      }
+      if (method == RoutingMethod::kSparseMixer) c.top_k = 2;
+      check_route(c, ++seed);
+    }
+}
+
 // The router's product: right, and the same bits for a token whatever the batch.
 TEST(RouteCuda, LogitsFromHiddenStates) {
   MOESAIC_NEEDS_CUDA();

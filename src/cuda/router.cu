@@ -280,15 +280,17 @@ void run_router(const RouteStage& s, const DeviceTraits& device, cudaStream_t st
       if constexpr (kOnTensorCores<X, W>) {
         if (!p.x_wide || !p.w_wide || p.x_stride > kMostStride || p.w_stride > kMostStride)
           return tiles(router_tiles<X, W, OneByOne, 1, 1, 1>, 16, 8);
-        [[maybe_unused]] const std::int64_t wide = ceil_div(p.tokens, 64) * ceil_div(p.experts, 32);
-        if constexpr (sizeof(W) == 2)  // (parts of f32 take too many registers)
+        constexpr bool kInParts = sizeof(W) == 4;  // which take more registers
+        if constexpr (!kInParts) {
+          const std::int64_t wide = ceil_div(p.tokens, 64) * ceil_div(p.experts, 32);
           if (wide * 10 >= device.sm_count * 9)
             return tiles(router_tiles<X, W, Together, 4, 4, 2>, 64, 32);
+        }
         const std::int64_t middle = ceil_div(p.tokens, 32) * ceil_div(p.experts, 32);
+        constexpr int kN = kInParts ? 2 : 4, kAhead = kInParts ? 2 : 4;
         if (middle * 4 >= device.sm_count)
-          return tiles(router_tiles < X, W, Together, 2, sizeof(W) == 4 ? 2 : 4, 2 >, 32,
-                       sizeof(W) == 4 ? 16 : 32);
-        tiles(router_tiles < X, W, Together, 1, 1, sizeof(W) == 4 ? 4 : 8 >, 16, 8);
+          return tiles(router_tiles<X, W, Together, 2, kN, kAhead>, 32, 8 * kN);
+        tiles(router_tiles<X, W, Together, 1, 1, 2 * kAhead>, 16, 8);
       } else {
         if (p.tokens * p.experts <= 32 * device.sm_count)
           return warps(router_logits<X, W, 1, 1>, 1, 1);

@@ -291,12 +291,12 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const int row_threads = warp_rows ? 32 : kThreads;
 
   // Plain rows, with the scales that a layer's own have: a product's, or plenty. (Few that are wide
-  // are better spread over many warps.)
+  // are better spread over many warps; of few that are narrow a slice would be half a turn.)
   const bool dynamic = p.granularity == ActScale::kTensorDynamic;
   const bool many = live * ceil_div(p.columns, 256) > device.sm_count * 32;
   const bool by_slices =
       is_16bit(stage.input.dtype) && sliceable(p) && !(dynamic && p.per_expert) &&
-      (many || (p.tiles != nullptr && p.columns <= 2048)) &&
+      (many || (p.tiles != nullptr && p.columns > 256 && p.columns <= 2048)) &&
       ((p.granularity == ActScale::kGroup && p.group == kSliceGroup) ||
        p.granularity == ActScale::kTensorStatic || p.granularity == ActScale::kToken || dynamic);
 

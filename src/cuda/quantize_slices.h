@@ -28,7 +28,7 @@ inline Slices slices_of(const QuantizeParams& p, std::int64_t live, std::int64_t
   constexpr std::int64_t kGroups = 16;
   const std::int64_t groups = (p.columns + kSliceGroup - 1) / kSliceGroup;
   std::int64_t rows = 1;
-  while (rows * groups < kGroups && live >= rows * warps) rows *= 2;
+  while (rows * groups < kGroups && live >= 2 * rows * warps) rows *= 2;
   const std::int64_t of_tile = (p.tile_rows + rows - 1) / rows;
   return {.rows = static_cast<unsigned>(rows),
           .groups = static_cast<unsigned>(groups),

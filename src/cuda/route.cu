@@ -28,9 +28,7 @@ struct RouteParams {
   std::int32_t* ids = nullptr;
   float* weights = nullptr;
   std::int64_t ids_stride = 0, weights_stride = 0;
-  std::int64_t tokens = 0;
   int experts = 0, top_k = 0;
-  int shared_floats = 0;            // of a warp
   Score selection = Score::kLogit;  // what is compared, before the selection bias
   Score weight = Score::kLogit;
   bool renormalize = false, sparsemixer = false;
@@ -119,17 +117,11 @@ __device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, const 
   return 1.0f / warp_sum(sum);
 }
 
-// A warp per token; in blocks of several where tokens are plenty, since an SM holds 32 blocks but
-// 64 warps.
-constexpr int kMostTokensOfBlock = 4;
 template <int kPerLane>
-__global__ void __launch_bounds__(32 * kMostTokensOfBlock, 1) route_tokens(RouteParams p) {
+__global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
   begin_kernel();
-  // Of each warp: z [E]; grouped only: choice [E], group scores [G], kept [G]
-  extern __shared__ float all_shared[];
-  float* const shared = all_shared + threadIdx.y * p.shared_floats;
-  const std::int64_t token = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  if (token >= p.tokens) return;
+  extern __shared__ float shared[];  // z [E]; grouped only: choice [E], group scores [G], kept [G]
+  const std::int64_t token = blockIdx.x;
   const int lane = threadIdx.x;
   float z[kPerLane];
 #pragma unroll
@@ -323,16 +315,16 @@ void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t
     run_router(stage, device, stream);
     logits = stage.logits_scratch;
   }
-  RouteParams p = make_params(stage, logits);
-  p.tokens = tokens;
-  p.shared_floats = p.experts;
-  if (p.groups > 1) p.shared_floats += p.experts + p.groups + (p.groups + 3) / 4;
-  const unsigned block_tokens = tokens > device.sm_count * 16 ? kMostTokensOfBlock : 1;
+  const RouteParams p = make_params(stage, logits);
+  std::size_t shared = static_cast<std::size_t>(p.experts) * 4;
+  if (p.groups > 1)
+    shared +=
+        static_cast<std::size_t>(p.experts + p.groups) * 4 + static_cast<std::size_t>(p.groups);
   const auto go = [&](auto kernel) {
     launch("route", kernel,
-           {.grid = dim3(static_cast<unsigned>(ceil_div(tokens, block_tokens))),
-            .block = dim3(32, block_tokens),
-            .shared_bytes = static_cast<std::size_t>(p.shared_floats) * 4 * block_tokens,
+           {.grid = dim3(static_cast<unsigned>(tokens)),
+            .block = dim3(32),
+            .shared_bytes = shared,
             .dependency = overlap(device)},
            stream, p);
   };

@@ -287,10 +287,11 @@ void run_router(const RouteStage& s, const DeviceTraits& device, cudaStream_t st
             return tiles(router_tiles<X, W, Together, 4, 4, 2>, 64, 32);
         }
         const std::int64_t middle = ceil_div(p.tokens, 32) * ceil_div(p.experts, 32);
-        constexpr int kN = kInParts ? 2 : 4, kAhead = kInParts ? 2 : 4;
+        constexpr int kN = kInParts ? 2 : 4;
         if (middle * 4 >= device.sm_count)
-          return tiles(router_tiles<X, W, Together, 2, kN, kAhead>, 32, 8 * kN);
-        tiles(router_tiles<X, W, Together, 1, 1, 2 * kAhead>, 16, 8);
+          return tiles(router_tiles<X, W, Together, 2, kN, 2>, 32, 8 * kN);
+        constexpr int kAhead = kInParts ? 4 : 8;
+        tiles(router_tiles<X, W, Together, 1, 1, kAhead>, 16, 8);
       } else {
         if (p.tokens * p.experts <= 32 * device.sm_count)
           return warps(router_logits<X, W, 1, 1>, 1, 1);

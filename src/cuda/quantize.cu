@@ -290,19 +290,18 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
 
   const int row_threads = warp_rows ? 32 : kThreads;
 
-  const bool by_group = p.granularity == ActScale::kGroup;
   // Plain rows, with the scales that a layer's own have: a product's, or plenty. (Few that are wide
-  // are better spread over many warps; of few narrow ones, two groups would be a quarter of a
-  // turn.)
+  // are better spread over many warps.)
   const bool dynamic = p.granularity == ActScale::kTensorDynamic;
   const bool many = live * ceil_div(p.columns, 256) > device.sm_count * 32;
-  const bool few = p.tiles != nullptr && p.columns <= 2048 && (!by_group || p.columns > 256);
   const bool by_slices =
-      is_16bit(stage.input.dtype) && sliceable(p) && !(dynamic && p.per_expert) && (many || few) &&
-      ((by_group && p.group == kSliceGroup) || p.granularity == ActScale::kTensorStatic ||
-       p.granularity == ActScale::kToken || dynamic);
+      is_16bit(stage.input.dtype) && sliceable(p) && !(dynamic && p.per_expert) &&
+      (many || (p.tiles != nullptr && p.columns <= 2048)) &&
+      ((p.granularity == ActScale::kGroup && p.group == kSliceGroup) ||
+       p.granularity == ActScale::kTensorStatic || p.granularity == ActScale::kToken || dynamic);
 
   // Groups in a warp's registers, four pieces of rows at once where there are plenty.
+  const bool by_group = p.granularity == ActScale::kGroup;
   const std::int64_t lanes = p.group / 8, pieces = ceil_div(p.columns, 256);
   const bool even = wide && p.group % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
   const bool plenty = live * pieces > device.sm_count * 64;

@@ -50,12 +50,16 @@ struct DequantShape {
   static constexpr int kWeightBytes = kRows * kRowBytes / kChunks;  // of one chunk
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
-  // Of every row the scales of a stage's groups; behind them, for each group, a word of every row
-  // that holds its zero point.
+  // Of every row the scales of a stage's groups, or of kScaleStages stages: a copy of 4 bytes holds
+  // up everybody who reads shared memory as long as one of 16, and there were 256 of them a stage.
+  // (Up to 64 tokens it won at some sizes and lost at others.) Behind them, for each group of one
+  // stage, a word of every row that holds its zero point.
   static constexpr int kGroups = kStageK / 16 / kSteps;
-  static constexpr int kScales = kGroups * kRows;
-  static constexpr int kScalesAtOnce = kGroups < 4 ? kGroups : 4;  // of one copy, if they allow it
-  static constexpr int kScaleBytes = kScales * (Weight::kZeros ? 8 : 4);
+  static constexpr int kScaleStages = Weight::kBits == 4 && kGroups == 1 && kTokens > 64 ? 4 : 1;
+  static constexpr int kScalePitch = kGroups * kScaleStages;  // of a row
+  static constexpr int kScales = kScalePitch * kRows;
+  static constexpr int kScalesAtOnce = kScalePitch < 4 ? kScalePitch : 4;  // if they allow it
+  static constexpr int kScaleBytes = (kScales + (Weight::kZeros ? kGroups * kRows : 0)) * 4;
 
   static constexpr int kPitch = 144;
   static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;

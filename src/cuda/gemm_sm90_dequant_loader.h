@@ -74,6 +74,21 @@ __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S
   }
 }
 
+// Where the scales of a task's stages lie: with those of the first of kScaleStages, in a ring of as
+// many places as there are stages. Each place serves at least one stage, so whoever comes round to
+// it again fills a stage behind which all those have been given back.
+template <typename S>
+struct ScaleSlot {
+  int index = S::kScaleStages == 1 ? 0 : S::kStages - 1;
+  // Stage `stage` of a task, which lies at `ring`.
+  __device__ void enter(int stage, int ring) {
+    if constexpr (S::kScaleStages == 1)
+      index = ring;
+    else if (stage % S::kScaleStages == 0)
+      index = index == S::kStages - 1 ? 0 : index + 1;
+  }
+};
+
 // --- warp 3
 // Scales and zero points lie anywhere, four bytes at a time. A zero point comes as the aligned word
 // that contains it, and the multiplying threads know which part they want.
@@ -84,6 +99,7 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
   if (!p.settled) wait_for_earlier_kernels();
   Schedule<S::kTokens, 1, kWalk<S>> schedule(p);
   Cursor<S::kStages> cursor;
+  ScaleSlot<S> slot;
   for (;;) {
     const Task task = schedule.next();
     const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
@@ -102,23 +118,27 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
       for (int stage = 0; stage < stages; ++stage) {
         ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
         if (task.expert >= 0) {
-          const std::uint32_t scales = ptx::shared_address(shared.scales(cursor.stage));
-          const std::uint32_t to = scales + lane * S::kGroups * 4;
-          const std::uint32_t words = scales + (S::kScales + lane) * 4;
+          slot.enter(stage, cursor.stage);
+          const bool begins = S::kScaleStages == 1 || stage % S::kScaleStages == 0;
+          const std::uint32_t to =
+              ptx::shared_address(shared.scales(slot.index)) + lane * S::kScalePitch * 4;
+          const std::uint32_t words =
+              ptx::shared_address(shared.scales(cursor.stage)) + (S::kScales + lane) * 4;
           // With zero points every row has its own cells, and the second list is spared.
           const auto cell = [&](std::uint32_t row) {
             return S::Weight::kZeros ? first + row * p.cell_row : row;
           };
-          if (p.scales_together) {
+          if (p.scales_together && begins) {
 #pragma unroll
-            for (int g = 0; g < S::kGroups; g += S::kScalesAtOnce) {
+            for (int g = 0; g < S::kScalePitch; g += S::kScalesAtOnce) {
               const std::uint32_t group = stage * S::kGroups + g;
               const std::uint32_t left = group < p.groups ? p.groups - group : 0;
               const std::uint32_t bytes = 4 * (left < S::kScalesAtOnce ? left : S::kScalesAtOnce);
 #pragma unroll
               for (int i = 0; i < kMine; ++i) {
-                ptx::copy_async_part<4 * S::kScalesAtOnce>(
-                    to + (i * 32 * S::kGroups + g) * 4, p.scale + (cell(rows[i]) + group), bytes);
+                ptx::copy_async_part<4 * S::kScalesAtOnce>(to + (i * 32 * S::kScalePitch + g) * 4,
+                                                           p.scale + (cell(rows[i]) + group),
+                                                           bytes);
               }
             }
           }
@@ -128,7 +148,7 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
 #pragma unroll
             for (int i = 0; i < kMine; ++i) {
               if (!p.scales_together) {
-                ptx::copy_async_4(to + (i * 32 * S::kGroups + g) * 4,
+                ptx::copy_async_4(to + (i * 32 * S::kScalePitch + g + stage % S::kScaleStages) * 4,
                                   p.scale + (cell(rows[i]) + group * p.cell_group));
               }
               if constexpr (S::Weight::kZeros) {

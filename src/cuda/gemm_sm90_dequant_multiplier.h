@@ -161,6 +161,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
     begin_part(cursor_.stage, 0, 0, 0);
     for (int i = 0; i < stages; ++i) {
       const int stage = cursor_.stage;
+      scale_slot_.enter(i, stage);
 #pragma unroll 1  // the short groups: unrolled, they need more registers than there are
       for (int group = 0; group < S::kGroups; ++group) {
         const int first = group * (S::kSteps / 2);  // in 32s of K
@@ -199,8 +200,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
             }
           }
           ptx::wgmma_wait<0>();
-          promote<N>(sums[block], part,
-                     shared_.scales(stage) + (place.row + block * 64) * S::kGroups + group);
+          promote<N>(sums[block], part, scales_of(place, i, group, block));
         }
       }
       release(stage);
@@ -225,9 +225,6 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
     RawWeights raw[kTogether / 2];
     std::uint32_t a[2][kTogether][4];
     float part[2][N / 2];
-    const auto scale_of = [&](int stage, int group, int block) {
-      return shared_.scales(stage) + (place.row + block * 64) * S::kGroups + group;
-    };
     // Batch j of a group: words, then fragments.
     const auto read = [&](int stage, int group, int j) {
 #pragma unroll
@@ -254,6 +251,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
     read(cursor_.stage, 0, 1);
     for (int i = 0; i < stages; ++i) {
       const int stage = cursor_.stage;
+      scale_slot_.enter(i, stage);
 #pragma unroll 1  // the short groups: unrolled, they need more registers than there are
       for (int group = 0; group < S::kGroups; ++group) {
         // The descriptor's upper half is the same for all, and the lower does not overflow: 64-bit
@@ -278,7 +276,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
           }
           ptx::wgmma_commit();
           ptx::wgmma_wait<1>();  // the batch before this one: its fragments' place is free
-          if (j == kBatches) promote<N>(sums[0], part[0], scale_of(stage, group, 0));
+          if (j == kBatches) promote<N>(sums[0], part[0], scales_of(place, i, group, 0));
           // Behind the end of the task words are read and fragments are made that nobody uses.
           if (j + 1 < kAll) {
             make(a[(j + 1) % 2], stage, i, group, j + 1);
@@ -293,7 +291,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
           }
           if (j + 1 == kAll) {
             ptx::wgmma_wait<0>();
-            promote<N>(sums[1], part[1], scale_of(stage, group, 1));
+            promote<N>(sums[1], part[1], scales_of(place, i, group, 1));
           }
         }
       }
@@ -363,12 +361,18 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
     }
   }
 
+  // Of stage i of a task, which scale_slot_ has entered: where the scale of this thread's first row
+  // of a block lies.
+  __device__ const float* scales_of(const Place& place, int i, int group, int block) const {
+    return shared_.scales(scale_slot_.index) + (place.row + block * 64) * S::kScalePitch + group +
+           i % S::kScaleStages;
+  }
   // scale: of this thread's first row; its second one is 8 further.
   template <int N, int kSums>
   __device__ static void promote(float (&sum)[kSums], const float (&part)[N / 2],
                                  const float* scale) {
     const float low = scale[0] * Weight::template kUnit<S::kElement>;
-    const float high = scale[8 * S::kGroups] * Weight::template kUnit<S::kElement>;
+    const float high = scale[8 * S::kScalePitch] * Weight::template kUnit<S::kElement>;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
       sum[4 * n] = fmaf(part[4 * n], low, sum[4 * n]);
@@ -382,6 +386,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
   }
 
   std::uint32_t zero_bits_ = 0;
+  ScaleSlot<S> scale_slot_;
 };
 
 }  // namespace moesaic::cuda::sm90

@@ -7,9 +7,10 @@
 namespace moesaic::cuda {
 
 // The products of one stage.
-template <typename T>
+template <typename T, typename Loader = Sm80Loader<T>>
 class Sm80Consumer {
  public:
+  static constexpr int kIssued = T::kStages - 1;  // stages under way when the first products begin
   using Op = typename T::Op;
   static constexpr int kM = T::kMFrags, kN = T::kNFrags;
   static constexpr int kBlocks = T::kDepth / Op::kBlock;
@@ -61,19 +62,18 @@ class Sm80Consumer {
     }
   }
 
-  // Large tiles copy between the two halves of a stage: the tensor cores then have work in hand
-  // while the addresses are computed. Small ones copy first: their bytes must be on the way early.
-  __device__ __forceinline__ void consume(std::uint32_t stage, int k, Sm80Loader<T>& loader) {
+  // Large tiles copy between the two halves of a stage, or behind it: the tensor cores then have
+  // work in hand while the addresses are computed. Small ones copy first: their bytes must be on
+  // the way early.
+  __device__ __forceinline__ void consume(std::uint32_t stage, int k, Loader& loader) {
     if constexpr (kM * kN >= 16) {
       int row = -1;
 #pragma unroll 1
-      for (int block = 0; block < kBlocks; ++block) {
-        if (block == kBlocks / 2) loader.issue();
-        if constexpr (T::kScales) {
-          if (p_.group_blocks != 0) advance_group(stage, k + block * 32, row);
-        }
-        multiply(stage, block, row);
+      for (int block = 0; block < kBlocks; block += kPart) {
+        if (kBlocks > kPart && block == kBlocks / 2) loader.issue();
+        multiply_part(stage, k, block, row);
       }
+      if constexpr (kBlocks == kPart) loader.issue();  // there is no middle
     } else {
       loader.issue();
       if constexpr (T::kScales) {
@@ -81,10 +81,7 @@ class Sm80Consumer {
         if (p_.group_blocks % T::kGroups !=
             0) {  // several groups in a stage, or one that ends within
 #pragma unroll 1
-          for (int block = 0; block < kBlocks; ++block) {
-            advance_group(stage, k + block * 32, row);
-            multiply(stage, block, row);
-          }
+          for (int block = 0; block < kBlocks; block += kPart) multiply_part(stage, k, block, row);
           return;
         }
         if (p_.group_blocks != 0) {
@@ -93,37 +90,66 @@ class Sm80Consumer {
         }
       }
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) multiply(stage, block, 0);
+      for (int block = 0; block < kBlocks; block += kPart) multiply<kPart>(stage, block, 0);
     }
   }
 
  private:
-  // One block of K; its token scales are in row `group` of the stage.
+  // Partial sums run over 64 of K, unless a group ends within: half the additions of sums over 32.
+  // (Over 128: the fragments that large tiles hold then would not leave room for the next ones.)
+  static constexpr int kPart = Op::kPartBlocks;
+  static_assert(kBlocks % kPart == 0);
+
+  __device__ __forceinline__ void multiply_part(std::uint32_t stage, int k, int block, int& row) {
+    if constexpr (T::kScales) {
+      if (p_.group_blocks % kPart != 0) {
+#pragma unroll 1
+        for (int i = block; i < block + kPart; ++i) {
+          advance_group(stage, k + i * 32, row);
+          multiply<1>(stage, i, row);
+        }
+        return;
+      }
+      if (p_.group_blocks != 0) {
+        advance_group(stage, k + block * 32, row);
+        in_group_ += kPart - 1;
+      }
+    }
+    multiply<kPart>(stage, block, row);
+  }
+
+  // kCount blocks of K, of one group; its token scales are in row `group` of the stage.
+  template <int kCount>
   __device__ __forceinline__ void multiply(std::uint32_t stage, int block, int group) {
-    typename Op::A a[kM];
-    const std::uint32_t weights = (stage + weights_) ^ (block * (Op::kBlock * Op::kWeightBits / 8));
-    const std::uint32_t tokens = (stage + tokens_) ^ (block * (Op::kBlock * Op::kActBits / 8));
+    typename Op::A a[kCount][kM];
+    std::uint32_t tokens[kCount];
 #pragma unroll
-    for (int f = 0; f < kM; ++f) {
-      Op::template load_a<T::kWeightBytes>(a[f], weights, f * 16, zero_[f], p_.byte_flip);
+    for (int i = 0; i < kCount; ++i) {
+      const std::uint32_t weights =
+          (stage + weights_) ^ ((block + i) * (Op::kBlock * Op::kWeightBits / 8));
+      tokens[i] = (stage + tokens_) ^ ((block + i) * (Op::kBlock * Op::kActBits / 8));
+#pragma unroll
+      for (int f = 0; f < kM; ++f) {
+        Op::template load_a<T::kWeightBytes>(a[i][f], weights, f * 16, zero_[f], p_.byte_flip);
+      }
     }
     // A pair of token fragments (or one) at a time: the next pair is read, and the last pair's sums
     // are added, while this pair's products are in the tensor cores.
     constexpr int kPair = kN % 2 != 0 || (Op::kPromote && kM * kN >= 32) ? 1 : 2;  // 1: registers
-    typename Op::B b[2][kPair];
+    typename Op::B b[2][kCount][kPair];
     typename Op::Sum part[2][kM][kPair][4];
+    const auto read = [&](int n, int set) {
 #pragma unroll
-    for (int j = 0; j < kPair; ++j) Op::template load_b<T::kActBytes>(b[0][j], tokens, j * 8);
+      for (int i = 0; i < kCount; ++i)
+#pragma unroll
+        for (int j = 0; j < kPair; ++j)
+          Op::template load_b<T::kActBytes>(b[set][i][j], tokens[i], (n + j) * 8);
+    };
+    read(0, 0);
 #pragma unroll
     for (int n0 = 0; n0 < kN; n0 += kPair) {
-      constexpr int kNext = kPair;
       const int now = n0 / kPair % 2;
-      if (n0 + kNext < kN) {
-#pragma unroll
-        for (int j = 0; j < kPair; ++j) {
-          Op::template load_b<T::kActBytes>(b[now ^ 1][j], tokens, (n0 + kNext + j) * 8);
-        }
-      }
+      if (n0 + kPair < kN) read(n0 + kPair, now ^ 1);
       if constexpr (Op::kPromote) {
 #pragma unroll
         for (int f = 0; f < kM; ++f)
@@ -133,17 +159,19 @@ class Sm80Consumer {
             for (int i = 0; i < 4; ++i) part[now][f][j][i] = 0;
       }
 #pragma unroll
-      for (int s = 0; s < Op::kSteps; ++s)
+      for (int i = 0; i < kCount; ++i)
 #pragma unroll
-        for (int j = 0; j < kPair; ++j)
+        for (int s = 0; s < Op::kSteps; ++s)
 #pragma unroll
-          for (int f = 0; f < kM; ++f) {
-            if constexpr (Op::kPromote) {
-              Op::step(s, part[now][f][j], a[f], b[now][j]);
-            } else {
-              Op::step(s, acc[f][n0 + j], a[f], b[now][j]);
+          for (int j = 0; j < kPair; ++j)
+#pragma unroll
+            for (int f = 0; f < kM; ++f) {
+              if constexpr (Op::kPromote) {
+                Op::step(s, part[now][f][j], a[i][f], b[now][i][j]);
+              } else {
+                Op::step(s, acc[f][n0 + j], a[i][f], b[now][i][j]);
+              }
             }
-          }
       if constexpr (Op::kPromote) {
         if (n0 > 0) promote(part[now ^ 1], n0 - kPair, stage, group);
       }

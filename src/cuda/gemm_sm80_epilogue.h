@@ -3,15 +3,9 @@
 // weight, the cast. All in this order, whatever the tile.
 #pragma once
 
-#include "cuda/gemm_sm80_consumer.h"
+#include "cuda/gemm_sm80_table.h"
 
 namespace moesaic::cuda {
-
-__device__ __forceinline__ float load_as_float(const void* data, DType dtype, std::int64_t i) {
-  if (dtype == DType::kF32) return static_cast<const float*>(data)[i];
-  if (dtype == DType::kF16) return __half2float(static_cast<const __half*>(data)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-}
 
 template <int kCount>
 __device__ __forceinline__ void store_words(void* dst, const std::uint32_t (&words)[kCount]) {
@@ -71,63 +65,9 @@ __device__ __forceinline__ void store_columns(const Sm80Params& p, std::int64_t 
   }
 }
 
-// Per token of a tile: where its row of C begins (or -1), and its factors. Per weight row: its
-// factor and bias. Fetched while the first stages are still on their way, and kept out of the
-// registers until needed.
-struct TokenEntry {
-  std::int64_t c_row;
-  float scale, weight;
-};
-struct ColumnEntry {
-  float factor, bias;
-};
-template <typename T>
-struct Sm80Table {
-  TokenEntry tokens[T::kTokens];
-  ColumnEntry columns[T::kRows];
-};
-
-template <typename T>
-__device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& work,
-                                           Sm80Table<T>& table) {
-  static_assert(sizeof(Sm80Table<T>) == T::kTableBytes);
-  for (int i = threadIdx.x; i < T::kRows; i += T::kThreads) {
-    int half;
-    const std::int32_t column = column_of<T>(p, work.column_tile, i, half);
-    const std::int64_t n = weight_row(p, column, half);
-    ColumnEntry entry{p.alpha ? p.alpha[work.expert * p.alpha_stride] : 1.0f, 0.0f};
-    if (column < p.n_out) {
-      if (p.scale && p.group_blocks == 0) {
-        entry.factor = __fmul_rn(
-            entry.factor, p.scale[work.expert * p.scale_expert + n / p.scale_rows * p.scale_row]);
-      }
-      if (p.bias)
-        entry.bias =
-            load_as_float(p.bias, p.bias_dtype, work.expert * p.bias_expert + n * p.bias_row);
-    }
-    table.columns[i] = entry;
-  }
-  for (int i = threadIdx.x; i < T::kTokens; i += T::kThreads) {
-    TokenEntry entry{-1, 1.0f, 1.0f};
-    if (i < work.rows) {
-      const std::int64_t position = work.first + i;
-      const std::uint32_t slot = slot_of(p, position);
-      if (!is_padding(p, slot)) {
-        entry.c_row = p.c_rows(row_of(p.c_row, position, slot, p.top_k));
-        if (p.row_weights) entry.weight = p.row_weights[slot];
-        if (p.a_scale && !p.a_scale_grouped && work.expert >= 0) {
-          entry.scale = p.a_scale[row_of(p.a_row, position, slot, p.top_k) * p.a_scale_row +
-                                  work.expert * p.a_scale_expert];
-        }
-      }
-    }
-    table.tokens[i] = entry;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work,
-                                       Sm80Consumer<T>& sums, const Sm80Table<T>& table) {
+template <typename T, typename Sums, typename Table>
+__device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work, Sums& sums,
+                                       const Table& table) {
   constexpr int kM = T::kMFrags, kN = T::kNFrags;
   const int lane = sums.lane(), g = lane / 4, t = lane % 4;
   // This lane's columns: 2 * kM of them, or kM pairs of gate and up.
@@ -140,6 +80,8 @@ __device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work
   // One or two token fragments at a time in a loop that is not unrolled, the others rotating down
   // through the registers: the switch over the activations is compiled once, not once per fragment.
   constexpr int kBlock = kN < 2 || kM >= 4 ? 1 : 2;
+  constexpr int kWindow =
+      kN > 4 && kN % 4 == 0 ? 4 : kN;  // what rotates; the others follow when it is through
 #pragma unroll 1
   for (int n0 = 0; n0 < kN; n0 += kBlock) {
     const TokenEntry* entry = table.tokens + (sums.warp_n() * kN + n0) * 8 + t * 2;
@@ -199,13 +141,21 @@ __device__ __forceinline__ void finish(const Sm80Params& p, const Sm80Work& work
         }
       }
     }
-    if constexpr (kN > kBlock) {
+#pragma unroll
+    for (int f = 0; f < kM; ++f) {
+#pragma unroll
+      for (int n = 0; n + kBlock < kWindow; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.acc[f][n][i] = sums.acc[f][n + kBlock][i];
+      }
+    }
+    if (kWindow < kN && (n0 + kBlock) % kWindow == 0) {
 #pragma unroll
       for (int f = 0; f < kM; ++f) {
 #pragma unroll
-        for (int n = 0; n + kBlock < kN; ++n) {
+        for (int n = 0; n + kWindow < kN; ++n) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums.acc[f][n][i] = sums.acc[f][n + kBlock][i];
+          for (int i = 0; i < 4; ++i) sums.acc[f][n][i] = sums.acc[f][n + kWindow][i];
         }
       }
     }

@@ -5,8 +5,8 @@
 // 128 without padding to 64, and a dequantized weight goes from registers straight into the
 // product, where it is reused for every token of the tile. A persistent CTA walks the tile list;
 // its cp.async pipeline runs across tiles and experts and is never drained. Each sum lives in one
-// fp32 accumulator (promoting operands: partial sums of 32 of K, scaled and added in fp32), K
-// ascending, whatever the tile: the same bits from every tactic.
+// fp32 accumulator (promoting operands: partial sums of 64 of K, or 32, scaled and added in fp32),
+// K ascending, whatever the tile: the same bits from every tactic.
 //
 // Which weight row a CTA puts into which row of an mma is free, and chosen so that a lane ends up
 // with neighbouring columns of C (16-byte stores without a detour through shared memory), and,
@@ -16,6 +16,7 @@
 // _epilogue.h, and here who calls whom.
 #pragma once
 
+#include "cuda/gemm_sm80_consumer.h"
 #include "cuda/gemm_sm80_epilogue.h"
 #include "cuda/overlap.h"
 
@@ -52,14 +53,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     }
     Sm80Table<T>& table = tables[parity];  // two: a slow warp may still read the last one
     parity ^= 1;
-    fill_table<T>(p, work, table);
+    fill_table<T>(p, work, table, [&](int i) { return slot_of(p, work.first + i); });
     sums.begin(work);
 #pragma unroll 1
     for (int k = 0; k < p.k; k += T::kDepth) {
       ptx::cp_async_wait<T::kStages - 2>();
       __syncthreads();  // this stage has landed, and everyone is done with the one that is refilled
                         // next
-      sums.consume(stages + loader.next_slot(), k, loader);
+      sums.consume(loader.next_slot(), k, loader);
     }
     finish<T>(p, work, sums, table);
   }

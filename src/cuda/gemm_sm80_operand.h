@@ -12,7 +12,7 @@
 //            sides agree, and so the caller's plain layout *is* fragment order: one 4, 8 or 16 byte
 //            read per row, no shuffles, no repacking.
 // Quantized weights enter the product as the exact integers (or e4m3 values) they store; their
-// scales multiply fp32 partial sums of 32 elements (see gemm_sm80_consumer.h). Rounding
+// scales multiply fp32 partial sums of 64 elements, or 32 (see gemm_sm80_consumer.h). Rounding
 // w = round16(q * scale) would be less exact and, at decode, cost more instructions than the memory
 // leaves time for.
 #pragma once
@@ -190,11 +190,11 @@ struct WeightE2M1 {
 // An operand gives: bits per weight and activation element, the swizzle units, the fragments of 32
 // of K (A: 16 weight rows, B: 8 tokens), and their product in kSteps mma, which depend on each
 // other: the kernel interleaves those of several fragments. kPromote: the product starts from zero
-// and the kernel adds it, scaled, to the sums; otherwise it accumulates in place. kBlock_ = 16
-// halves the registers of the fragments in flight, for the largest tile.
-template <typename T, int kBlock_ = 32>
+// and the kernel adds it, scaled, to the sums; otherwise it accumulates in place. kPartBlocks: how
+// many blocks such a product runs over, where scales allow it.
+template <typename T>
 struct Natural16 {
-  static constexpr int kWeightBits = 16, kActBits = 16, kBlock = kBlock_;
+  static constexpr int kWeightBits = 16, kActBits = 16, kBlock = 32, kPartBlocks = 1;
   static constexpr int kWeightUnit = 16, kActUnit = 16;
   static constexpr bool kPromote = false, kZeros = false, kE8M0 = false;
   struct A {
@@ -212,8 +212,7 @@ struct Natural16 {
   }
   template <int kRowBytes>
   __device__ static int lane_offset_b(int lane) {
-    if constexpr (kBlock == 32) return Swizzle<kRowBytes, kActUnit>::offset(lane % 8, lane / 8);
-    return Swizzle<kRowBytes, kActUnit>::offset(lane % 8, lane / 8 % 2);
+    return Swizzle<kRowBytes, kActUnit>::offset(lane % 8, lane / 8);
   }
   // `at`: the fragment's first row + lane_offset, for block 0 ^ block * the bytes of a block.
   template <int kRowBytes>
@@ -225,11 +224,7 @@ struct Natural16 {
   }
   template <int kRowBytes>
   __device__ static void load_b(B& b, std::uint32_t at, int row) {
-    if constexpr (kBlock == 32) {
-      ptx::ldmatrix_x4(b.r, at + row * kRowBytes);
-    } else {
-      ptx::ldmatrix_x2(b.r, at + row * kRowBytes);
-    }
+    ptx::ldmatrix_x4(b.r, at + row * kRowBytes);
   }
   using Sum = float;
   static constexpr int kSteps = kBlock / 16;
@@ -241,7 +236,7 @@ struct Natural16 {
 // Quantized weights of loader W; activations of 16 bit, or e4m3 widened to f16 (exact).
 template <typename T, typename W, int kActBits_ = 16>
 struct Direct16 {
-  static constexpr int kWeightBits = W::kBits, kActBits = kActBits_, kBlock = 32;
+  static constexpr int kWeightBits = W::kBits, kActBits = kActBits_, kBlock = 32, kPartBlocks = 2;
   static constexpr int kWeightUnit = W::kBits * 4, kActUnit = kActBits * 4;
   static constexpr bool kPromote = true, kZeros = W::kZeros;
   static constexpr bool kE8M0 = std::is_same_v<W, WeightE2M1<T>>;
@@ -285,9 +280,9 @@ struct Direct16 {
   }
 };
 
-// int8 x int8: the sum over 32 of K is an exact integer below 2^20, and exact in fp32.
+// int8 x int8: the sum over 64 of K is an exact integer below 2^21, and exact in fp32.
 struct Int8 {
-  static constexpr int kWeightBits = 8, kActBits = 8, kBlock = 32;
+  static constexpr int kWeightBits = 8, kActBits = 8, kBlock = 32, kPartBlocks = 2;
   static constexpr int kWeightUnit = 32, kActUnit = 32;
   static constexpr bool kPromote = true, kZeros = false, kE8M0 = false;
   struct A {
@@ -323,11 +318,11 @@ struct Int8 {
   }
 };
 
-// f32 as three TF32 products of high and low parts (22 significant bits; low * low, below 2^-22 of
-// the product, is left out). SIMT fused multiply-adds would be exact per product but a third as
-// fast.
+// f32 as three TF32 products of high and low parts (21 significant bits or more; low * low, below
+// 2^-22 of the product, is left out). SIMT fused multiply-adds would be exact per product but a
+// third as fast.
 struct Tf32x3 {
-  static constexpr int kWeightBits = 32, kActBits = 32, kBlock = 32;
+  static constexpr int kWeightBits = 32, kActBits = 32, kBlock = 32, kPartBlocks = 1;
   static constexpr int kWeightUnit = 16, kActUnit = 16;
   static constexpr bool kPromote = true, kZeros = false, kE8M0 = false;
   struct Parts {
@@ -352,12 +347,15 @@ struct Tf32x3 {
       ptx::load_shared16(raw, (at ^ (h * 16)) + row_offset);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        // To 11 bits by an addition to the bits (nearest, ties away) and a mask: cvt.rna.tf32 is a
+        // dozen integer instructions, for NaN and infinity. A NaN that this takes for a number is
+        // still one in the rest, and infinity has none. The rest needs no rounding: the product
+        // ignores what lies behind 11 bits.
         const float x = __uint_as_float(raw[i]);
-        const std::uint32_t high = ptx::to_tf32(x);
-        const float rest =
-            x - __uint_as_float(high);  // NaN when x is infinite: then there is no rest
+        const std::uint32_t high = (raw[i] + 0x1000u) & 0xffffe000u;
+        const float rest = x - __uint_as_float(high);
         out.high[h * 4 + i] = high;
-        out.low[h * 4 + i] = rest == rest ? ptx::to_tf32(rest) : 0u;
+        out.low[h * 4 + i] = fabsf(x) == INFINITY ? 0u : __float_as_uint(rest);
       }
     }
   }

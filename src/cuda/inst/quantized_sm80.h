@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/gemm_sm80_kernel.h"
+#include "cuda/gemm_sm80_large.h"
 
 namespace moesaic::cuda {
 
@@ -12,13 +13,13 @@ namespace moesaic::cuda {
 template <typename Op>
 std::span<const Sm80Kernel> narrow_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 5>>(),  //   8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 4>>(),  //   8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 4>>(),  //  16 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 3>>(),  //  16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  //  32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),  //  64 x 128
-      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 5>>(),             //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 4>>(),             //  8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 4>>(),             // 16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 3>>(),             // 16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),             // 32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),              //  64 x 128
+      sm80_large_kernel<Sm80LargeTile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
   };
   return kKernels;
 }
@@ -27,27 +28,28 @@ std::span<const Sm80Kernel> narrow_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> wide_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),  //   8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),  //   8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 4, 3>>(),  //  16 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),  //  16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 3, 2>>(),  //  32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),   //  64 x 128
-      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),             //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),             //  8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 4, 3>>(),             // 16 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),             // 16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 3, 2>>(),             // 32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),              //  64 x 128
+      sm80_large_kernel<Sm80LargeTile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
   };
   return kKernels;
 }
 
-// 8-bit weights and activations.
-template <typename Op>
+// 8-bit weights and activations. kTokens of the largest tile: scales of both, and tokens that are
+// widened in registers, too, leave room for 64.
+template <typename Op, int kTokens>
 std::span<const Sm80Kernel> byte_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),  //   8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),  //   8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),  //  16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  //  32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 128, 3, 2>>(),  //  64 x 128
-      sm80_kernel<Sm80Tile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),                      //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),                      //  8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),                      // 16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),                      // 32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),                       //  64 x 128
+      sm80_large_kernel<Sm80LargeTile<Op, 8, 1, 2, kTokens / 8, 64, 4, 1>>(),  // kTokens x 256
   };
   return kKernels;
 }
@@ -57,7 +59,7 @@ std::span<const Sm80Kernel> f32_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 32, 5, 4>>(),  //  8 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 4, 32, 4, 2>>(),  // 32 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 2, 1, 4, 32, 4, 1>>(),  // 64 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 32, 4, 2>>(),  // 64 x 128
   };
   return kKernels;
 }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of large tiles: that of gemm_sm80_kernel.h in all that concerns results, with the
 // tiles prepared ahead of time (_large_tile.h, _large_loader.h), and for 16-bit weights, fragments
-// that are read during the products before
-// (_ahead.h).
+// that are read during the products before (_ahead.h).
 #pragma once
 
 #include "cuda/gemm_sm80_ahead.h"

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/gemm_sm80_large_loader.h"
+#include "cuda/gemm_sm80_place.h"
 
 namespace moesaic::cuda {
 
@@ -42,7 +43,7 @@ struct Ahead16 {
 };
 
 template <typename T>
-class Sm80AheadConsumer {
+class Sm80AheadConsumer : public Sm80Place<T> {
  public:
   using Op = typename T::Op;
   using Loader = Sm80LargeLoader<T>;
@@ -52,18 +53,7 @@ class Sm80AheadConsumer {
   static_assert(kBlocks % 2 == 0, "the two sets of fragments change places with every block");
   float acc[kM][kN][4];
 
-  __device__ Sm80AheadConsumer(const Sm80Params&) : lane_(threadIdx.x % 32) {
-    const int warp = threadIdx.x / 32;
-    warp_m_ = warp % T::kWarpsM;
-    warp_n_ = warp / T::kWarpsM;
-    weights_ =
-        warp_m_ * kM * 16 * T::kWeightBytes + Op::template lane_offset_a<T::kWeightBytes>(lane_);
-    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes +
-              Op::template lane_offset_b<T::kActBytes>(lane_);
-  }
-  __device__ int warp_m() const { return warp_m_; }
-  __device__ int warp_n() const { return warp_n_; }
-  __device__ int lane() const { return lane_; }
+  __device__ explicit Sm80AheadConsumer(const Sm80Params&) {}
 
   // A tile's first fragments are read here, with nothing to hide them behind: read with the last
   // stage's, as those of every other stage are, they would have to live through the epilogue.
@@ -123,8 +113,8 @@ class Sm80AheadConsumer {
     }
   }
 
-  int lane_, warp_m_, warp_n_;
-  int weights_, tokens_;
+  using Sm80Place<T>::tokens_;
+  using Sm80Place<T>::weights_;
   typename Op::A a_[2][kM];
   typename Op::B b_[2][kN / 2];
 };

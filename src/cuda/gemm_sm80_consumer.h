@@ -3,12 +3,13 @@
 #pragma once
 
 #include "cuda/gemm_sm80_loader.h"
+#include "cuda/gemm_sm80_place.h"
 
 namespace moesaic::cuda {
 
 // The products of one stage.
 template <typename T, typename Loader = Sm80Loader<T>>
-class Sm80Consumer {
+class Sm80Consumer : public Sm80Place<T> {
  public:
   static constexpr int kIssued = T::kStages - 1;  // stages under way when the first products begin
   using Op = typename T::Op;
@@ -16,18 +17,7 @@ class Sm80Consumer {
   static constexpr int kBlocks = T::kDepth / Op::kBlock;
   float acc[kM][kN][4];
 
-  __device__ Sm80Consumer(const Sm80Params& p) : p_(p), lane_(threadIdx.x % 32) {
-    const int warp = threadIdx.x / 32;
-    warp_m_ = warp % T::kWarpsM;
-    warp_n_ = warp / T::kWarpsM;
-    weights_ =
-        warp_m_ * kM * 16 * T::kWeightBytes + Op::template lane_offset_a<T::kWeightBytes>(lane_);
-    tokens_ = T::kActOffset + warp_n_ * kN * 8 * T::kActBytes +
-              Op::template lane_offset_b<T::kActBytes>(lane_);
-  }
-  __device__ int warp_m() const { return warp_m_; }
-  __device__ int warp_n() const { return warp_n_; }
-  __device__ int lane() const { return lane_; }
+  __device__ explicit Sm80Consumer(const Sm80Params& p) : p_(p) {}
 
   __device__ void begin(const Sm80Work& work) {
 #pragma unroll
@@ -243,9 +233,12 @@ class Sm80Consumer {
     }
   }
 
+  using Sm80Place<T>::lane_;
+  using Sm80Place<T>::tokens_;
+  using Sm80Place<T>::warp_m_;
+  using Sm80Place<T>::warp_n_;
+  using Sm80Place<T>::weights_;
   const Sm80Params& p_;
-  int lane_, warp_m_, warp_n_;
-  int weights_, tokens_;
   int group_ = 0, in_group_ = 0;
   float scale_[kM][2];
   std::uint32_t zero_[kM][2];

@@ -53,7 +53,7 @@ __device__ __forceinline__ void for_groups(const AlignParams& p, std::int64_t be
       unsigned id[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
-        id[i] = slot + i * threads < last ? ids[slot + i * threads] : ~0u;
+        id[i] = slot + i * threads < last ? __ldcg(ids + slot + i * threads) : ~0u;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const unsigned group = id[i] - p.first_group;

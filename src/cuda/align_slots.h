@@ -61,8 +61,8 @@ __device__ __forceinline__ RawId load_id(const AlignParams& p, std::int64_t slot
     at = token * p.token_stride + (s - token * top_k) * p.slot_stride;
   }
   const unsigned* const words = static_cast<const unsigned*>(p.ids) + (at << p.ids_are_64bit);
-  RawId id{.low = words[0]};
-  if (p.ids_are_64bit) id.high = words[1];
+  RawId id{.low = __ldcg(words)};  // through L2: see overlap.h
+  if (p.ids_are_64bit) id.high = __ldcg(words + 1);
   return id;
 }
 // -1: a slot with this id contributes nothing.

@@ -128,6 +128,7 @@ void CudaBackend::quantize_and_align(const QuantizeStage& quantizer, const Align
 }
 void CudaBackend::gemm(const GemmStage& stage, Stream stream) const {
   const DeviceGuard guard(device_.index);
+  check_views(stage);
   family_for(stage.b->spec, device_).run(stage, device_, native(stream));
 }
 void CudaBackend::activate(const ActivateStage& stage, Stream stream) const {

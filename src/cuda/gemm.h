@@ -36,6 +36,9 @@ const GemmFamily& family_sm80();          // mma.sync + cp.async: every scheme t
 const GemmFamily* find_family(const WeightSpec& spec, const DeviceTraits& device);
 // Throws kUnsupported with refusal() instead.
 const GemmFamily& family_for(const WeightSpec& spec, const DeviceTraits& device);
+// Throws kUnsupported by name for views that no family follows: negative strides, and scales of
+// weights in place that are not f32.
+void check_views(const GemmStage& stage);
 // Why no family takes it, and what to use instead.
 std::string refusal(const WeightSpec& spec);
 

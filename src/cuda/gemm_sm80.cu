@@ -174,6 +174,14 @@ void set_activations(Sm80Params& p, const GemmStage& stage) {
                                static_cast<std::uint64_t>(rows.inner * size)});
   rows.outer = rows.outer * size >> p.a_shift;
   rows.inner = rows.inner * size >> p.a_shift;
+  const std::int64_t last = a.rank == 3
+                                ? (a.shape[0] - 1) * rows.outer + (a.shape[1] - 1) * rows.inner
+                                : (a.shape[0] - 1) * rows.inner;
+  if (last >= 0xffffffffLL) {
+    unsupported(
+        "a: the mma.sync kernels find rows within 2^32 times the alignment of their first elements "
+        "(16 bytes at best); split the tokens over several calls");
+  }
   p.a_rows = rows;
   p.a_row = stage.a_row;
   p.a_scale = stage.a_scale.data;

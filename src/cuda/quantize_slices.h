@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
     }
   };
   for_slices(p, slices, find_maximum, [&](const SliceRows& mine) {
+    if (mine.rows == 0) return;  // a filtered tile has no expert, and so no scale
     if constexpr (kScale == ActScale::kTensorStatic) {
       given = p.static_scale[p.static_scales > 1 ? mine.expert * p.static_stride : 0];
       given_inverse = inverse_of(given);

@@ -116,7 +116,7 @@ struct Parts<__nv_bfloat16, float> {
 // kAhead steps are requested before the first of them is used.
 template <typename X, typename W, typename Load, int kM, int kN, int kAhead>
 __global__ void __launch_bounds__(kSlices * 32, 1) router_tiles(LogitsParams p) {
-  __shared__ float partial[kSlices][kN][32][4];  // of 16 tokens
+  __shared__ __align__(16) float partial[kSlices][kN][32][4];  // of 16 tokens
   begin_kernel();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4;
   const std::int64_t token = std::int64_t{blockIdx.x / p.expert_blocks} * (16 * kM);

@@ -50,7 +50,10 @@ def invoke_fused_moe_kernel(A, B, bias, C, A_scale, B_scale, B_zp, topk_weights,
 
 
 def _f32(scale):
-    return scale if scale is None or scale.dtype in (torch.float32, torch.float16, torch.bfloat16) else scale.float()
+    """Scales as the kernels read them in place: f32, and on the CPU 16-bit floats, too."""
+    if scale is None or scale.dtype == torch.float32:
+        return scale
+    return scale if scale.dtype in (torch.float16, torch.bfloat16) and not scale.is_cuda else scale.float()
 
 
 def moe_align_block_size(topk_ids, block_size, num_experts):

@@ -80,12 +80,12 @@ struct Shape {
   static constexpr int kTaskBytes = 32;
   static constexpr int kTableBytes = kTokens * 12;
   static constexpr int kRing = kStages + 1;
-  // Offsets of gathered rows: for each row of a pass those of all passes, in fours.
   // Warps that gather tokens, four rows of each at a time. A copy takes its warp 40 to 57 cycles
   // whoever else copies, so two were not enough for 128 rows in the 1024 cycles of a 16-bit stage.
   static constexpr int kLoaderWarps = kTokens >= 128 && !kHasBlockScales ? 3 : 2;
   static constexpr int kPassRows = 4 * kLoaderWarps;
   static constexpr int kPasses = (kTokens + kPassRows - 1) / kPassRows;
+  // Offsets of gathered rows: for each row of a pass those of all passes, in fours.
   static constexpr int kPassRoom = (kPasses + 3) / 4 * 4;
   static constexpr int kGatherBytes = kPassRows * kPassRoom * 4;
   static constexpr int kSharedBytes =
@@ -190,7 +190,7 @@ struct Params {
   bool block_scaled;  // weight and activation scales change along K
   bool scale_quads;   // scales of four chunks can be loaded at once: see TokenLoader::store_scales
   bool upright;       // tokens may take the 64-row side: see gemm_sm90_upright.h
-  bool direct;        // S::kDirect: and the weights allow it
+  bool direct;        // S::kDirect, and C, the activation and the weights' layout allow it
   const float* a_scale;
   std::int64_t a_scale_row, a_scale_group, a_scale_expert;
   const float* row_weights;

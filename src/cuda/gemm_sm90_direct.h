@@ -14,6 +14,9 @@
 // memory and a store, 400 cycles long, and a task had 16 to 18 of them: as long as 1 to 1.5 KiB of
 // K, in which the tensor cores stood still. (Where groups are quantized this way lost: what waits
 // for its scale does not fit the registers beside the sums. So block scales keep the other.)
+//
+// Whatever does not lie so (Params::direct) goes by way of fp32 in shared memory: strided or f32
+// rows of C, products of no multiple of 32 rows, experts that are apart.
 #pragma once
 
 #include "cuda/gemm_sm90_epilogue_staged.h"

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kSliceBlocksPerSm)
           });
         });
     if constexpr (kScale == ActScale::kTensorStatic)
-      if (p.per_expert && threadIdx.x % 32 == 0 && p.scale != nullptr && mine.rows > 0)
+      if (p.per_expert && threadIdx.x % 32 == 0 && p.scale != nullptr)
         p.scale[mine.expert] = given;  // every slice of the expert writes the same
   });
   if constexpr (kScale == ActScale::kTensorStatic)

@@ -165,6 +165,33 @@ TEST_F(GemmSm90Dequant, RandomShapes) {
   }
 }
 
+// Wide copies the scales of four stages at once, into places of their own: K of one such copy with
+// its end inside the last stage; of four copies and a part, whose rows are 20 apart; of five. Every
+// CTA gets several tasks, and the first ones of the list, of which there is one stage and no
+// scales, belong to no expert.
+TEST_F(GemmSm90Dequant, ScalesOfFourStages) {
+  constexpr int kWide = 2;
+  const cuda::GemmFamily& family = cuda::family_sm90_dequant();
+  unsigned seed = 400;
+  for (const bool zeros : {false, true}) {
+    for (const auto& [k, padding] :
+         {std::pair<std::int64_t, std::int64_t>{480, 0}, {2176, 3}, {2560, 0}}) {
+      ProductCase c{.name = "int4 k " + std::to_string(k) + (zeros ? " zeros" : "")};
+      c.format = WeightFormat::kU4, c.scales = Scales::kGroup, c.group_k = 128;
+      c.zero_points = zeros;
+      c.tokens = 60, c.n = 400, c.k = k, c.scale_padding = padding, c.seed = ++seed;
+      Product product(c);
+      ASSERT_TRUE(family.supports(product.spec())) << c.name;
+      const auto first = product.run(family, -1, 16, 16);
+      for (const auto& [tile_rows, live] :
+           {std::pair<std::int64_t, std::int64_t>{8, 1}, {128, 112}}) {
+        EXPECT_TRUE(product.run(family, kWide, tile_rows, live) == first)
+            << c.name << " over tiles of " << live << " rows differs";
+      }
+    }
+  }
+}
+
 constexpr TimedShape kShapes[] = {{"mixtral-8x7b", 8, 4096, 14336, 2},
                                   {"qwen3-30b-a3b", 128, 2048, 768, 8},
                                   {"deepseek-v3-tp8", 256, 7168, 256, 8},

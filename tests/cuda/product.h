@@ -169,7 +169,19 @@ class Product {
       std::vector<std::int64_t> shape = {e_count};
       if (s.scale.grid_n > 1 || s.scale.grid_k > 1) shape.push_back(s.scale.grid_n);
       if (s.scale.grid_k > 1) shape.push_back(s.scale.grid_k);
-      operand_.plain.scale = keep(scale, DType::kF32, shape);
+      if (case_.scale_padding > 0) {
+        std::vector<float> padded;
+        for (std::size_t i = 0; i < scale.size(); ++i) {
+          padded.push_back(scale[i]);
+          if ((i + 1) % shape.back() == 0)
+            padded.insert(padded.end(), static_cast<std::size_t>(case_.scale_padding), NAN);
+        }
+        scale = padded;
+        shape.back() += case_.scale_padding;
+      }
+      Tensor cells = keep(scale, DType::kF32, shape);
+      cells.shape[cells.rank - 1] -= case_.scale_padding;
+      operand_.plain.scale = cells;
     }
     if (case_.zero_points)
       operand_.plain.zero_point = keep(zero, DType::kU8, {e_count, zero_rows, s.scale.grid_k});

@@ -214,6 +214,33 @@ class Multiplier : private Consumer<S, Params> {
     }
   }
 
+  // The stages of a task where sums are promoted and a second batch has no registers: what has to
+  // be done between two stages is done while the tensor cores still work on the first one's last
+  // batch (look_ahead), or in front of its promotion (leave). Behind the promotion it stood between
+  // two batches: a third of the time of a stage.
+  struct Stages {
+    int left;            // not yet left
+    bool there = false;  // the bytes of the one at the cursor were seen
+  };
+  __device__ __forceinline__ bool gathered() const { return p_.token_load == TokenLoad::kGather; }
+  __device__ __forceinline__ int enter(const Stages& s) const {
+    const int stage = uniform(cursor_.stage);
+    if (!s.there) {
+      ptx::barrier_wait(shared_.full(stage), cursor_.round);
+      if (gathered()) ptx::fence_async_proxy();
+    }
+    return stage;
+  }
+  __device__ __forceinline__ void look_ahead(Stages& s) {
+    cursor_.advance();
+    s.there = s.left > 1 && ptx::barrier_passed(shared_.full(cursor_.stage), cursor_.round);
+    if (s.there && gathered()) ptx::fence_async_proxy();
+  }
+  __device__ __forceinline__ void leave(Stages& s, int stage) {
+    release(stage);
+    --s.left;
+  }
+
   // Promoted without scales along K. What a batch makes lies beside all sums, and of more than 128
   // tokens only half of it fits.
   template <int N>
@@ -225,34 +252,43 @@ class Multiplier : private Consumer<S, Params> {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
     }
-    const bool gathered = p_.token_load == TokenLoad::kGather;
     const int mine = uniform(warpgroup()) * S::kBlocks * 8192;
-    for (int i = 0; i < p_.k_chunks; ++i) {
-      const int stage = uniform(cursor_.stage);
-      ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
-      if (gathered) ptx::fence_async_proxy();
+    for (Stages s{p_.k_chunks}; s.left > 0;) {
+      const int stage = enter(s);
 #pragma unroll
       for (int b = 0; b < S::kBlocks; ++b) {
+        const bool last = b == S::kBlocks - 1;
         const std::uint64_t a = weights(stage, 0, b, mine), t = tokens(stage, 0);
-        multiply_part<kPart>(&sums[b][0], a, t);
-        if constexpr (N > kPart)
-          multiply_part<N - kPart>(&sums[b][kPart / 2], a, t + kPart * 128 / 16);
+        multiply_part<kPart>(&sums[b][0], a, t, s, last && N == kPart ? stage : kNotYet);
+        if constexpr (N > kPart) {
+          multiply_part<N - kPart>(&sums[b][kPart / 2], a, t + kPart * 128 / 16, s,
+                                   last ? stage : kNotYet);
+        }
       }
-      release(cursor_.stage);
-      cursor_.advance();
     }
   }
+  // `left`: the stage of which this is the last batch.
+  static constexpr int kNotYet = -1;
   template <int N>
-  __device__ __forceinline__ static void multiply_part(float* sum, std::uint64_t a,
-                                                       std::uint64_t t) {
+  __device__ __forceinline__ void multiply_part(float* sum, std::uint64_t a, std::uint64_t t,
+                                                Stages& s, int left) {
     float part[N / 2];
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) ptx::wgmma<S::kElement, N>(part, a + 2 * k, t + 2 * k, k > 0);
-    ptx::wgmma_commit();
+    issue<N>(part, a, t);
+    if (left != kNotYet) look_ahead(s);
     ptx::wgmma_wait<0>();
+    if (left != kNotYet) leave(s, left);
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) sum[j] += part[j];
+  }
+
+  // A batch: 128 bytes of K.
+  template <int N>
+  __device__ __forceinline__ static void issue(float (&part)[N / 2], std::uint64_t a,
+                                               std::uint64_t b) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) ptx::wgmma<S::kElement, N>(part, a + 2 * k, b + 2 * k, k > 0);
+    ptx::wgmma_commit();
   }
 
   template <int N>
@@ -280,24 +316,23 @@ class Multiplier : private Consumer<S, Params> {
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[b][i] = 0.0f;
     }
-    const bool gathered = p_.token_load == TokenLoad::kGather;
     const int mine = uniform(warpgroup()), token = upright_token(ptx::thread_index() % 128);
-    for (int i = 0; i < p_.k_chunks; ++i) {
-      const int stage = uniform(cursor_.stage);
-      ptx::barrier_wait(shared_.full(stage), cursor_.round);
-      if (gathered) ptx::fence_async_proxy();
+    for (Stages s{p_.k_chunks}; s.left > 0;) {
+      const int stage = enter(s);
+      const float* const scales = shared_.scales(stage);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         if (b * 64 >= rows) break;
-        const float* const scales = shared_.scales(stage);
-        sm90::multiply_upright<S::kElement>(p_, sums[b],
-                                            {.tokens = tokens(stage, 0) + b * (8192 / 16),
-                                             .weights = weights(stage, 0, 0, mine * 16384),
-                                             .scale = scales + b * 64 + token,
-                                             .cells = scales + S::kTokens + mine * 16});
+        const bool last = b == 1 || rows <= 64;
+        float part[64];
+        issue<128>(part, tokens(stage, 0) + b * (8192 / 16), weights(stage, 0, 0, mine * 16384));
+        const UprightScales factors =
+            upright_scales(p_, scales + b * 64 + token, scales + S::kTokens + mine * 16);
+        if (last) look_ahead(s);
+        ptx::wgmma_wait<0>();
+        if (last) leave(s, stage);
+        promote_upright(p_, sums[b], part, factors);
       }
-      release(stage);
-      cursor_.advance();
     }
   }
 };

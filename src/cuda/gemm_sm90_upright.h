@@ -4,55 +4,47 @@
 //
 // A thread then meets two tokens and two cells of weight scales, so that four products make all
 // factors of a batch. Elsewhere it is 32 tokens: 16 loads of scales and 64 multiplications a batch,
-// and the loads alone took a third of what shared memory delivers. Worth it where the tokens nearly
-// fill their blocks of 64.
+// and the loads alone took a third of what shared memory delivers. Worth it even where most of a
+// second block of 64 tokens is empty.
 #pragma once
 
 #include "cuda/gemm_sm90_loader.h"
 
 namespace moesaic::cuda::sm90 {
 
-__device__ inline bool runs_upright(const Params& p, int rows) {
-  return p.upright && (rows > 96 || (rows > 48 && rows <= 64));
-}
+__device__ inline bool runs_upright(const Params& p, int rows) { return p.upright && rows > 48; }
 
-// A stage of one block of 64 tokens.
-struct UprightBatch {
-  std::uint64_t tokens, weights;  // operands: the block, and this warpgroup's 128 weight rows
-  const float* scale;             // of this thread's first token; the second is eight further
-  const float* cells;             // of the first two octets of weight rows: of all that follow, too
-};
 // The first of this thread's tokens in block 0.
 __device__ inline int upright_token(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
-// Adds the batch to the block's sums. The host sends only block-scaled stages here; that they are
-// is asked once more, and answered for the others, too, because of where the branch stands: it
-// keeps the scales' four products behind the wait. In straight-line code ptxas moves them up in
-// front of the batch's last instruction, which then stands still until the scales have come: 6% of
-// the product.
-template <Element kElement>
-__device__ __forceinline__ void multiply_upright(const Params& p, float (&sum)[64],
-                                                 const UprightBatch& batch) {
-  float part[64];
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-    ptx::wgmma<kElement, 128>(part, batch.tokens + 2 * k, batch.weights + 2 * k, k > 0);
-  ptx::wgmma_commit();
-  float high = 0, low = 0;
-  float2 cell{};
-  if (p.block_scaled) {
-    low = batch.scale[0];
-    high = batch.scale[8];
-    cell = *reinterpret_cast<const float2*>(batch.cells);
-  }
-  ptx::wgmma_wait<0>();
+// Scales of a stage of one block of 64 tokens: of this thread's two tokens, and of the cells of the
+// first two octets of weight rows (and so of all that follow).
+struct UprightScales {
+  float low, high;
+  float2 cell;
+};
+// `scale`: of this thread's first token; the second is eight further.
+__device__ __forceinline__ UprightScales upright_scales(const Params& p, const float* scale,
+                                                        const float* cells) {
+  if (!p.block_scaled) return {};
+  return {scale[0], scale[8], *reinterpret_cast<const float2*>(cells)};
+}
+
+// Adds what a batch made to the block's sums. The host sends only block-scaled stages here; that
+// they are is asked once more, and answered for the others, too, because of where the branch
+// stands: it keeps the scales' four products behind the wait for the batch. In straight-line code
+// ptxas moves them up in front of the batch's last instruction, which then stands still until the
+// scales have come: 6% of the product.
+__device__ __forceinline__ void promote_upright(const Params& p, float (&sum)[64],
+                                                const float (&part)[64],
+                                                const UprightScales& scales) {
   if (!p.block_scaled) {
 #pragma unroll
     for (int j = 0; j < 64; ++j) sum[j] += part[j];
     return;
   }
-  const float4 s{low * cell.x, high * cell.x, low * cell.y, high * cell.y};
+  const float4 s{scales.low * scales.cell.x, scales.high * scales.cell.x,
+                 scales.low * scales.cell.y, scales.high * scales.cell.y};
 #pragma unroll
   for (int j = 0; j < 64; j += 8) {
     sum[j] = fmaf(part[j], s.x, sum[j]);

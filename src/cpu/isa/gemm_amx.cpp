@@ -117,7 +117,7 @@ struct AmxLevel : Level {
       const std::uint8_t* data = s.data;
       for (std::int64_t step = 0; step < s.steps; ++step, data += Unpack::kBytes) {
         for (std::int64_t line = 0; line < Unpack::kBytes; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(data + kStreamAhead + line), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(data + kNearAhead + line), _MM_HINT_T0);
         for (int which = 0; which < Unpack::kUnits; ++which, to += 256) {
           __m512i b[4];
           unpack.template unit<1, 4>(data, which, b);
@@ -183,7 +183,7 @@ struct AmxLevel : Level {
         ahead += kTileSteps * p.ahead_step;
       } else if (streams) {
         for (std::int64_t line = 0; line < kTileSteps * 256; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(b + i * kTileSteps * 256 + 2 * kStreamAhead + line),
+          _mm_prefetch(reinterpret_cast<const char*>(b + i * kTileSteps * 256 + 2 * kNearAhead + line),
                        _MM_HINT_T0);
       }
     }

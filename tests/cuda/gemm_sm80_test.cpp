@@ -113,7 +113,7 @@ class GemmSm80 : public ::testing::Test {
     for (const Tactic& tactic : tactics) {
       if (failures() > before) return;  // one report per case
       for (const auto& [tile_rows, live] :
-           {std::pair<std::int64_t, std::int64_t>{64, 64}, {8, 1}}) {
+           {std::pair<std::int64_t, std::int64_t>{64, 64}, {192, 192}, {8, 1}}) {
         EXPECT_TRUE(product.run(family, tactic.id, tile_rows, live) == first)
             << c.name << ": " << tactic.description << " over tiles of " << live << " rows differs";
       }

@@ -4,21 +4,18 @@
 // (A fourth, of warps that never meet: gemm_sm90_dequant_warps.h.)
 #pragma once
 
-#include "cuda/gemm_sm90_consumer.h"
-#include "cuda/gemm_sm90_dequant_loader.h"
+#include "cuda/gemm_sm90_dequant_place.h"
 #include "cuda/overlap.h"
-#include "cuda/ptx_wgmma_rs_sm90.h"
 
 namespace moesaic::cuda::sm90 {
 
 template <typename S>
-class DequantMultiplier : protected Consumer<S, DequantParams> {
+class DequantMultiplier : protected DequantPlace<S> {
  public:
-  using Base = Consumer<S, DequantParams>;
+  using Base = DequantPlace<S>;
   using Base::Base;
-  using Weight = typename S::Weight;
-  using Sums = float[S::kBlocks][S::kTokens / 2];
-  using H = Half<S::kElement>;
+  using typename Base::Sums;
+  using typename Base::Weight;
 
   __device__ void run() {
     wait_for_earlier_kernels();
@@ -41,16 +38,26 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
 
  protected:
   using Base::cursor_;
+  using Base::descriptor;
   using Base::epilogue;
+  using Base::find_zeros;
+  using Base::k_group;
+  using Base::kBlockBytes;
+  using Base::kUniform;
+  using Base::load_scales;
   using Base::load_task;
   using Base::load_task_of_run;
+  using Base::load_zeros;
   using Base::p_;
   using Base::release;
+  using Base::scale_slot_;
+  using Base::scales_of;
   using Base::shared_;
   using Base::skip;
+  using Base::token_descriptor;
+  using Base::wait_for_stage;
   using Base::warpgroup;
-
-  static constexpr int kBlockBytes = 64 * S::kRowBytes;
+  using typename Base::Place;
 
   template <int N>
   __device__ void multiply_rows(int rows, Sums& sums) {
@@ -70,79 +77,9 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
     }
   }
 
-  // Of block 0, the first of this thread's two rows: its index in the task.
-  __device__ static std::uint32_t row() {
-    const auto thread = static_cast<std::uint32_t>(ptx::thread_index());
-    return (thread / 128 - 1) * S::kBlocks * 64 + thread / 32 % 4 * 16 + thread % 32 / 4;
-  }
-
-  // Bit offsets of the zero points of this thread's rows inside their words, a byte each.
-  __device__ void find_zeros(const Task& task) {
-    if constexpr (Weight::kZeros) {
-      zero_bits_ = 0;
-#pragma unroll
-      for (int i = 0; i < 2 * S::kBlocks; ++i) {
-        const std::uint32_t n = existing_row(p_, task.row_task, row() + i / 2 * 64 + i % 2 * 8);
-        const std::uint32_t bits =
-            zero_offset(p_, task.expert, n) % 4 * 8 + (p_.zero_nibbles & n) * 4;
-        zero_bits_ |= bits << (8 * i);
-      }
-    }
-  }
-  // -zero * 2^-kShift of both rows of a block, twice each.
-  __device__ void load_zeros(std::uint32_t (&zero)[2], int stage, std::uint32_t row, int group,
-                             int block, std::uint32_t k_group) const {
-    if constexpr (Weight::kZeros) {
-      const auto* const words =
-          reinterpret_cast<const std::uint32_t*>(shared_.scales(stage) + S::kScales) +
-          group * S::kRows + row + block * 64;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const std::uint32_t bits =
-            (zero_bits_ >> (8 * (2 * block + h))) + k_group * p_.zero_group * 8;
-        const std::uint32_t z = (words[h * 8] >> (bits % 32)) & (p_.zero_nibbles ? 0xfu : 0xffu);
-        zero[h] = ptx::fma_pair<S::kElement>(z * 0x10001u, H::kMinus, 0);
-      }
-    }
-  }
-
-  // What the loops below know of this thread throughout a task.
-  struct Place {
-    bool gathered;  // tokens came by cp.async, which wgmma does not see by itself
-    int stages, lane;
-    Unpacking unpacking;
-    std::uint32_t middle;  // the zero point, as load_zeros has it, where all have the same
-    std::uint32_t row;     // of block 0, the first of this thread's two: see row()
-    std::uint32_t offset;  // where the lane reads in the weights of a stage
-  };
-  __device__ Place place() const {
-    Place at;
-    at.gathered = p_.token_load == TokenLoad::kGather;
-    at.stages = (p_.k_chunks + S::kChunks - 1) / S::kChunks;
-    at.lane = ptx::thread_index() % 32;
-    at.unpacking = Weight::unpacking(at.lane % 4, p_.flip);
-    at.middle = ptx::fma_pair<S::kElement>(Weight::kMiddle * 0x10001u, H::kMinus, 0);
-    at.row = row();
-    at.offset = (at.row - at.lane / 4) * S::kRowBytes +
-                Weight::template lane_offset<S::kRowBytes>(at.lane / 4, at.lane % 4);
-    return at;
-  }
-  __device__ void wait_for_stage(const Place& place, const Cursor<S::kStages>& at) const {
-    ptx::barrier_wait(shared_.full(at.stage), at.round);
-    if (place.gathered) ptx::fence_async_proxy();
-  }
-  template <int N>
-  __device__ static void clear(Sums& sums) {
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) sums[b][i] = 0.0f;
-    }
-  }
-
   template <int N>
   __device__ void multiply(Sums& sums) {
-    clear<N>(sums);
+    this->template clear<N>(sums);
     const Place place = this->place();
     const int stages = place.stages;
     std::uint32_t zero[2] = {place.middle, place.middle};
@@ -200,7 +137,9 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
             }
           }
           ptx::wgmma_wait<0>();
-          promote<N>(sums[block], part, scales_of(place, i, group, block));
+          float scale[2];
+          load_scales(scale, scales_of(place, i, group, block));
+          this->template promote<N>(sums[block], part, scale);
         }
       }
       release(stage);
@@ -211,20 +150,29 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
   // Few tokens leave registers for several steps at once.
   template <int N>
   __device__ void multiply_batches(Sums& sums) {
-    clear<N>(sums);
+    this->template clear<N>(sums);
     const Place place = this->place();
     const int stages = place.stages;
     std::uint32_t zero[2] = {place.middle, place.middle};
     // A batch of a few steps of 16 of K at a time. While the tensor cores work on a batch, the
     // fragments of the next are made and the words of the one behind it are read, across blocks,
     // groups and stages; ptxas keeps the two sets of fragments apart. The second block's
-    // products start before the first one's part is promoted.
+    // products start before the first one's part is promoted. With kLate the first part is promoted
+    // beside the last batch and the second beside the first batch of the next group: ptxas would
+    // give the next fragments the place of that part, and make them behind its promotion, with no
+    // product under way. (At 64 tokens there are not enough registers for it.)
     constexpr int kTogether = S::kSteps < 4 ? S::kSteps : 4;
     constexpr int kBatches = S::kSteps / kTogether, kAll = kBatches * S::kBlocks;
     static_assert(S::kBlocks == 2);
+    constexpr bool kLate = kUniform && N < 64;
     RawWeights raw[kTogether / 2];
     std::uint32_t a[2][kTogether][4];
-    float part[2][N / 2];
+    float part[2][N / 2], scale[2][2];
+    if constexpr (kLate) {
+      scale[1][0] = scale[1][1] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < N / 2; ++n) part[1][n] = 0.0f;
+    }
     // Batch j of a group: words, then fragments.
     const auto read = [&](int stage, int group, int j) {
 #pragma unroll
@@ -254,10 +202,7 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
       scale_slot_.enter(i, stage);
 #pragma unroll 1  // the short groups: unrolled, they need more registers than there are
       for (int group = 0; group < S::kGroups; ++group) {
-        // The descriptor's upper half is the same for all, and the lower does not overflow: 64-bit
-        // sums would cost registers.
-        const auto tokens = static_cast<std::uint32_t>(
-            ptx::operand_descriptor(ptx::shared_address(shared_.tokens(stage))));
+        const std::uint32_t tokens = token_descriptor(stage);
         Cursor<S::kStages> following = cursor_;
         const bool last = group + 1 == S::kGroups;  // behind it comes the next stage
         if (last) following.advance();
@@ -269,14 +214,21 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
 #pragma unroll
           for (int k = 0; k < kTogether; ++k) {
             const int step = group * S::kSteps + c * kTogether + k;
-            const std::uint32_t low = tokens + step / 4 * (S::kTokenBytes / 16) + step % 4 * 2;
-            ptx::wgmma<S::kElement, N>(part[block], a[j % 2][k],
-                                       (ptx::operand_descriptor(0) & 0xffffffff00000000ull) | low,
-                                       c + k > 0);
+            ptx::wgmma<S::kElement, N>(
+                part[block], a[j % 2][k],
+                descriptor(tokens + step / 4 * (S::kTokenBytes / 16) + step % 4 * 2), c + k > 0);
           }
           ptx::wgmma_commit();
+          if (kUniform && j == 0) {
+            if constexpr (kLate) this->template promote<N>(sums[1], part[1], scale[1]);
+            load_scales(scale[0], scales_of(place, i, group, 0));
+            load_scales(scale[1], scales_of(place, i, group, 1));
+          }
           ptx::wgmma_wait<1>();  // the batch before this one: its fragments' place is free
-          if (j == kBatches) promote<N>(sums[0], part[0], scales_of(place, i, group, 0));
+          if (!kUniform && j == kBatches) {
+            load_scales(scale[0], scales_of(place, i, group, 0));
+            this->template promote<N>(sums[0], part[0], scale[0]);
+          }
           // Behind the end of the task words are read and fragments are made that nobody uses.
           if (j + 1 < kAll) {
             make(a[(j + 1) % 2], stage, i, group, j + 1);
@@ -290,21 +242,24 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
             read(following.stage, next_group, j + 2 - kAll);
           }
           if (j + 1 == kAll) {
+            if constexpr (kUniform) this->template promote<N>(sums[0], part[0], scale[0]);
             ptx::wgmma_wait<0>();
-            promote<N>(sums[1], part[1], scales_of(place, i, group, 1));
+            if constexpr (!kUniform) load_scales(scale[1], scales_of(place, i, group, 1));
+            if constexpr (!kLate) this->template promote<N>(sums[1], part[1], scale[1]);
           }
         }
       }
       release(stage);
       cursor_.advance();
     }
+    if constexpr (kLate) this->template promote<N>(sums[1], part[1], scale[1]);
   }
 
   // Two groups at a time, for the products of one wait for each other. Where stages have several.
   template <int N>
   __device__ void multiply_warpwise(Sums& sums) {
     constexpr int kTogether = S::kGroups < 2 ? 1 : 2;
-    clear<N>(sums);
+    this->template clear<N>(sums);
     const Place place = this->place();
     const int stages = place.stages, lane = place.lane;
     const std::uint32_t token = lane % 8 * 128 + ((lane / 8 ^ lane % 8) << 4);
@@ -353,7 +308,9 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
         }
 #pragma unroll
         for (int t = 0; t < kTogether; ++t) {
-          promote<N>(sums[0], part[t], scale + group + t);
+          float factor[2];
+          load_scales(factor, scale + group + t);
+          this->template promote<N>(sums[0], part[t], factor);
         }
       }
       release(stage);
@@ -361,32 +318,6 @@ class DequantMultiplier : protected Consumer<S, DequantParams> {
     }
   }
 
-  // Of stage i of a task, which scale_slot_ has entered: where the scale of this thread's first row
-  // of a block lies.
-  __device__ const float* scales_of(const Place& place, int i, int group, int block) const {
-    return shared_.scales(scale_slot_.index) + (place.row + block * 64) * S::kScalePitch + group +
-           i % S::kScaleStages;
-  }
-  // scale: of this thread's first row; its second one is 8 further.
-  template <int N, int kSums>
-  __device__ static void promote(float (&sum)[kSums], const float (&part)[N / 2],
-                                 const float* scale) {
-    const float low = scale[0] * Weight::template kUnit<S::kElement>;
-    const float high = scale[8 * S::kScalePitch] * Weight::template kUnit<S::kElement>;
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-      sum[4 * n] = fmaf(part[4 * n], low, sum[4 * n]);
-      sum[4 * n + 1] = fmaf(part[4 * n + 1], low, sum[4 * n + 1]);
-      sum[4 * n + 2] = fmaf(part[4 * n + 2], high, sum[4 * n + 2]);
-      sum[4 * n + 3] = fmaf(part[4 * n + 3], high, sum[4 * n + 3]);
-    }
-  }
-  __device__ std::uint32_t k_group(int stage, int block) const {
-    return Weight::kZeros ? group_of(p_, stage * kStageBlocks<S> + block) : 0;
-  }
-
-  std::uint32_t zero_bits_ = 0;
-  ScaleSlot<S> scale_slot_;
 };
 
 }  // namespace moesaic::cuda::sm90

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The multiplying warpgroups of the weight-only product: they widen their weights themselves, in
-// registers, and scale sums over 128 (or 32) of K. Three loops, by what a task leaves of registers.
-// (A fourth, of warps that never meet: gemm_sm90_dequant_warps.h.)
+// registers, and scale sums over 128 (or 32) of K. Four loops, by what a task leaves of registers.
+// (A fifth, of warps that never meet: gemm_sm90_dequant_warps.h.)
 #pragma once
 
 #include "cuda/gemm_sm90_dequant_place.h"
@@ -72,6 +72,8 @@ class DequantMultiplier : protected DequantPlace<S> {
       }
       if constexpr (S::kTokens <= 64)
         multiply_batches<N>(sums);
+      else if constexpr (kUniform)
+        multiply_pairs<N>(sums);
       else
         multiply<N>(sums);
     }
@@ -139,6 +141,79 @@ class DequantMultiplier : protected DequantPlace<S> {
           ptx::wgmma_wait<0>();
           float scale[2];
           load_scales(scale, scales_of(place, i, group, block));
+          this->template promote<N>(sums[block], part, scale);
+        }
+      }
+      release(stage);
+      cursor_.advance();
+    }
+  }
+
+  // The same for weights of four bits, whose descriptors and words leave registers for two steps a
+  // batch: words are read a batch ahead, the scales of a part at its beginning.
+  template <int N>
+  __device__ void multiply_pairs(Sums& sums) {
+    this->template clear<N>(sums);
+    const Place place = this->place();
+    const int stages = place.stages;
+    std::uint32_t zero[2] = {place.middle, place.middle};
+    constexpr int kBatches = S::kSteps / 2, kAll = kBatches * S::kBlocks;
+    static_assert(S::kGroups == 1);
+    RawWeights raw;
+    std::uint32_t a[2][2][4];
+    const auto read = [&](int stage, int j) {
+      Weight::template load<S::kRowBytes>(raw,
+                                          ptx::shared_address(shared_.weights(stage)) +
+                                              place.offset + j / kBatches * kBlockBytes,
+                                          j % kBatches);
+    };
+    const auto make = [&](std::uint32_t(&out)[2][4], int stage, int i, int j) {
+      if (j % kBatches == 0)
+        load_zeros(zero, stage, place.row, 0, j / kBatches, k_group(i, 0));
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        Weight::template fragment<S::kElement>(out[k], raw, k, place.unpacking, zero);
+    };
+    wait_for_stage(place, cursor_);
+    read(cursor_.stage, 0);
+    make(a[0], cursor_.stage, 0, 0);
+    read(cursor_.stage, 1);
+    for (int i = 0; i < stages; ++i) {
+      const int stage = cursor_.stage;
+      scale_slot_.enter(i, stage);
+      const std::uint32_t tokens = token_descriptor(stage);
+      Cursor<S::kStages> following = cursor_;
+      following.advance();
+      float part[N / 2], scale[2];
+#pragma unroll
+      for (int j = 0; j < kAll; ++j) {
+        const int block = j / kBatches, c = j % kBatches;
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int step = 2 * c + k;
+          ptx::wgmma<S::kElement, N>(
+              part, a[j % 2][k],
+              descriptor(tokens + step / 4 * (S::kTokenBytes / 16) + step % 4 * 2), step > 0);
+        }
+        ptx::wgmma_commit();
+        if (c == 0)
+          load_scales(scale, scales_of(place, i, 0, block));
+        else
+          ptx::wgmma_wait<1>();  // the other fragments' place is free
+        // Behind the end of the task words are read and fragments are made that nobody uses.
+        if (j + 1 < kAll)
+          make(a[(j + 1) % 2], stage, i, j + 1);
+        else
+          make(a[(j + 1) % 2], following.stage, i + 1, 0);
+        if (j + 2 < kAll) {
+          read(stage, j + 2);
+        } else {
+          if (j + 2 == kAll && i + 1 < stages) wait_for_stage(place, following);
+          read(following.stage, j + 2 - kAll);
+        }
+        if (c + 1 == kBatches) {
+          ptx::wgmma_wait<0>();
           this->template promote<N>(sums[block], part, scale);
         }
       }

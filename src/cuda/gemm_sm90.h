@@ -83,6 +83,8 @@ struct Shape {
   // Warps that gather tokens, four rows of each at a time. A copy takes its warp 40 to 57 cycles
   // whoever else copies, so two were not enough for 128 rows in the 1024 cycles of a 16-bit stage.
   static constexpr int kLoaderWarps = kTokens >= 128 && !kHasBlockScales ? 3 : 2;
+  // L2 keeps gathered tokens for all their row tasks and experts, while weights pass through it.
+  static constexpr bool kKeepsTokens = kPair == 1;
   static constexpr int kPassRows = 4 * kLoaderWarps;
   static constexpr int kPasses = (kTokens + kPassRows - 1) / kPassRows;
   // Offsets of gathered rows: for each row of a pass those of all passes, in fours.
@@ -169,6 +171,7 @@ struct Params {
   std::int32_t group_tiles;    // tiles that are walked together, if experts allow: see Schedule
   bool even_tiles;             // give the tiles of an expert the same number of rows
   bool settled;                // the tile list is older than the previous kernel
+  bool weights_once;           // L2 need not keep weights: see set_weights
   // No SM takes two CTAs. Where there are no more of them than SMs, those of GEMM2 would otherwise
   // go, two by two, to the SMs where GEMM1 ends first, and these would be waited for.
   bool spread;

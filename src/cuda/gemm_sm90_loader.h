@@ -40,6 +40,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
   Schedule<S::kTokens * S::kPair, S::kPair> schedule(p);
   Cursor<S::kStages> cursor;
+  const std::uint64_t once = ptx::read_once_policy();
   int ring = 0, flip = 0;
   for (;;) {
     Task task = part_of<S::kPair>(schedule.next(), rank);
@@ -71,6 +72,8 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
               const int x = (i * S::kChunks + c) * S::kChunkK;
               if constexpr (S::kPair == 2) {
                 load_half<S>(p, to + rank * (S::kWeightBytes / 2), full, x, mine, task.expert);
+              } else if (p.weights_once) {
+                ptx::tma_load_5d(to, &p.weights, full, once, x, corner.y, 0, corner.u, task.expert);
               } else {
                 ptx::tma_load_5d(to, &p.weights, full, x, corner.y, 0, corner.u, task.expert);
               }
@@ -254,6 +257,7 @@ class TokenLoader {
 
   __device__ void gather_rows(int live, int stage, std::uint32_t to,
                               const std::uint32_t (&rows)[S::kPassRoom]) {
+    const std::uint64_t keep = ptx::read_often_policy();
     const int piece = me() % 8, lead = me() / 8;
     // Rows i * kPassRows + lead: swizzled alike in every pass, or (12 rows) in every second.
     const std::uint32_t even = to + lead * 128 + ((piece ^ lead % 8) << 4);
@@ -268,8 +272,14 @@ class TokenLoader {
 #pragma unroll
       for (int i = 0; i < S::kPasses; ++i) {
         if (i * S::kPassRows + lead < live) {
-          ptx::copy_async_16((i % 2 ? odd : even) + c * S::kTokenBytes + i * S::kPassRows * 128,
-                             from + std::uint64_t{rows[i]} * 16, bytes);
+          const std::uint32_t dst =
+              (i % 2 ? odd : even) + c * S::kTokenBytes + i * S::kPassRows * 128;
+          const char* const row = from + std::uint64_t{rows[i]} * 16;
+          if constexpr (S::kKeepsTokens) {
+            ptx::copy_async_16(dst, row, bytes, keep);
+          } else {
+            ptx::copy_async_16(dst, row, bytes);
+          }
         }
       }
     }

@@ -151,6 +151,7 @@ class TokenLoader {
   // multiplying warps need nearly all registers they come from shared memory each time (and rows by
   // TMA as a rule).
   static constexpr bool kInRegisters = !(S::kHasBlockScales && S::kBlocks == 2);
+  static constexpr bool kPadded = !kInRegisters || S::kHasBlockScales;  // rows has no kNone
   static constexpr bool kKeepsThread = S::kSmall && S::kWarpgroups == 1;
   __device__ static int thread() { return thread_index<kKeepsThread>(); }
   __device__ static int me() { return thread() - 32; }
@@ -198,7 +199,7 @@ class TokenLoader {
         if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
       }
       // Padding reads row 0, whose sums nobody stores.
-      rows[row_in_pass() * S::kPassRoom + pass] = row == kNone && !kInRegisters ? 0 : row;
+      rows[row_in_pass() * S::kPassRoom + pass] = row == kNone && kPadded ? 0 : row;
       if (token < S::kTokens) {
         token_rows<S>(table)[token] = c_row;
         token_factors<S>(table)[token] = factor;
@@ -233,7 +234,7 @@ class TokenLoader {
       }
 #pragma unroll
       for (int i = 0; i < S::kPassRoom; ++i) {
-        if (rows[i] == kNone) rows[i] = 0;  // padding reads row 0, whose sums nobody stores
+        if (!kPadded && rows[i] == kNone) rows[i] = 0;  // padding reads row 0, see prepare
       }
     }
     if constexpr (S::kHasBlockScales && S::kBlocks == 2) {
@@ -314,23 +315,27 @@ class TokenLoader {
     }
   }
 
+  // Offsets of scales fit 32 bits: half the instructions of a stage where K is short.
   __device__ void copy_scales(int live, int stage) {
     const std::uint32_t to = ptx::shared_address(shared_.scales(cursor_.stage));
+    const auto token_step = static_cast<std::uint32_t>(p_.a_scale_group);
+    const auto weight_step = static_cast<std::uint32_t>(p_.scale_k);
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
       const int chunk = stage * S::kChunks + c;
-      const int group = chunk < p_.k_chunks ? chunk : p_.k_chunks - 1;
+      const auto group =
+          static_cast<std::uint32_t>(chunk < p_.k_chunks ? chunk : p_.k_chunks - 1);
 #pragma unroll
       for (int i = 0; i < kEntries; ++i) {
         const int token = pass_of(i) * S::kPassRows + row_in_pass();
         if (token < live && scale_[i] != kNone) {
           ptx::copy_async_4(to + (c * S::kScales + token) * 4,
-                            p_.a_scale + scale_[i] + group * p_.a_scale_group);
+                            p_.a_scale + (scale_[i] + group * token_step));
         }
       }
       if (live > 0 && me() < S::kRows / 8) {
         ptx::copy_async_4(to + (c * S::kScales + S::kTokens + me()) * 4,
-                          p_.weight_scale + weight_scale_ + group * p_.scale_k);
+                          p_.weight_scale + (weight_scale_ + group * weight_step));
       }
     }
   }

@@ -82,6 +82,7 @@ struct Shape {
   static constexpr int kRing = kStages + 1;
   // Warps that gather tokens, four rows of each at a time. A copy takes its warp 40 to 57 cycles
   // whoever else copies, so two were not enough for 128 rows in the 1024 cycles of a 16-bit stage.
+  // (Pairs with scales along K have rows by TMA as a rule, and registers for two.)
   static constexpr int kLoaderWarps = kTokens >= 128 && !kHasUpright ? 3 : 2;
   // L2 keeps gathered tokens for all their row tasks and experts, while weights pass through it.
   static constexpr bool kKeepsTokens = kPair == 1;

@@ -151,6 +151,7 @@ enum class QuantizedBy : std::uint8_t { kStage, kEither, kGemm1 };
 // The grouped product, with gather before and everything element-wise behind.
 struct GemmStage {
   RowMap rows;
+  UnlistedRows unlisted;             // in place of rows.tiles
   ListAge list_age = ListAge::kNew;  // of rows
   Tensor a;                      // [*, K] of spec.act_dtype; unit inner stride
   ActScaleView a_scale;
@@ -178,6 +179,7 @@ struct CombineStage {
   ListAge list_age = ListAge::kNew;  // of slot_row, topk_ids, weights
   const std::int32_t* slot_row = nullptr;  // [T * k], -1: nothing; null: row = slot
   const std::int32_t* topk_ids = nullptr;  // optional: negative ids are skipped
+  ExpertRange local;                       // with a count: ids outside are skipped, too
   const float* weights = nullptr;          // [T * k]; null: 1
   std::int64_t top_k = 1;
   float scale = 1.0f;
@@ -217,6 +219,9 @@ class Backend {
     return QuantizedBy::kStage;
   }
   virtual bool gemm1_quantizes(const GemmStage&) const { return false; }
+  // Whether a product of these weights makes the tiles of such rows itself: align or tiles are then left out. Not asked
+  // where a tactic is forced.
+  virtual bool makes_tiles(const WeightSpec&, const RowMap&, const UnlistedRows&) const { return false; }
   virtual std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const = 0;
   virtual std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const = 0;
   virtual std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const = 0;

@@ -114,25 +114,36 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
   const Rows& input = step.rows;
   // Rows that are quantized by token need no list, and align does not need them.
   const bool by_token = !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
-  if (step.needed && by_token) {
+  ExpertsRun experts{.plan = &plan,
+                     .fc1 = layer.fc1,
+                     .fc2 = layer.fc2,
+                     .rows = rows,
+                     .input = input,
+                     .output = b.routed.output,
+                     .tactics = layer.tactics};
+  experts.unlisted = {.ids = chunk.ids.as<std::int32_t>(),
+                      .first_expert = static_cast<std::int32_t>(plan.config.local.first)};
+  const bool few = by_token && chunk.ids.dtype == DType::kI32 &&
+                   chunk.tokens_per_expert == nullptr && products_make_tiles(experts);
+  if (!few) experts.unlisted = {};
+  if (few) {
+    experts.output_row = RowOf::kSlot;
+    if (step.needed) experts.list_age = ListAge::kSettled;  // the ids are older than that stage
+    if (step.needed) run.quantize(step.stage, args.stream);
+  } else if (step.needed && by_token) {
     align.ids_age = ListAge::kSettled;
     run.quantize_and_align(step.stage, align, args.stream);
   } else {
     run.align(align, args.stream);
     if (step.needed) run.quantize(step.stage, args.stream);
   }
-  run_experts({.plan = &plan,
-               .fc1 = layer.fc1,
-               .fc2 = layer.fc2,
-               .rows = rows,
-               .input = input,
-               .output = b.routed.output,
-               .tactics = layer.tactics},
-              b.routed.experts, args.stream);
+  run_experts(experts, b.routed.experts, args.stream);
 
   CombineStage combine{.rows = b.routed.output,
                        .list_age = ListAge::kSettled,
-                       .slot_row = b.routed.slot_row,
+                       .slot_row = few ? nullptr : b.routed.slot_row,
+                       .topk_ids = experts.unlisted.ids,
+                       .local = few ? plan.config.local : ExpertRange{},
                        .weights = on_input ? nullptr : weights,
                        .top_k = plan.config.top_k,
                        .accumulate = args.accumulate,
@@ -243,19 +254,22 @@ Rows prepare_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream
   const SideTensors& side = run.fc2->side;
   const bool quantizes = plan.quantizes_hidden();
   if (!quantizes && !side.prequant.defined()) return {.values = buffers.hidden};
-  QuantizeStage stage{.input = buffers.hidden,
-                      .rows = &run.rows,
+  // Without lists the rows are all taken, those of no slot as well: nobody reads them.
+  Tensor output = quantizes ? buffers.hidden_quantized : buffers.hidden, input = buffers.hidden;
+  const bool listed = !run.unlisted.any();
+  if (!listed) input.shape[0] = output.shape[0] = run.rows.positions;
+  QuantizeStage stage{.input = input,
+                      .rows = listed ? &run.rows : nullptr,
                       .list_age = ListAge::kSettled,
                       .prequant = side.prequant,
                       .round_to = plan.fc2.dtype16,
-                      .output = buffers.hidden};  // element-wise: in place
+                      .output = output};  // element-wise: in place
   if (quantizes) {
     stage.granularity = plan.fc2.act_scale;
     stage.group = plan.fc2.act_group;
     stage.int8_rounding = plan.fc2.int8_rounding;
     stage.static_scale = side.input_scale;
     stage.per_expert_absmax = run.per_expert_absmax;
-    stage.output = buffers.hidden_quantized;
     stage.scale = buffers.hidden_scale;
     stage.scale_row_stride = scale_row_stride(plan.fc2);
     stage.scratch = buffers.quantize_scratch;
@@ -300,10 +314,25 @@ Rows quantized_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers) {
 
 }  // namespace
 
+bool products_make_tiles(const ExpertsRun& run) {
+  const LayerPlan& plan = *run.plan;
+  const SideTensors& hidden = run.fc2->side;
+  const bool one_scale = !hidden.input_scale.defined() || hidden.input_scale.shape[0] == 1 ||
+                         plan.hidden_quantized_by == QuantizedBy::kGemm1;
+  // A maximum of all rows must not see those of no slot.
+  const bool shared_maximum = plan.fc2.act_scale == ActScale::kTensorDynamic;
+  return !must_expand(plan, &run.fc1->side) && !hidden.prequant.defined() && one_scale &&
+         !shared_maximum && run.tactics.gemm1 < 0 && run.tactics.gemm2 < 0 &&
+         plan.backend->makes_tiles(plan.fc1, run.rows, run.unlisted) &&
+         plan.backend->makes_tiles(plan.fc2, run.rows, run.unlisted);
+}
+
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {
   const LayerPlan& plan = *run.plan;
   const Backend& backend = *plan.backend;
   GemmStage gemm1{.rows = run.rows,
+                  .unlisted = run.unlisted,
+                  .list_age = run.list_age,
                   .a = run.input.values,
                   .a_scale = run.input.scale,
                   .a_row = run.input.row,
@@ -318,6 +347,7 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
   const Rows hidden =
       quantized ? quantized_hidden(run, buffers) : prepare_hidden(run, buffers, stream);
   backend.gemm({.rows = run.rows,
+                .unlisted = run.unlisted,
                 .list_age = ListAge::kSettled,
                 .a = hidden.values,
                 .a_scale = hidden.scale,

@@ -34,6 +34,8 @@ struct ExpertsRun {
   const WeightOperand* fc1 = nullptr;
   const WeightOperand* fc2 = nullptr;
   RowMap rows;
+  UnlistedRows unlisted;
+  ListAge list_age = ListAge::kNew;   // of rows, when GEMM1 begins
   Rows input;
   bool per_expert_absmax = false;     // batched: dynamic per-tensor scales are per expert
   const float* row_weights = nullptr;  // by slot, multiplies the output
@@ -42,6 +44,9 @@ struct ExpertsRun {
   TacticPair tactics{};
 };
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream);
+// Whether both products can make the tiles of its unlisted rows themselves (Backend::makes_tiles), and
+// nobody between them asks for a row's expert.
+bool products_make_tiles(const ExpertsRun& run);
 
 // Everything forward needs of a loaded layer.
 struct LoadedLayer {

@@ -205,6 +205,18 @@ Buffers take_buffers(Arena& arena, const Resolved& r) {
   return b;
 }
 
+// Few small blocks are tiles already, unless rows are laid out by them first.
+bool takes_blocks(const Resolved& r, const WeightOperand& b, const GroupedGemmArgs& args,
+                  const RowMap& rows) {
+  if (r.batched || args.sorted.block_rows > rows.tile_rows) return false;
+  const LayerPlan& plan = r.plan;
+  const bool moved = must_expand(plan, &b.side) || b.side.prequant.defined() ||
+                     (args.a_order != RowOrder::kSlot && is_float(args.a.dtype) &&
+                      plan.fc1.act_scale != ActScale::kDefault);
+  return !moved && plan.backend->makes_tiles(plan.fc1, tiles_of_blocks(rows, args.sorted),
+                                             unlisted_blocks(args.sorted));
+}
+
 }  // namespace
 
 std::size_t grouped_gemm_workspace_bytes(const GroupedGemmArgs& args) {
@@ -237,12 +249,18 @@ void grouped_gemm(const GroupedGemmArgs& args) {
     rows.row_slot = args.sorted.slots.as<std::int32_t>();
     set_tile_rows_of_blocks(rows, args.sorted, plan.backend->tile_rows(plan.fc1, r.slot_count));
   }
-  plan.backend->tiles({.sorted = args.sorted,
-                       .batched = args.batched,
-                       .capacity = r.capacity,
-                       .experts = plan.fc1.experts,
-                       .rows = rows},
-                      args.stream);
+  UnlistedRows unlisted;
+  if (takes_blocks(r, b, args, rows)) {
+    rows = tiles_of_blocks(rows, args.sorted);
+    unlisted = unlisted_blocks(args.sorted);
+  } else {
+    plan.backend->tiles({.sorted = args.sorted,
+                         .batched = args.batched,
+                         .capacity = r.capacity,
+                         .experts = plan.fc1.experts,
+                         .rows = rows},
+                        args.stream);
+  }
   const bool by_slot = !r.batched && args.a_order == RowOrder::kSlot;
   const bool is_quantized = !is_float(args.a.dtype);
   const Rows input = prepare_input(
@@ -256,6 +274,7 @@ void grouped_gemm(const GroupedGemmArgs& args) {
       buffers.input, args.stream);
   plan.backend->gemm(
       {.rows = rows,
+       .unlisted = unlisted,
        .a = input.values,
        .a_scale = input.scale,
        .a_row = input.row,

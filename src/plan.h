@@ -115,5 +115,8 @@ RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts, 
 void set_tile_rows(RowMap& rows, std::int64_t experts, std::int64_t tile_rows);
 // The same for a caller's blocks, which may each be a tile of their own (or several).
 void set_tile_rows_of_blocks(RowMap& rows, const SortedRows& sorted, std::int64_t tile_rows);
+// Where each is one and products make their tiles themselves (Backend::makes_tiles).
+RowMap tiles_of_blocks(const RowMap& rows, const SortedRows& sorted);
+UnlistedRows unlisted_blocks(const SortedRows& sorted);
 
 }  // namespace moesaic

@@ -29,6 +29,17 @@ struct RowMap {
   std::int64_t slot_count = 0;           // T * top_k; entries of row_slot at or above it are padding
 };
 
+// So few rows that a product makes their tiles itself (Backend::makes_tiles): then nobody has written
+// RowMap's tiles and num_tiles. One of these says which rows there are.
+struct UnlistedRows {
+  const std::int32_t* ids = nullptr;  // [slot_count]: the slots' experts; position = slot, no row_slot
+  std::int32_t first_expert = 0;      // of the local ones among ids
+  const std::int32_t* block_experts = nullptr;  // [max_tiles]: of a caller's blocks, tile_rows positions each,
+  const std::int32_t* num_padded = nullptr;     // of which the first num_padded[0] positions are used
+
+  bool any() const { return ids != nullptr || block_experts != nullptr; }
+};
+
 // Which row of a tensor belongs to position p.
 enum class RowOf : std::uint8_t {
   kPosition,  // p

@@ -270,32 +270,37 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
     set_tile_rows_of_blocks(b.rows, args.sorted,
                             plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
   }
-  tiles.rows = b.rows;
-  plan.backend->tiles(tiles, args.stream);
+  ExpertsRun run{.plan = &plan, .fc1 = &fc1, .fc2 = &fc2, .rows = b.rows, .tactics = tactics};
+  // Few small blocks are tiles already.
+  const bool small = !batched && args.sorted.block_rows <= b.rows.tile_rows;
+  if (small) {
+    run.rows = tiles_of_blocks(b.rows, args.sorted);
+    run.unlisted = unlisted_blocks(args.sorted);
+  }
+  if (!small || !products_make_tiles(run)) {
+    run.rows = b.rows;
+    run.unlisted = {};
+    tiles.rows = b.rows;
+    plan.backend->tiles(tiles, args.stream);
+  }
 
   const bool on_input = config.weight_on == WeightOn::kInput && !batched;
   const auto* weights = args.row_weights.as<float>();
   const bool per_expert = batched;
-  const Rows input = prepare_input({.plan = &plan,
-                                    .fc1 = &fc1,
-                                    .rows = &b.rows,
-                                    .input = {.values = values,
-                                              .scale = caller_scale_view(plan.fc1, args.row_scale),
-                                              .row = batched ? RowOf::kPosition : RowOf::kToken},
-                                    .row_weights = on_input ? weights : nullptr,
-                                    .per_expert_absmax = per_expert},
-                                   b.input, args.stream);
-  run_experts({.plan = &plan,
-               .fc1 = &fc1,
-               .fc2 = &fc2,
-               .rows = b.rows,
-               .input = input,
-               .per_expert_absmax = per_expert,
-               .row_weights = on_input ? nullptr : weights,
-               .output = output,
-               .output_row = batched ? RowOf::kPosition : RowOf::kSlot,
-               .tactics = tactics},
-              b.experts, args.stream);
+  run.input = prepare_input({.plan = &plan,
+                             .fc1 = &fc1,
+                             .rows = &b.rows,
+                             .input = {.values = values,
+                                       .scale = caller_scale_view(plan.fc1, args.row_scale),
+                                       .row = batched ? RowOf::kPosition : RowOf::kToken},
+                             .row_weights = on_input ? weights : nullptr,
+                             .per_expert_absmax = per_expert},
+                            b.input, args.stream);
+  run.per_expert_absmax = per_expert;
+  run.row_weights = on_input ? nullptr : weights;
+  run.output = output;
+  run.output_row = batched ? RowOf::kPosition : RowOf::kSlot;
+  run_experts(run, b.experts, args.stream);
 }
 
 void run_finalize(const LayerPlan& plan, const FinalizeArgs& args) {

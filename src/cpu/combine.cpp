@@ -41,7 +41,10 @@ struct Combine {
 
   // Row of `rows` that holds the slot; -1: nothing.
   std::int64_t row_of(std::int64_t slot) const {
-    if (stage.topk_ids != nullptr && stage.topk_ids[slot] < 0) return -1;
+    if (stage.topk_ids != nullptr) {
+      const std::int64_t id = stage.topk_ids[slot] - stage.local.first;
+      if (id < 0 || (stage.local.count > 0 && id >= stage.local.count)) return -1;
+    }
     const std::int64_t row = stage.slot_row != nullptr ? stage.slot_row[slot] : slot;
     return row >= 0 && row < rows.rows() ? row : -1;
   }

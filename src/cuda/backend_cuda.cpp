@@ -91,6 +91,11 @@ QuantizedBy CudaBackend::hidden_quantized_by(const WeightSpec& fc1, const Weight
 bool CudaBackend::gemm1_quantizes(const GemmStage& stage) const {
   return family_for(stage.b->spec, device_).gemm1_quantizes(stage, device_);
 }
+bool CudaBackend::makes_tiles(const WeightSpec& spec, const RowMap& rows,
+                              const UnlistedRows& unlisted) const {
+  const std::int64_t lanes = unlisted.ids != nullptr ? rows.slot_count : rows.max_tiles;
+  return family_for(spec, device_).makes_tiles && lanes <= 32 && rows.tile_rows <= 16;
+}
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);
 }

@@ -19,6 +19,7 @@ struct CombineParams {
   std::int64_t row_count = 0, row_stride = 0;
   const std::int32_t* slot_row = nullptr;
   const std::int32_t* topk_ids = nullptr;
+  unsigned first_expert = 0, experts = 0x80000000u;  // of other ids there is no row
   const float* weights = nullptr;
   bool settled = false;  // the three lists above are older than the kernel in front
   int top_k = 1;
@@ -60,7 +61,9 @@ struct SlotRows {
       if (j + i >= p.top_k) continue;
       const std::int64_t slot = first_slot + j + i;
       row[i] = p.slot_row != nullptr ? __ldcg(p.slot_row + slot) : static_cast<std::int32_t>(slot);
-      if (p.topk_ids != nullptr && __ldcg(p.topk_ids + slot) < 0) row[i] = -1;
+      if (p.topk_ids != nullptr &&
+          static_cast<unsigned>(__ldcg(p.topk_ids + slot)) - p.first_expert >= p.experts)
+        row[i] = -1;
       if (row[i] >= p.row_count) row[i] = -1;
       if (p.weights != nullptr) weight[i] = __ldcg(p.weights + slot);
     }
@@ -156,6 +159,10 @@ void run_combine(const CombineStage& s, const DeviceTraits& device, cudaStream_t
                   .output = s.output.data,
                   .output_stride = s.output.strides[0],
                   .columns = columns};
+  if (s.local.count > 0) {
+    p.first_expert = static_cast<unsigned>(s.local.first);
+    p.experts = static_cast<unsigned>(s.local.count);
+  }
   if (s.shared.defined()) {
     p.shared = s.shared.data;
     p.shared_dtype = s.shared.dtype;

@@ -24,6 +24,9 @@ struct GemmFamily {
   QuantizedBy (*hidden_quantized_by)(const WeightSpec& fc1, const WeightSpec& fc2,
                                      const ActivationSpec& activation) = nullptr;
   bool (*gemm1_quantizes)(const GemmStage& stage, const DeviceTraits& device) = nullptr;
+  // Its kernels of tiles of up to 16 rows make these themselves, where they are no more than a warp's
+  // lanes: see Backend::makes_tiles.
+  bool makes_tiles = false;
   // Consecutive rows of A come by TMA, whole boxes at once: see CudaBackend::input_rows.
   bool boxes = false;
 };

@@ -180,6 +180,19 @@ bool gemm1_quantizes(const GemmStage& stage, const DeviceTraits& device) {
          (kernel_for(stage, device) == Kernel::kWidest && block_scaled(stage.b->spec));
 }
 
+// The narrow kernel of an element that makes its tiles itself.
+void (*launch_few(Element element))(const Params&, int, cudaStream_t) {
+  switch (element) {
+    case Element::kF16:
+      return launch_gemm<NarrowFew<Element::kF16>>;
+    case Element::kBF16:
+      return launch_gemm<NarrowFew<Element::kBF16>>;
+    case Element::kE4M3:
+      break;
+  }
+  return launch_gemm<NarrowFew<Element::kE4M3>>;
+}
+
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
   std::vector<Tactic> list;
   for (int i = 0; i < kKernels; ++i) {
@@ -257,7 +270,8 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.upright = upright(p);
   p.scale_quads = scale_quads(p);
   const int grid = grid_size(p, task, device);
-  traits.launch(p, grid, stream);
+  const auto launch = stage.unlisted.any() ? launch_few(element) : traits.launch;
+  launch(p, grid, stream);
 }
 
 }  // namespace
@@ -269,6 +283,7 @@ const GemmFamily& family_sm90() {
                                       .run = run,
                                       .hidden_quantized_by = hidden_quantized_by,
                                       .gemm1_quantizes = gemm1_quantizes,
+                                      .makes_tiles = true,
                                       .boxes = true};
   return kFamily;
 }

@@ -197,6 +197,7 @@ void set_stage(Params& p, const GemmStage& stage, Element element, const TaskSha
   p.row_runs = static_cast<std::int32_t>(ceil_div(p.row_tasks, p.run));
   p.c_row = stage.c_row;
   set_tokens(p, stage, element, task);
+  if (stage.unlisted.any()) p.unlisted = stage.unlisted;
   set_side(p, stage);
   set_output(p, stage.c, stage.quantizer);
 }

@@ -38,7 +38,7 @@ template <typename S>
 __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   if (!p.settled) wait_for_earlier_kernels();
   const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
-  Schedule<S::kTokens * S::kPair, S::kPair> schedule(p);
+  Schedule<S::kTokens * S::kPair, S::kPair, Walk::kAsNeeded, S::kTiles> schedule(p);
   Cursor<S::kStages> cursor;
   const std::uint64_t once = ptx::read_once_policy();
   int ring = 0, flip = 0;
@@ -102,7 +102,7 @@ class TokenLoader {
     // trips to memory less between the end of the kernel in front and the first product.
     if (!p_.settled) begin_kernel();
     const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
-    Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>> schedule(p_);
+    Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>, S::kTiles> schedule(p_);
     Task task = part_of<S::kPair>(schedule.next(), rank);
     fetch_slots(task);
     // So is the table, where it holds nothing but what the lists say.
@@ -165,11 +165,22 @@ class TokenLoader {
   __device__ int row_in_pass() const { return me() / 32 * 4 + me() % 4; }
   __device__ bool block_scales() const { return S::kHasBlockScales && p_.block_scaled; }
 
+  // Whether tasks have a mask of slots: see Schedule::make_tiles.
+  __device__ bool has_mask() const {
+    return S::kTiles == Tiles::kMade && p_.unlisted.ids != nullptr;
+  }
+  // The slot of the task's row `token`, of which it may have fewer.
+  __device__ static std::int32_t slot_in_mask(const Task& task, int token) {
+    auto left = static_cast<unsigned>(task.first);
+    for (int row = 0; row < token && row < task.rows; ++row) left &= left - 1;
+    return __ffs(static_cast<int>(left)) - 1;
+  }
   __device__ void fetch_slots(const Task& task) {
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
       const int token = pass_of(i) * S::kPassRows + row_in_pass();
-      slot_[i] = task.expert >= 0 && token < task.rows ? slot_of(p_, task.first + token) : -1;
+      const bool listed = task.expert >= 0 && token < task.rows && !has_mask();
+      slot_[i] = listed ? slot_of(p_, task.first + token) : -1;
     }
   }
 
@@ -184,11 +195,12 @@ class TokenLoader {
       if constexpr (S::kHasBlockScales) scale_[i] = kNone;
       std::uint32_t c_row = kNoRow;
       float2 factor{1.0f, 1.0f};
-      if (is_live(p_, slot_[i]) && token < task.rows) {
-        const std::int64_t position = task.first + token;
-        const std::int64_t a_row = row_of(p_, p_.a_row, position, slot_[i]);
+      const std::int32_t slot = has_mask() ? slot_in_mask(task, token) : slot_[i];
+      if (is_live(p_, slot) && token < task.rows) {
+        const std::int64_t position = has_mask() ? slot : task.first + token;
+        const std::int64_t a_row = row_of(p_, p_.a_row, position, slot);
         row = static_cast<std::uint32_t>(p_.a_rows(a_row));
-        c_row = static_cast<std::uint32_t>(row_of(p_, p_.c_row, position, slot_[i]));
+        c_row = static_cast<std::uint32_t>(row_of(p_, p_.c_row, position, slot));
         if (p_.a_scale) {
           const std::int64_t at = a_row * p_.a_scale_row + task.expert * p_.a_scale_expert;
           if (block_scales())
@@ -196,7 +208,7 @@ class TokenLoader {
           else
             factor.x = p_.a_scale[at];
         }
-        if (p_.row_weights) factor.y = p_.row_weights[slot_[i]];
+        if (p_.row_weights) factor.y = p_.row_weights[slot];
       }
       // Padding reads row 0, whose sums nobody stores.
       rows[row_in_pass() * S::kPassRoom + pass] = row == kNone && kPadded ? 0 : row;

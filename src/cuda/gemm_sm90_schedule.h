@@ -14,7 +14,7 @@ inline constexpr int kFiltered = -1;
 // Or a run of tasks: see Params::run.
 struct Task {
   std::int32_t expert, rows;  // expert: kEndOfTasks, kFiltered, or a local expert
-  std::int64_t first;         // position
+  std::int64_t first;         // position; with UnlistedRows::ids a mask that begins with the rows' slots
   std::int32_t row_task;      // of a run the first
   std::int32_t run;           // how many, at least 1
   std::int32_t flip, unused;  // flip: 0 and 1 in turn, task by task
@@ -44,15 +44,22 @@ inline constexpr Walk kWalk = Walk::kAsNeeded;  // of the kernel with shape S
 //
 // A full warp runs this together: lane l holds tile l of the group's window.
 // kPair CTAs run the same tasks; kTokens is what they can take together.
-template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded>
+template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded, Tiles kTiles = Tiles::kListed>
 class Schedule {
  public:
   __device__ explicit Schedule(const Params& p) : p_(p), rotation_(blockIdx.x / kPair) {
-    const int here = lane();
-    const int capacity = static_cast<int>(p.rows.max_tiles);
-    tile_ = load(here < capacity ? here : 0);  // not behind num_tiles: one latency, not two
-    const int count = __ldcg(p.rows.num_tiles);
-    num_tiles_ = count < capacity ? count : capacity;
+    if constexpr (kTiles == Tiles::kMade) {
+      if (p.unlisted.ids != nullptr)
+        make_tiles();
+      else
+        take_blocks();
+    } else {
+      const int here = lane();
+      const int capacity = static_cast<int>(p.rows.max_tiles);
+      tile_ = load(here < capacity ? here : 0);  // not behind num_tiles: one latency, not two
+      const int count = __ldcg(p.rows.num_tiles);
+      num_tiles_ = count < capacity ? count : capacity;
+    }
     measure();
     ask_ahead();
   }
@@ -68,7 +75,12 @@ class Schedule {
         if (first_ + size_ >= num_tiles_) return {.expert = kEndOfTasks, .run = 1};
         base_ += tasks();
         first_ += size_;
-        tile_ = kHow == Walk::kAhead ? arrived() : load_from(first_);
+        if constexpr (kTiles == Tiles::kMade) {
+          tile_ = {__shfl_down_sync(~0u, tile_.x, size_), __shfl_down_sync(~0u, tile_.y, size_),
+                   __shfl_down_sync(~0u, tile_.z, size_), 0};
+        } else {
+          tile_ = kHow == Walk::kAhead ? arrived() : load_from(first_);
+        }
         measure();
         ask_ahead();
       }
@@ -95,6 +107,51 @@ class Schedule {
 
  private:
   __device__ static int lane() { return ptx::thread_index() % 32; }
+  // --- of few rows: all tiles are in the window, lane l holds tile first_ + l
+  // What align would do, by every warp that walks the tiles, a slot per lane. Nothing is sorted,
+  // for this is cold code in front of the first product: a position is a slot, a tile's rows are
+  // the slots of a mask (Task::first), and tiles come in the order of their first slots.
+  __device__ void make_tiles() {
+    const int here = lane();
+    unsigned expert = ~0u;
+    if (here < p_.rows.slot_count)
+      expert = static_cast<unsigned>(__ldcg(p_.unlisted.ids + here)) -
+               static_cast<unsigned>(p_.unlisted.first_expert);
+    const unsigned alike = __match_any_sync(~0u, expert);
+    const unsigned before_me = (1u << here) - 1, from_me = alike & ~before_me;
+    const bool begins = expert < static_cast<unsigned>(p_.experts) &&
+                        __popc(alike & before_me) % kTokens == 0;
+    const unsigned tiles = __ballot_sync(~0u, begins);
+    const int rows = __popc(from_me) < kTokens ? __popc(from_me) : kTokens;
+    num_tiles_ = __popc(tiles);
+    tile_ = {static_cast<int>(expert), rows, static_cast<int>(from_me), 0};
+    if ((tiles & (tiles + 1)) == 0) return;  // every slot up to the last begins a tile
+    const int holder = lane_with(__popc(tiles & before_me), tiles);
+    tile_ = {__shfl_sync(~0u, tile_.x, holder), __shfl_sync(~0u, tile_.y, holder),
+             __shfl_sync(~0u, tile_.z, holder), 0};
+  }
+  // The lane among `holders` whose value (below 32, no two alike) is this lane's number.
+  __device__ static int lane_with(int value, unsigned holders) {
+    const int here = lane();
+#pragma unroll
+    for (int bit = 0; bit < 5; ++bit) {
+      const unsigned set = __ballot_sync(~0u, value >> bit & 1);
+      holders &= here >> bit & 1 ? set : ~set;
+    }
+    return (__ffs(static_cast<int>(holders)) - 1) & 31;
+  }
+  // A caller's blocks as they are, padding and all: tiles of one for each.
+  __device__ void take_blocks() {
+    const int here = lane(), capacity = static_cast<int>(p_.rows.max_tiles);
+    const int rows = static_cast<int>(p_.rows.tile_rows);
+    const int expert = here < capacity ? __ldcg(p_.unlisted.block_experts + here) : -1;
+    const int padded = __ldcg(p_.unlisted.num_padded);
+    const int used = padded > 0 ? (padded - 1) / rows + 1 : 0;
+    num_tiles_ = used < capacity ? used : capacity;
+    tile_ = {expert, rows, here * rows, 0};
+  }
+
+  // --- of a list
   static constexpr int kLongest = 12;  // tiles of one expert in a group
   // Through L2: see overlap.h.
   __device__ int4 load(int index) const {

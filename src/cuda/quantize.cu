@@ -210,11 +210,11 @@ QuantizeParams make_params(const QuantizeStage& s) {
     p.slot_row = s.slot_row;
     p.positions = s.output.shape[0];
   }
+  // Row weights, which are looked up with the row, are not promised to be as old as the list.
+  // A dynamic scale per tensor gains nothing by looking rows up early: its maxima come first.
+  p.settled = s.list_age == ListAge::kSettled && s.row_weights == nullptr &&
+              s.granularity != ActScale::kTensorDynamic;
   if (s.rows != nullptr) {
-    // Row weights, which are looked up with the row, are not promised to be as old as the list.
-    // A dynamic scale per tensor gains nothing by looking rows up early: its maxima come first.
-    p.settled = s.list_age == ListAge::kSettled && s.row_weights == nullptr &&
-                s.granularity != ActScale::kTensorDynamic;
     // Rows that lie where their positions say, and have no factor, need no slot. A caller's padding
     // is then quantized with the rest, and nobody reads it; but it must not enter a scale that
     // others share.
@@ -296,7 +296,7 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const bool many = live * ceil_div(p.columns, 256) > device.sm_count * 32;
   const bool by_slices =
       is_16bit(stage.input.dtype) && sliceable(p) && !(dynamic && p.per_expert) &&
-      (many || (p.tiles != nullptr && p.columns <= 2048)) &&
+      (many || ((p.tiles != nullptr || p.settled) && p.columns <= 2048)) &&
       ((p.granularity == ActScale::kGroup && p.group == kSliceGroup) ||
        p.granularity == ActScale::kTensorStatic || p.granularity == ActScale::kToken || dynamic);
 

@@ -209,6 +209,41 @@ TEST_P(OnCuda, TacticsGiveTheSameBits) {
     }
 }
 
+// Few slots have no lists: the products find their rows from the ids (RowMap::ids), unless a tactic is
+// forced. Whatever the ids are, the bits are those of rows that align has listed.
+TEST_P(OnCuda, FewSlotsGiveTheBitsOfListedOnes) {
+  for (const Variant& variant : variants())
+    for (const ExpertRange local : {ExpertRange{}, ExpertRange{5, 6}}) {
+      Case c = small_case(variant, 8);
+      c.local = local;
+      if (!supported(c, kGpu).supported) continue;
+      Loaded loaded(c);
+      Rng rng(31);
+      for (const std::int64_t tokens : {1, 3, 8})  // up to 32 slots
+        for (const int kind : {0, 1, 2, 3}) {
+          c.tokens = tokens;
+          c.seed = static_cast<std::uint64_t>(100 * tokens + kind);
+          SCOPED_TRACE(name(c) + ", ids " + std::to_string(kind));
+          Batch batch = make_batch(loaded.config, batch_options(c));
+          auto* const ids = batch.topk_ids.as<std::int32_t>();
+          for (std::int64_t i = 0; i < batch.topk_ids.numel(); ++i) {
+            if (kind == 1) ids[i] = 7;  // tiles of one expert
+            if (kind == 2) ids[i] = static_cast<std::int32_t>(rng.below(22)) - 3;
+            if (kind == 3) ids[i] = i % 2 ? INT32_MIN : INT32_MAX;
+          }
+          const Call call(loaded, batch);
+          loaded.layer.set_tactics({});
+          loaded.layer.forward(call.args());
+          const std::vector<std::byte> found = call.y.to_host().bytes();
+          EXPECT_TRUE(call.y.guards_intact());
+          const Call listed(loaded, batch);
+          loaded.layer.set_tactics({loaded.layer.tactics_gemm1()[0].id, -1});
+          loaded.layer.forward(listed.args());
+          EXPECT_EQ(found, listed.y.to_host().bytes());
+        }
+    }
+}
+
 // A GEMM1 that quantizes hidden itself gives the bits of the stage that it replaces.
 TEST_P(OnCuda, FusedAndSeparateQuantizersGiveTheSameBits) {
   int fused = 0;

@@ -74,13 +74,16 @@ RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
   // A family with boxes gathers other rows by cp.async, which holds the product up a little; a copy
   // of the rows in order, for boxes, pays where a tile's rows are many and each meets enough
   // weights: of 4096 and more in e4m3 (deepseek-v3-ep8 T = 8192: 7.3 ms instead of 8.0; at 1536 and
-  // fewer the copy costs what it brings, at 512 a tenth more), of 28672 in 16 bit (3 to 5% won; at
-  // 4096 and 5760 2 to 10% lost).
+  // fewer the copy costs what it brings, at 512 a tenth more), of 28672 in 16 bit (4 to 5% won; at
+  // 4096 and 5760 2 to 13% lost). Without scales along K three warps gather, and of 256 rows per
+  // expert 4096 are too few (3% lost; 5760: 1% won, 28672: 9%).
   const GemmFamily& family = family_for(fc1, device_);
   if (!family.boxes) return RowOf::kToken;
   const std::int64_t rows = family.tile_rows(fc1, slots, device_);
   const bool e4m3 = fc1.act == ActFormat::kE4M3;
-  const bool pays = rows > (e4m3 ? 128 : 64) && fc1.n >= (e4m3 ? 2048 : 8192);
+  const bool few = fc1.act_scale != ActScale::kGroup && slots < 512 * fc1.experts;
+  const std::int64_t least = !e4m3 ? 8192 : few ? 5120 : 2048;  // weight rows
+  const bool pays = rows > (e4m3 ? 128 : 64) && fc1.n >= least;
   return pays ? RowOf::kPosition : RowOf::kToken;
 }
 QuantizedBy CudaBackend::hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,

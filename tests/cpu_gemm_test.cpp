@@ -287,6 +287,48 @@ TEST_P(CpuGemm, ScalesOfE8M0ReachTheirEnds) {
   EXPECT_GT(compared, problem.rows * problem.columns / 2);
 }
 
+// Levels may let sums run on over groups whose scales are near each other: up to the furthest of those and behind it
+// results are right, and the same however the work is cut.
+TEST_P(CpuGemm, ScalesOfE8M0NearAndFar) {
+  Case c;
+  c.variant = harness::default_variant(Scheme::kMxfp4W4A16);
+  c.shape = {"near", 1, 96, 1312, 1};
+  Problem problem(c, Product::kFc2, 31);
+  const std::int64_t k = problem.a.shape()[1];
+  const Tensor& scale = problem.plain.plain.scale;    // [1, N, groups]
+  const Tensor& weight = problem.plain.plain.weight;  // [1, N, k / 2]
+  for (const int spread : {0, 3, kNearScales, kNearScales + 1, 60}) {
+    harness::Rng rng(static_cast<std::uint64_t>(spread) + 1);
+    for (std::int64_t n = 0; n < problem.columns; ++n)
+      for (std::int64_t g = 0; g < k / 32; ++g)  // both ends in turns, then anything between
+        static_cast<std::uint8_t*>(scale.data)[n * scale.strides[1] + g * scale.strides[2]] =
+            static_cast<std::uint8_t>(100 + (g < 8 ? g % 2 * spread : static_cast<int>(rng.uniform() * spread)));
+    problem.storage->load(0, one_expert(problem.plain.plain, 0));
+    const HostTensor got = problem.run(problem.packed, {});
+    for (std::int64_t n = 0; n < problem.columns; ++n)
+      for (std::int64_t r = 0; r < problem.rows; ++r) {
+        double sum = 0.0, size = 0.0;
+        for (std::int64_t i = 0; i < k; ++i) {
+          const auto byte = weight.as<const std::uint8_t>()[n * weight.strides[1] + i / 2];
+          const int e = static_cast<const std::uint8_t*>(
+              scale.data)[n * scale.strides[1] + i / 32 * scale.strides[2]];
+          const double product = harness::load_element(problem.a.bytes().data(), problem.a.dtype(), r * k + i) *
+                                 kE2M1[i % 2 == 0 ? byte & 15 : byte >> 4] * std::exp2(e - 127.0);
+          sum += product;
+          size += std::fabs(product);
+        }
+        EXPECT_NEAR(got.as<float>()[r * problem.columns + n], sum, size * 1e-5)
+            << "spread " << spread << ", column " << n << ", row " << r;
+      }
+    for (const std::int64_t tile_rows : {1, 2, 3, 5, 7, 11, 16})
+      for (const WeightOperand* b : {&problem.packed, &problem.plain}) {
+        const HostTensor cut = problem.run(*b, {.tile_rows = tile_rows});
+        EXPECT_EQ(std::memcmp(cut.bytes().data(), got.bytes().data(), got.bytes().size()), 0)
+            << "spread " << spread << ", " << tile_rows << " rows" << (b == &problem.plain ? ", plain" : "");
+      }
+  }
+}
+
 TEST_P(CpuGemm, SeveralCallersAtOnce) {
   Case c;
   c.variant = harness::default_variant(Scheme::kInt4W4A16);

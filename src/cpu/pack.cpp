@@ -316,6 +316,47 @@ void pack_steps(const WeightSpec& spec, const PackLayout& layout, const GemmWeig
   pack_columns(spec, layout, w, part, fast, out);
 }
 
+namespace {
+
+// The least and the largest of each column's bytes.
+class ColumnSpread {
+ public:
+  void add(const std::byte* header) {
+    for (std::size_t c = 0; c < kTileCols; ++c) {
+      const auto e = std::to_integer<std::uint8_t>(header[c]);
+      least_[c] = std::min(least_[c], e);
+      most_[c] = std::max(most_[c], e);
+    }
+  }
+  bool near() const {  // 255 is NaN, and not near anything
+    for (std::size_t c = 0; c < kTileCols; ++c)
+      if (most_[c] == 255 || most_[c] - least_[c] > kNearScales) return false;
+    return true;
+  }
+
+ private:
+  std::array<std::uint8_t, kTileCols> least_ = all_of(255), most_ = all_of(0);
+
+  static std::array<std::uint8_t, kTileCols> all_of(std::uint8_t value) {
+    std::array<std::uint8_t, kTileCols> all;
+    all.fill(value);
+    return all;
+  }
+};
+
+}  // namespace
+
+bool scales_are_near(const WeightSpec& spec, const PackLayout& layout, const GemmWeights& weights,
+                     std::int64_t expert, std::int64_t tile) {
+  ColumnSpread spread;
+  std::array<std::byte, 5 * kTileCols> header;  // with room for any
+  for (std::int64_t segment = 0; segment < layout.segments; ++segment) {
+    pack_header(spec, layout, weights, {.expert = expert, .tile = tile, .segment = segment}, header.data());
+    spread.add(header.data());
+  }
+  return spread.near();
+}
+
 PackedCpu::PackedCpu(const WeightSpec& spec)
     : spec_(spec), layout_(pack_layout(spec)), kernels_(&cpu_kernels()) {
   const Topology& machine = topology();
@@ -338,6 +379,8 @@ PackedCpu::PackedCpu(const WeightSpec& spec)
     throw Error(ErrorCode::kOutOfMemory,
                 "packed weights: cannot allocate " + std::to_string(bytes_) + " bytes");
   data_.reset(static_cast<std::byte*>(data));
+  if (layout_.scale == ScaleKind::kE8M0)
+    near_.resize(static_cast<std::size_t>(spec.experts * layout_.tiles));
   if (alignment != kHugePage) return;
   madvise(data, bytes_, MADV_HUGEPAGE);
   for (int n = 0; n < nodes_.nodes; ++n) {
@@ -358,6 +401,10 @@ const std::byte* PackedCpu::tile(std::int64_t expert, std::int64_t tile) const {
   return place_of(expert, tile);
 }
 
+bool PackedCpu::scales_are_near(std::int64_t expert, std::int64_t tile) const {
+  return near_[static_cast<std::size_t>(expert * layout_.tiles + tile)] != 0;
+}
+
 void PackedCpu::load(std::int64_t local_expert, const GemmWeights& one) {
   // In runs of tiles: threads that take them in turn touch the same new page of 2 MiB at once, and the system then
   // clears two for one. (Touching all pages first lost a third: what was cleared had left the cache.)
@@ -371,13 +418,17 @@ void PackedCpu::load(std::int64_t local_expert, const GemmWeights& one) {
 
 void PackedCpu::load_tile(std::int64_t local_expert, std::int64_t tile, const GemmWeights& one) {
   std::byte* base = place_of(local_expert, tile);
+  ColumnSpread spread;
   for (std::int64_t segment = 0; segment < layout_.segments; ++segment) {
     const PackPart part{.expert = 0, .tile = tile, .segment = segment, .first_step = 0,
                         .steps = layout_.steps(segment)};
     std::byte* to = base + segment * layout_.segment_bytes;
     pack_header(spec_, layout_, one, part, to);
     pack_steps(spec_, layout_, one, part, to + layout_.header_bytes);
+    if (!near_.empty()) spread.add(to);
   }
+  if (!near_.empty())
+    near_[static_cast<std::size_t>(local_expert * layout_.tiles + tile)] = spread.near() ? 1 : 0;
 }
 
 }  // namespace moesaic

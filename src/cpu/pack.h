@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "backend.h"
 #include "cpu/numa.h"
@@ -82,6 +83,12 @@ void pack_header(const WeightSpec& spec, const PackLayout& layout, const GemmWei
 void pack_steps(const WeightSpec& spec, const PackLayout& layout, const GemmWeights& weights,
                 const PackPart& part, std::byte* out);
 
+// Whether in each column of a tile all E8M0 scales lie within 2^kNearScales of each other. Sums may then run on from
+// segment to segment in the units of the scale at hand: nothing that fp32 can hold leaves it by that.
+inline constexpr int kNearScales = 32;
+bool scales_are_near(const WeightSpec& spec, const PackLayout& layout, const GemmWeights& weights,
+                     std::int64_t expert, std::int64_t tile);
+
 inline constexpr std::int64_t kHalf = kTileCols / 2;
 // Where a column's two bytes of a kB8Pair step lie.
 constexpr std::int64_t b8_pair_offset(std::int64_t c) {
@@ -104,6 +111,7 @@ class PackedCpu final : public PackedWeights {
   const NodeRuns& nodes() const { return nodes_; }
   // A node's tiles of an expert follow each other in memory. (Not inline: the ISA levels' translation units call it.)
   const std::byte* tile(std::int64_t expert, std::int64_t tile) const;
+  bool scales_are_near(std::int64_t expert, std::int64_t tile) const;  // decided when the tile was loaded
 
  private:
   std::byte* place_of(std::int64_t expert, std::int64_t tile) const;
@@ -119,6 +127,7 @@ class PackedCpu final : public PackedWeights {
   std::array<std::int64_t, kMaxNodes> regions_{};  // where a node's tiles begin, all experts'
   std::size_t bytes_;
   std::unique_ptr<std::byte, Free> data_;
+  std::vector<std::uint8_t> near_;  // [experts][tiles], for E8M0 scales
 };
 
 // Reads element `index` of a float tensor's data, whatever its float dtype.

@@ -193,6 +193,12 @@ class StripRun {
   }
 
   void run_tile(const Chunk& chunk, std::int64_t t, std::int64_t slot) {
+    if (code_ == Code::kE2M1Bytes && !grouped_rows_) {
+      const std::int64_t tile = strip_.first_tile + t;
+      near_ = call_.packed != nullptr
+                  ? call_.packed->scales_are_near(strip_.expert, tile)
+                  : scales_are_near(*call_.spec, layout_, stage_.b->plain, strip_.expert, tile);
+    }
     for_each_piece(chunk, limit_of_pieces(),
                    [&](const Chunk& piece) { run_piece(chunk, piece, t, slot); });
   }
@@ -218,6 +224,15 @@ class StripRun {
     return b_.plain;
   }
 
+  // The header in front of a piece's first; none in front of all.
+  const std::uint8_t* header_before(const Chunk& piece, std::int64_t tile, const std::uint8_t* header) {
+    if (piece.segment == 0) return nullptr;
+    if (call_.packed != nullptr) return header - layout_.segment_bytes;
+    const PackPart part{.expert = strip_.expert, .tile = tile, .segment = piece.segment - 1};
+    pack_header(*call_.spec, layout_, stage_.b->plain, part, reinterpret_cast<std::byte*>(b_.before));
+    return b_.before;
+  }
+
   // `slot`: which of the waiting tiles' sums are this one's.
   void run_piece(const Chunk& chunk, const Chunk& piece, std::int64_t t, std::int64_t slot) {
     std::int64_t stride = 0;
@@ -236,11 +251,16 @@ class StripRun {
                 .begin = first ? Begin::kZero : Begin::kRaw,
                 .end = !last ? End::kRaw : piece.segment == 0 ? End::kFirst : End::kAdd,
                 .row_stride = chunk.segments};
-    if (folded()) {  // sums run through: as one segment of all of K, cut into pieces
+    if (folded() || near_) {  // sums run through: as one segment of all of K, cut into pieces
       const bool ends = last && piece.segment + piece.segments == layout_.segments;
       panel.begin = piece.segment == 0 && first ? Begin::kZero : Begin::kRaw;
       panel.end = ends ? End::kFirst : End::kRaw;
       panel.sums = Sums::kThroughout;
+      if (near_) {
+        panel.header = header;
+        panel.header_stride = stride;
+        panel.header_before = first ? header_before(piece, strip_.first_tile + t, header) : header;
+      }
     } else if (last && Level::odd_scales() == OddScales::kAsTheyLie &&
                (layout_.scale == ScaleKind::kE8M0 || layout_.scale == ScaleKind::kHalves)) {
       panel.header = header;
@@ -264,7 +284,7 @@ class StripRun {
       panel.rows = (strip_.rows - row + panels_ - p - 1) / (panels_ - p);  // even shares
       panel.a = rows + row * a_stride_;
       panel.total = b_.total + row * c_stride_ + slot * kTileCols;
-      panel.raw = layout_.segments == 1 || folded() ? panel.total
+      panel.raw = layout_.segments == 1 || folded() || near_ ? panel.total
                                                     : b_.raw + row * c_stride_ + slot * kTileCols;
       panel.row_begin = b_.row_begins + row * chunk.segments + segment_of_chunk;
       if (grouped_rows_ && last)
@@ -381,6 +401,7 @@ class StripRun {
   const std::byte* next_tile_ = nullptr;
   LineFetch lines_;
   bool grouped_rows_ = false, in_place_ = false;
+  bool near_ = false;  // this tile's E8M0 scales: sums run through, in the units of the scale at hand
   const std::byte* a_[kStripRows];
   const float* a_scale_[kStripRows] = {};
 };

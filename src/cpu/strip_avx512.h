@@ -16,15 +16,15 @@ namespace {
 inline constexpr std::int64_t kWholeRows = 6, kHalfRows = 12;
 
 // Groups along K may keep their totals in registers beside the sums, with half as many rows, or columns: few rows of
-// what is unpacked, and five or six rows of what ends a group every few hundred products (int8's sums, MXFP4's).
+// what is unpacked, and five or six rows of what ends a group every few hundred products (int8's sums). MXFP4's sums
+// run on (or, with scales far from each other, which nobody trains, end in memory).
 // Not four rows, which leave too few chains by halves; not a stream by halves, which would be fetched twice; and not
 // tables of 128 bytes, which push sums out of their registers. bf16's five and six rows gain nothing.
 template <Compute kCompute, typename Unpack>
 struct Totals {
-  static constexpr std::int64_t kFewRows = std::is_same_v<Unpack, ReadUnits> ? 0
-                                           : kCompute == Compute::kByte      ? 2
-                                                                             : 3;
-  static constexpr bool kEndsOften = kCompute == Compute::kByte || kHasByteScales<Unpack>;
+  static constexpr std::int64_t kFewRows =
+      std::is_same_v<Unpack, ReadUnits> || kHasByteScales<Unpack> ? 0 : kCompute == Compute::kByte ? 2 : 3;
+  static constexpr bool kEndsOften = kCompute == Compute::kByte;
 
   static bool stay(const Panel& p, const Segments& s) {
     if (s.count == 1 || p.sums == Sums::kThroughout || p.end == End::kRaw || !has_scales(p))
@@ -76,8 +76,8 @@ void half_blocks(const Panel& p, const Segments& s) {
   }
 }
 
-// Tiles unpack to memory, and are read out for each scale: there, folding costs less. In registers scaling every 32
-// of K costs as much as folding at 4 rows and more, and saves a third at one.
+// Tiles unpack to memory, and are read out for each scale: there, folding costs less. In registers folding took a third
+// longer at one row, and as long as scaling every 32 of K at 4 and more; sums that run on take a tenth less.
 #if defined(__AMX_BF16__)
 inline constexpr OddScales kOddScales = OddScales::kFolded;
 #else

@@ -107,6 +107,20 @@ struct ScalesOf {
   }
 };
 
+// By which powers of two sums that run on from one segment's E8M0 scales to the next one's are multiplied: near ones, with
+// the exponent's offset, in bytes; those of 16 columns. Multiplying costs a third of what scaling each segment into totals
+// does. (vscalefps, which takes no time from products, waits longer: 3% slower.)
+inline __attribute__((always_inline)) __m512i exponent_steps(const std::uint8_t* from, const std::uint8_t* to) {
+  return _mm512_sub_epi8(_mm512_add_epi8(_mm512_loadu_si512(from), _mm512_set1_epi8(127)), _mm512_loadu_si512(to));
+}
+inline __attribute__((always_inline)) __m512 power_of_two(__m512i steps, int i) {
+  const __m128i e = i == 0   ? _mm512_castsi512_si128(steps)
+                    : i == 1 ? _mm512_extracti32x4_epi32(steps, 1)
+                    : i == 2 ? _mm512_extracti32x4_epi32(steps, 2)
+                             : _mm512_extracti32x4_epi32(steps, 3);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(e), 23));
+}
+
 // Where one segment's sums go.
 struct Finish {
   float* total;
@@ -235,6 +249,10 @@ __attribute__((noinline)) void block(const Panel& p, const Segments& s, std::int
   const std::int64_t column = kHalf * half;
   Walk<Unpack> walk(p, half, kRegs);
   typename D::Sum sums[kRows][kRegs];
+  __m512i steps = _mm512_setzero_si512();
+  if constexpr (kHasByteScales<Unpack>)
+    if (p.sums == Sums::kThroughout && p.begin == Begin::kRaw)
+      steps = exponent_steps(p.header_before + column, p.header + column);
   for (std::int64_t segment = 0; segment < s.count; ++segment) {
     const std::uint8_t* data = s.data + segment * s.data_stride;
     walk.template fetch_header<stream_fetch<Unpack, kRows>()>(s, data);
@@ -244,6 +262,21 @@ __attribute__((noinline)) void block(const Panel& p, const Segments& s, std::int
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < kRegs; ++i) sums[r][i] = D::begin(p, segment, r, column + 16 * i);
+    }
+    if constexpr (kHasByteScales<Unpack>) {
+      if (p.sums == Sums::kThroughout && (segment > 0 || p.begin == Begin::kRaw)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kRegs; ++i) {
+          const __m512 step = power_of_two(steps, i);
+#pragma GCC unroll 12
+          for (int r = 0; r < kRows; ++r) sums[r][i] = _mm512_mul_ps(sums[r][i], step);
+        }
+      }
+      // The next segment's, while there is time: read when it begins, its first products wait for them (8% at 3 rows).
+      if (p.sums == Sums::kThroughout && segment + 1 < s.count) {
+        const std::uint8_t* header = p.header + segment * p.header_stride + column;
+        steps = exponent_steps(header, header + p.header_stride);
+      }
     }
     multiply_steps<kCompute, kRows, kRegs>(unpack, walk, data + half * Unpack::kHalfBytes,
                                            p.a + segment * p.segment_units, s.steps_of(segment), sums);

@@ -43,6 +43,7 @@ struct alignas(64) StripBuffers {
   PieceScales scales;
   // A caller's weights, packed on the fly.
   std::uint8_t plain[kPlainPiece.units * 256 + kPlainPiece.segments * (5 * kTileCols)];
+  std::uint8_t before[5 * kTileCols];  // the header in front of it
   std::uint8_t unpacked[kUnpackedUnits * 256];
 };
 

@@ -102,6 +102,7 @@ struct Panel {
   std::int64_t scale_stride = 0;
   const std::uint8_t* header = nullptr;  // OddScales::kAsTheyLie: instead of it, at header_stride
   std::int64_t header_stride = 0;
+  const std::uint8_t* header_before = nullptr;  // Sums::kThroughout: of what sums that go on were last scaled by
   const float* row_scale = nullptr;        // [rows][segments] at row_stride, or none
   // kByte: where sums begin (Begin::kZero), same shape; times the column's zero point if there is one.
   const std::int32_t* row_begin = nullptr;

@@ -161,23 +161,37 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   return traits;
 }
 
+// Whether the weight rows can lie in shared memory as gemm_sm90_direct.h wants them: in units of 32
+// rows (16 of each half) that share their scales, and with gate and up of all experts at one
+// distance.
+bool lie_directly(const GemmStage& stage) {
+  const WeightSpec& spec = stage.b->spec;
+  const Tensor& w = weights_of(*stage.b).weight;
+  const bool halves = spec.gated && stage.activation != nullptr &&
+                      stage.activation->layout != GateLayout::kInterleaved;
+  const bool one_distance = w.shape[0] <= 1 || w.strides[0] == spec.n * w.strides[1];
+  const bool cells = !block_scaled(spec) || spec.scale.grid_n <= 1 || spec.scale.group_n % 32 == 0;
+  return spec.n % 32 == 0 && cells && (!halves || one_distance);
+}
+
 // A static scale is known before the first sum: every kernel applies it on the way out. A group of
 // 128 is what a pair's CTA makes of a gated row at a time; other kernels make less, and the pairs
 // without scales along K do without: a scheme has groups in both products or in none. (Whole rows,
-// or all of them, nobody has at once.) Groups leave by stmatrix only, which knows two activations.
+// or all of them, nobody has at once.) Groups leave directly only, behind two activations.
 QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
                                 const ActivationSpec& activation) {
   if (fc1.format != WeightFormat::kE4M3 || fc2.act != ActFormat::kE4M3) return QuantizedBy::kStage;
   if (fc2.act_scale == ActScale::kTensorStatic) return QuantizedBy::kGemm1;
-  const bool by_matrix =
+  const bool directly =
       activation.kind == Activation::kSwiglu || activation.kind == Activation::kSwigluOai;
-  return block_scaled(fc1) && block_scaled(fc2) && fc2.act_group == 128 && by_matrix
+  return block_scaled(fc1) && block_scaled(fc2) && fc2.act_group == 128 && directly
              ? QuantizedBy::kEither
              : QuantizedBy::kStage;
 }
 bool gemm1_quantizes(const GemmStage& stage, const DeviceTraits& device) {
   return stage.quantizer.granularity == ActScale::kTensorStatic ||
-         (kernel_for(stage, device) == Kernel::kWidest && block_scaled(stage.b->spec));
+         (kernel_for(stage, device) == Kernel::kWidest && block_scaled(stage.b->spec) &&
+          lie_directly(stage));
 }
 
 // The narrow kernel of an element that makes its tiles itself.
@@ -222,26 +236,32 @@ void set_scales(Params& p, const GemmStage& stage, const Tensor& scale) {
   }
 }
 
-// Whether the sides may be exchanged (gemm_sm90_upright.h): rows of C leave as 16-bit vectors, and
-// each half (gate, up) of 128 weight rows lies in one cell of scales. (Without scales along K
-// nothing is gained. Nor does a static quantizer come here: a scheme has one granularity for both
-// products, and block scales mean groups.)
-bool upright(const Params& p) {
-  const bool known = !p.activates || p.activation.kind == Activation::kSwiglu ||
-                     p.activation.kind == Activation::kSwigluOai;
-  const bool uniform = p.scale_row == 0 || (p.scale_group % 128 == 0 &&
-                                            (!p.gated || p.interleaved || p.columns % 64 == 0));
-  return p.block_scaled && p.store == StorePath::kMatrix && known && uniform;
+Direct direct(const Params& p, const GemmStage& stage, const KernelTraits& traits) {
+  const Activation kind = p.activates ? p.activation.kind : Activation::kIdentity;
+  // (A row of C is then a 32-bit number of bytes.)
+  const bool fits = p.store == StorePath::kMatrix && p.c_rows.stride <= 0x7fffffffLL;
+  if (!fits || !traits.leaves_directly(kind) || !lie_directly(stage)) {
+    if (p.quantizer.kind == Quantizes::kGroup)
+      unsupported("c: rows are quantized in groups only where they leave directly");
+    return Direct::kNo;
+  }
+  const bool even =
+      p.row_weights == nullptr && (p.a_scale == nullptr || p.block_scaled || p.a_scale_row == 0);
+  const bool known = p.activates ? kind == Activation::kSwiglu || kind == Activation::kSwigluOai
+                                 : p.quantizer.kind == Quantizes::kNo;
+  return even && known && !p.up_first && p.c_type == plain_type(element_of(stage.b->spec.format))
+             ? Direct::kPlain
+             : Direct::kAny;
 }
 
-// Whether the weight rows can lie in shared memory as gemm_sm90_direct.h wants them: in units of 32
-// rows (16 of each half), and with gate and up of all experts at one distance.
-bool lie_directly(const Params& p, const GemmStage& stage) {
-  const WeightSpec& spec = stage.b->spec;
-  const Tensor& w = weights_of(*stage.b).weight;
-  const bool halves = p.gated && !p.interleaved;
-  const bool one_distance = w.shape[0] <= 1 || w.strides[0] == spec.n * w.strides[1];
-  return p.store == StorePath::kMatrix && spec.n % 32 == 0 && (!halves || one_distance);
+// Whether the sides may be exchanged (gemm_sm90_upright.h): rows of C leave directly, and each half
+// (gate, up) of 128 weight rows lies in one cell of scales. (Without scales along K nothing is
+// gained. Nor does a static quantizer come here: a scheme has one granularity for both products,
+// and block scales mean groups.)
+bool upright(const Params& p) {
+  const bool uniform = p.scale_row == 0 || (p.scale_group % 128 == 0 &&
+                                            (!p.gated || p.interleaved || p.columns % 64 == 0));
+  return p.block_scaled && p.direct != Direct::kNo && uniform;
 }
 
 // Whether the scales of four chunks are 16 aligned bytes.
@@ -259,14 +279,13 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const TaskShape& task = traits.task;
   Params p{};
   set_stage(p, stage, element, task);
-  p.direct = traits.leaves_directly(p.activates ? p.activation.kind : Activation::kIdentity) &&
-             lie_directly(p, stage);
+  set_scales(p, stage, weights_of(*stage.b).scale);
+  p.direct = direct(p, stage, traits);
   set_weights(p, stage,
               {.element = element,
                .row_k = spec.k,
                .k = element == Element::kE4M3 ? 128 : 64,
                .rows = task.rows / task.pair});
-  set_scales(p, stage, weights_of(*stage.b).scale);
   p.upright = upright(p);
   p.scale_quads = scale_quads(p);
   const int grid = grid_size(p, task, device);

@@ -53,10 +53,10 @@ struct Shape {
   static constexpr bool kSmall = kTokens <= 64;           // registers to spare, tasks short
   static constexpr bool kKeepsThread = kSmall;            // see thread_index
   static constexpr bool kHasRuns = kSmall || kPair == 2;  // see Params::run
-  // A task has a group of 128 columns of a gated row: see store_groups.
+  // A task has a group of 128 columns of a gated row: see gemm_sm90_groups.h.
   static constexpr bool kHasGroups = kHasUpright && kWarpgroups == 2;
   // Rows of C leave without shared memory: see gemm_sm90_direct.h.
-  static constexpr bool kDirect = kPair == 2 && !kHasBlockScales;
+  static constexpr bool kDirect = kPair == 2;
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
   static constexpr int kChunkK = 128 / kElementBytes;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
@@ -77,9 +77,10 @@ struct Shape {
       144;  // bytes per token: 128 and 16, so that eight rows hit all banks
   static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;
   static constexpr int kBufferBytes = kEpilogueTokens * kPitch;
-  // (In e4m3 also by what C is multiplied before it is quantized.)
+  // (In e4m3 also by what C is multiplied before it is quantized; and an activation's terms, for
+  // which registers are too few beside the sums.)
   static constexpr int kEpilogueBytes =
-      2 * (kBufferBytes + kBlocks * 64 * 8) + (kPromotes ? 16 : 0);
+      2 * (kBufferBytes + kBlocks * 64 * 8) + (kPromotes ? 16 : 0) + (kDirect ? 32 : 0);
   static_assert(2 * kBufferBytes >= 16 * 68 * 4);
   // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors.
   // Every task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
@@ -113,7 +114,9 @@ struct Shape {
 template <typename S>
 __host__ __device__ constexpr bool leaves_directly(Activation kind) {
   const bool erf = kind == Activation::kGelu || kind == Activation::kGeglu;
-  return S::kDirect && !(S::kPromotes && erf);
+  const bool usual = kind == Activation::kIdentity || kind == Activation::kSwiglu ||
+                     kind == Activation::kSwigluOai;
+  return S::kDirect && (S::kHasBlockScales ? usual : !(S::kPromotes && erf));
 }
 
 // Element-independent names of the kernels, in the order of their tactics.
@@ -165,6 +168,13 @@ struct QuantizerView {
   float* scale = nullptr;  // kGroup: of row r of C and columns 128 g ..., at r * row_stride + g
   std::int64_t row_stride = 0;
 };
+// Rows of C that leave without shared memory. Plain is what layers ask for, and takes half of the
+// instructions: no token has a factor of its own (what all have is in the rows' terms), gate comes
+// first, C has the type that the operands suggest, and the activation is none or a SwiGLU.
+enum class Direct : unsigned char { kNo, kAny, kPlain };
+constexpr OutType plain_type(Element element) {
+  return element == Element::kF16 ? OutType::kF16 : OutType::kBF16;
+}
 inline constexpr std::uint32_t kNoRow = 0xffffffffu;  // in place of a row of C: not stored
 
 struct Params {
@@ -206,7 +216,7 @@ struct Params {
   bool block_scaled;  // weight and activation scales change along K
   bool scale_quads;   // scales of four chunks can be loaded at once: see TokenLoader::store_scales
   bool upright;       // tokens may take the 64-row side: see gemm_sm90_upright.h
-  bool direct;        // S::kDirect, and C, the activation and the weights' layout allow it
+  Direct direct;      // S::kDirect, and C, the activation and the weights' layout allow it
   const float* a_scale;
   std::int64_t a_scale_row, a_scale_group, a_scale_expert;
   const float* row_weights;

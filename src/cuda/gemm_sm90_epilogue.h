@@ -34,7 +34,6 @@ class Epilogue : public StagedEpilogue<S> {
   using Base::buffer;
   using Base::column;
   using Base::element;
-  using Base::flip_;
   using Base::inverse_scale;
   using Base::lane_;
   using Base::limit;
@@ -47,7 +46,6 @@ class Epilogue : public StagedEpilogue<S> {
   using Base::sync;
   using Base::thread_;
   using Base::warp_;
-  using Base::warpgroup_;
   using typename Base::Quad;
 
   // 16-bit C whose rows are contiguous and aligned. Everything happens in registers, two tokens are
@@ -136,15 +134,6 @@ class Epilogue : public StagedEpilogue<S> {
               row[i] = is_mine(i) ? rows()[chunk * kChunk + token] : kNoRow;
             }
             sync();
-            if constexpr (S::kHasGroups && kGated) {
-              if (p_.quantizer.kind == Quantizes::kGroup) {
-                static_assert(kChunk == 32 && kTogether == kBlocks);
-                store_groups<S, 2, 16>(p_, staged_groups(task, {.rows = out + warp_ * 4 * S::kPitch,
-                                                                .token = chunk * 32 + warp_ * 4}));
-                if (more) stage(first_block, chunk + 1, buffer((before + chunk + 1) & 1));
-                continue;
-              }
-            }
             // Read, and on its way to memory when the next chunk is staged: nothing waits for it.
             uint4 v[kMine];
 #pragma unroll
@@ -164,22 +153,6 @@ class Epilogue : public StagedEpilogue<S> {
         }
       }
     }
-  }
-
-  // What this warp has staged of gated rows, from `token` on. `more`: 1 where a second part of the
-  // task follows at once in the same place.
-  struct Staged {
-    unsigned char* rows;
-    int token, more = 0;
-  };
-  __device__ StagedGroups staged_groups(const Task& task, const Staged& staged) const {
-    return {.rows = staged.rows,
-            .other = warpgroup_ == 0 ? S::kEpilogueBytes : -S::kEpilogueBytes,
-            .slot = flip_ * 2 + staged.more,
-            .c_row = rows() + staged.token,
-            .first = column(task, 0),
-            .end = limit(task),
-            .group = task.row_task};
   }
 
   // Eight neighbouring values of a row of C whose rows are contiguous and aligned.

@@ -63,7 +63,7 @@ __device__ __forceinline__ std::int64_t row_of(const Params& p, RowOf rule, std:
 template <typename S>
 __device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task, int i) {
   const std::int64_t first = static_cast<std::int64_t>(row_task) * p.task_rows;
-  if (S::kDirect && p.direct) {  // see gemm_sm90_direct.h
+  if (S::kDirect && p.direct != Direct::kNo) {  // see gemm_sm90_direct.h
     const int unit = i / 128 * 4 + i / 16 % 4, block = i / 64 % 2, half = i / 8 % 2, s = i % 8;
     if (!p.gated || p.interleaved) return first + unit * 32 + s * 4 + block * 2 + half;
     return first / 2 + unit * 16 + s * 2 + block + half * p.columns;
@@ -107,9 +107,22 @@ class EpilogueBase {
   // Before the main loop, which hides the latency. Tasks, also those of a run, alternate between
   // two places, so nobody can still read what is overwritten.
   __device__ void begin(const Task& task) {
-    if (thread_ < kBlocks * 64) row_terms()[thread_] = row_terms_of(task);
+    if (thread_ < kBlocks * 64) {
+      float2 row = row_terms_of(task);
+      if constexpr (S::kDirect && S::kPromotes && !S::kHasBlockScales) {
+        if (p_.direct == Direct::kPlain && p_.a_scale != nullptr)
+          row.x *= p_.a_scale[task.expert * p_.a_scale_expert];
+      }
+      row_terms()[thread_] = row;
+    }
     if (S::kPromotes && p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
       *inverse_scale() = inverse_of(p_.quantizer.given[task.expert * p_.quantizer.expert_stride]);
+    if constexpr (S::kDirect) {
+      if (p_.activates && has_terms(p_.activation.kind) && thread_ == 126) {
+        const ActivationTerms t = p_.activation.terms(task.expert);
+        *activation_terms() = {t.alpha, t.beta, t.limit, 0.0f};
+      }
+    }
   }
 
   // Factor and bias of this thread's weight row.
@@ -155,6 +168,21 @@ class EpilogueBase {
   __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.kind != Quantizes::kNo; }
   __device__ float* inverse_scale() const {  // kStatic: of this task's expert
     return reinterpret_cast<float*>(shared_ + 2 * S::kBufferBytes + 2 * kBlocks * 64 * 8) + flip_;
+  }
+  __device__ float4* activation_terms() const {  // of this task's expert
+    return reinterpret_cast<float4*>(shared_ + S::kEpilogueBytes - 32) + flip_;
+  }
+  // Read again wherever they are asked for: kept in registers across a task's sums, they made ptxas
+  // keep some of the sums in memory, also in the main loops.
+  template <Activation kKind>
+  __device__ ActivationTerms terms_now() const {
+    if constexpr (!has_terms(kKind)) return {};
+    const float4 t = ptx::load_shared_4(ptx::shared_address(activation_terms()));
+    return {t.x, t.y, t.z};
+  }
+  // From something in this warpgroup's memory to the same in the other's.
+  __device__ std::ptrdiff_t to_other() const {
+    return warpgroup_ == 0 ? S::kEpilogueBytes : -S::kEpilogueBytes;
   }
   __device__ const std::uint32_t* rows() const { return token_rows<S>(table_); }
   __device__ const float2* factors() const { return token_factors<S>(table_); }

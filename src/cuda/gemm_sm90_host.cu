@@ -109,7 +109,7 @@ void set_output(Params& p, const Tensor& c, const GemmQuantizer& quantizer) {
   } else {
     p.store = StorePath::kScalar;
   }
-  // Only store_groups sees a whole group; elsewhere its scale would be that of nobody.
+  // Only there somebody sees a whole group (gemm_sm90_groups.h).
   if (p.quantizer.kind == Quantizes::kGroup && p.store != StorePath::kMatrix)
     unsupported("c: rows quantized in groups are written contiguous, from multiples of 8 bytes on");
 }
@@ -221,11 +221,12 @@ void set_weights(Params& p, const GemmStage& stage, const WeightBox& box) {
   const auto half = static_cast<cuuint64_t>(p.columns);
   const auto box_k = static_cast<cuuint32_t>(box.k), rows = static_cast<cuuint32_t>(box.rows);
   Extent<5> extent;
-  if (p.direct && p.gated && !p.interleaved) {
+  const bool direct = p.direct != Direct::kNo;
+  if (direct && p.gated && !p.interleaved) {
     extent = {{k, 8, 2 * experts, half / 16, 2},
               {2 * row, half * row, 16 * row, row},
               {box_k, 8, 2, 4, 1}};
-  } else if (p.direct) {
+  } else if (direct) {
     extent = {{k, 8, 4, static_cast<cuuint64_t>(n) / 32, experts},
               {4 * row, row, 32 * row, expert},
               {box_k, 8, 2, 4, 1}};

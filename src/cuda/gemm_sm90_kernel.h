@@ -10,8 +10,8 @@
 #pragma once
 
 #include "cuda/gemm_sm90_consumer.h"
-#include "cuda/gemm_sm90_direct.h"
 #include "cuda/gemm_sm90_upright.h"
+#include "cuda/gemm_sm90_upright_epilogue.h"
 #include "cuda/launch.h"
 #include "cuda/overlap.h"
 
@@ -43,7 +43,7 @@ class Multiplier : private Consumer<S, Params> {
             multiply_upright(task.rows, sums);
             const Task again = load_task_of_run(ring, r);
             const int mine = warpgroup();
-            UprightEpilogue<S>(p_, shared_.epilogue(mine), shared_.table(ring), mine, again.flip)
+            UprightEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, again.flip)
                 .finish(again, sums);
             if (++r == again.run) break;
             continue;
@@ -70,10 +70,18 @@ class Multiplier : private Consumer<S, Params> {
   using Base::skip;
   using Base::warpgroup;
 
+  // Found behind a product, so that nothing which follows from it is kept across the main loop.
+  __device__ const unsigned char* table(int ring) const {
+    ptx::opaque(ring);
+    return shared_.table(ring);
+  }
   __device__ __forceinline__ void write_out(int ring, const Task& task, Sums& sums) {
     const int mine = warpgroup();
-    if constexpr (S::kDirect) {
-      DirectEpilogue<S>(p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip)
+    if constexpr (S::kHasGroups) {
+      GroupsEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, task.flip)
+          .finish(task, sums);
+    } else if constexpr (S::kDirect) {
+      DirectEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, task.flip)
           .finish(task, sums);
     } else {
       epilogue(ring, task).finish(task, sums);

@@ -20,7 +20,7 @@ __device__ inline WeightCorner weight_corner(const Params& p, std::int64_t row) 
 template <typename S>
 __device__ __forceinline__ void load_half(const Params& p, std::uint32_t to, std::uint32_t full,
                                           int x, std::int64_t row, int expert) {
-  if (!S::kDirect || !p.direct) {
+  if (!S::kDirect || p.direct == Direct::kNo) {
     const WeightCorner corner = weight_corner(p, row);
     ptx::tma_load_5d_pair(to, &p.weights, full, x, corner.y, 0, corner.u, expert);
     return;
@@ -46,7 +46,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
     Task task = part_of<S::kPair>(schedule.next(), rank);
     task.flip = flip;
     // Tasks without products (filtered, or without rows in this half of a pair) take no turn: of
-    // those that meet in store_groups two in succession must differ.
+    // those that meet for their groups two in succession must differ.
     if (task.expert >= 0 && task.rows > 0) flip = (flip + loaded_run<S>(task)) % 2;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);

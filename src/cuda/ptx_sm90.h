@@ -180,6 +180,13 @@ __device__ __forceinline__ void load_shared_32(std::uint32_t from, void* to) {
                : "=r"(out[4]), "=r"(out[5]), "=r"(out[6]), "=r"(out[7])
                : "r"(from + 16));
 }
+__device__ __forceinline__ float4 load_shared_4(std::uint32_t from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(from));
+  return v;
+}
 // Stores 8x8 matrices of 16-bit elements transposed: lane l gives the address of row l.
 __device__ __forceinline__ void store_matrix_x2_transposed(std::uint32_t dst, std::uint32_t a,
                                                            std::uint32_t b) {
@@ -195,13 +202,6 @@ __device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t dst, st
                : "memory");
 }
 
-__device__ __forceinline__ void store_matrix_x4(std::uint32_t dst, std::uint32_t a, std::uint32_t b,
-                                                std::uint32_t c, std::uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
 // An 8x8 matrix of 16-bit elements, of which lane l has elements 2 (l % 4) and the next of row l /
 // 4: the same of its transpose. Volatile, so that it stays where all lanes are.
 __device__ __forceinline__ std::uint32_t transposed(std::uint32_t part) {
@@ -210,20 +210,26 @@ __device__ __forceinline__ std::uint32_t transposed(std::uint32_t part) {
   return out;
 }
 
-// 8 or 16 bytes to global memory, under a predicate: a branch would keep apart what comes before
-// and behind it.
-__device__ __forceinline__ void store_if(bool condition, char* to, std::uint32_t a,
-                                         std::uint32_t b) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3}; }" ::"r"(
-                   static_cast<std::uint32_t>(condition)),
-               "l"(to), "r"(a), "r"(b)
+// 4, 8 or 16 bytes to global memory, unless the row is nowhere. Under a predicate: a branch would
+// keep apart what comes before and behind it.
+inline constexpr std::uint32_t kNowhere = 0xffffffffu;
+__device__ __forceinline__ void store_row(std::uint32_t row, char* to, std::uint32_t a) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, -1; @p st.global.u32 [%1], %2; }" ::"r"(row),
+               "l"(to), "r"(a)
                : "memory");
 }
-__device__ __forceinline__ void store_if(bool condition, char* to, std::uint32_t a, std::uint32_t b,
-                                         std::uint32_t c, std::uint32_t d) {
+__device__ __forceinline__ void store_row(std::uint32_t row, char* to, std::uint32_t a,
+                                          std::uint32_t b) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5}; }" ::"r"(
-          static_cast<std::uint32_t>(condition)),
+      "{ .reg .pred p; setp.ne.u32 p, %0, -1; @p st.global.v2.u32 [%1], {%2, %3}; }" ::"r"(row),
+      "l"(to), "r"(a), "r"(b)
+      : "memory");
+}
+__device__ __forceinline__ void store_row(std::uint32_t row, char* to, std::uint32_t a,
+                                          std::uint32_t b, std::uint32_t c, std::uint32_t d) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %0, -1; @p st.global.v4.u32 [%1], {%2, %3, %4, %5}; }" ::"r"(
+          row),
       "l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
       : "memory");
 }
@@ -238,6 +244,8 @@ __device__ __forceinline__ int thread_index() {
 
 // The compiler no longer knows where this value comes from.
 __device__ __forceinline__ void opaque(const char*& p) { asm volatile("" : "+l"(p)); }
+__device__ __forceinline__ void opaque(char*& p) { asm volatile("" : "+l"(p)); }
+__device__ __forceinline__ void opaque(int& v) { asm volatile("" : "+r"(v)); }
 
 // --- threads
 template <int kRegisters>
@@ -252,6 +260,9 @@ __device__ __forceinline__ void take_registers() {
 template <int kId>
 __device__ __forceinline__ void warpgroup_sync() {
   asm volatile("bar.sync %0, 128;" ::"n"(kId) : "memory");
+}
+__device__ __forceinline__ void both_warpgroups_sync() {
+  asm volatile("bar.sync 7, 256;" ::: "memory");
 }
 __device__ __forceinline__ void pair_of_warps_sync(int id) {
   asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory");

@@ -77,7 +77,7 @@ TEST(Sm90Quantizes, Groups) {
     Case c = random_case(random, DType::kF8E4M3);
     c.scales = Scales::kBlock;
     c.activation = static_cast<int>(seed % 3 == 0 ? Activation::kSwigluOai : Activation::kSwiglu);
-    c.n = 16 * (1 + static_cast<std::int64_t>(random() % 60));
+    c.n = 32 * (1 + static_cast<std::int64_t>(random() % 30));
     c.out = seed % 5 == 0 ? DType::kF16 : DType::kBF16;
     c.c_padding = 8 * static_cast<std::int64_t>(random() % 3);
     c.c_column = 1;
@@ -96,7 +96,7 @@ TEST(Sm90Quantizes, GroupsOfManyShortTasks) {
       const Case c{.dtype = DType::kF8E4M3,
                    .scales = Scales::kBlock,
                    .experts = 9,
-                   .n = 4112,
+                   .n = 4128,
                    .k = k,
                    .tokens = 3000,
                    .top_k = 2,

@@ -3,8 +3,10 @@
 # Runs a CUDA compiler command and fails it when ptxas says that it made a kernel slow: wgmma serialized
 # (C7510, C7511, ...), setmaxnreg ignored (C7508), or more than MOST bytes spilled. ptxas calls the first
 # two "info", so its own -Werror does not see them, and its -Werror for spills knows no measure: a few
-# registers parked outside the main loop cost nothing.
-MOST=160
+# registers parked outside the main loop cost nothing. (Most has the e4m3 pair kernel without scales
+# along K, for the loop of 144 tokens; with 352 it still was 5% faster than with fewer and the longer
+# epilogue.)
+MOST=240
 messages=$(mktemp) || exit 1
 trap 'rm -f "$messages"' EXIT
 "$@" 2>"$messages"

@@ -117,7 +117,7 @@ struct QuantizeStage {
   // rows null: row t goes to the positions slot_row[t * top_k + j] >= 0 instead of row t of output. Asked only of
   // a backend whose input_rows is kPosition.
   const std::int32_t* slot_row = nullptr;
-  ListAge list_age = ListAge::kNew;  // of rows
+  ListAge list_age = ListAge::kNew;      // of rows; null: of the ids that the next kernel reads
   RowOf source = RowOf::kPosition;       // row of `input` for a position
   std::int64_t top_k = 1;
   const float* row_weights = nullptr;    // by slot; WeightOn::kInput
@@ -152,7 +152,7 @@ enum class QuantizedBy : std::uint8_t { kStage, kEither, kGemm1 };
 struct GemmStage {
   RowMap rows;
   UnlistedRows unlisted;             // in place of rows.tiles
-  ListAge list_age = ListAge::kNew;  // of rows
+  ListAge list_age = ListAge::kNew;  // of rows, or unlisted
   Tensor a;                      // [*, K] of spec.act_dtype; unit inner stride
   ActScaleView a_scale;
   RowOf a_row = RowOf::kPosition;
@@ -213,7 +213,7 @@ class Backend {
   virtual RowOf input_rows(const WeightSpec&, std::int64_t /*slots*/) const { return RowOf::kToken; }
   // Whether GEMM1 writes its rows as GEMM2 reads them, in 8 bit (GemmStage::quantizer): the quantize stage between them
   // is then left out. Not asked where a factor per channel lies between them. kEither: gemm1_quantizes says it of a
-  // GEMM1 that is about to run, with its quantizer; that follows from specs, tactic and tile_rows alone, too.
+  // GEMM1 that is about to run, with its quantizer; that follows from specs, tactic, tile_rows and the weights' strides alone, too.
   virtual QuantizedBy hidden_quantized_by(const WeightSpec& /*fc1*/, const WeightSpec& /*fc2*/,
                                           const ActivationSpec&) const {
     return QuantizedBy::kStage;

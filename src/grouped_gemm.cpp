@@ -205,7 +205,8 @@ Buffers take_buffers(Arena& arena, const Resolved& r) {
   return b;
 }
 
-// Few small blocks are tiles already, unless rows are laid out by them first.
+// Few blocks are tiles already, where small tiles are wanted anyway (one weight row then passes by
+// an expert's blocks one by one) and rows are not laid out by them first.
 bool takes_blocks(const Resolved& r, const WeightOperand& b, const GroupedGemmArgs& args,
                   const RowMap& rows) {
   if (r.batched || args.sorted.block_rows > rows.tile_rows) return false;
@@ -213,8 +214,9 @@ bool takes_blocks(const Resolved& r, const WeightOperand& b, const GroupedGemmAr
   const bool moved = must_expand(plan, &b.side) || b.side.prequant.defined() ||
                      (args.a_order != RowOrder::kSlot && is_float(args.a.dtype) &&
                       plan.fc1.act_scale != ActScale::kDefault);
-  return !moved && plan.backend->makes_tiles(plan.fc1, tiles_of_blocks(rows, args.sorted),
-                                             unlisted_blocks(args.sorted));
+  const UnlistedRows blocks = unlisted_blocks(args.sorted);
+  return !moved && plan.backend->makes_tiles(plan.fc1, rows, blocks) &&
+         plan.backend->makes_tiles(plan.fc1, tiles_of_blocks(rows, args.sorted), blocks);
 }
 
 }  // namespace

@@ -271,13 +271,15 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
                             plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
   }
   ExpertsRun run{.plan = &plan, .fc1 = &fc1, .fc2 = &fc2, .rows = b.rows, .tactics = tactics};
-  // Few small blocks are tiles already.
-  const bool small = !batched && args.sorted.block_rows <= b.rows.tile_rows;
-  if (small) {
-    run.rows = tiles_of_blocks(b.rows, args.sorted);
+  // Few blocks are tiles already, where small tiles are wanted anyway.
+  bool small = false;
+  if (!batched && args.sorted.block_rows <= b.rows.tile_rows) {
     run.unlisted = unlisted_blocks(args.sorted);
+    small = products_make_tiles(run);
+    run.rows = tiles_of_blocks(b.rows, args.sorted);
+    small = small && products_make_tiles(run);
   }
-  if (!small || !products_make_tiles(run)) {
+  if (!small) {
     run.rows = b.rows;
     run.unlisted = {};
     tiles.rows = b.rows;

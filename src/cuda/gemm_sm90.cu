@@ -167,7 +167,7 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
 bool lie_directly(const GemmStage& stage) {
   const WeightSpec& spec = stage.b->spec;
   const Tensor& w = weights_of(*stage.b).weight;
-  const bool halves = spec.gated && stage.activation != nullptr &&
+  const bool halves = stage.activation != nullptr && is_gated(stage.activation->kind) &&
                       stage.activation->layout != GateLayout::kInterleaved;
   const bool one_distance = w.shape[0] <= 1 || w.strides[0] == spec.n * w.strides[1];
   const bool cells = !block_scaled(spec) || spec.scale.grid_n <= 1 || spec.scale.group_n % 32 == 0;
@@ -234,9 +234,29 @@ void set_scales(Params& p, const GemmStage& stage, const Tensor& scale) {
   if (p.block_scaled && (p.weight_scale == nullptr || p.a_scale == nullptr)) {
     invalid("scale: block-scaled e4m3 needs the scales of the weights and of the activations");
   }
+  if (!p.block_scaled) return;
+  // The loading warps count scales with 32 bits.
+  const std::int64_t cells = (spec.n - 1) / p.scale_group, groups = p.k_chunks - 1;
+  const std::int64_t rows = std::max(stage.rows.positions, stage.rows.slot_count);
+  const bool forward = std::min({p.scale_expert, p.scale_row, p.scale_k, p.a_scale_row,
+                                 p.a_scale_group, p.a_scale_expert}) >= 0;
+  const auto reach = [](std::int64_t count, std::int64_t stride) {
+    return static_cast<double>(count) * static_cast<double>(stride);
+  };
+  constexpr double kMost = 0xfffffff0;
+  if (!forward ||
+      reach(spec.experts, p.scale_expert) + reach(cells, p.scale_row) + reach(groups, p.scale_k) >
+          kMost ||
+      reach(rows, p.a_scale_row) + reach(groups, p.a_scale_group) +
+              reach(spec.experts, p.a_scale_expert) >
+          kMost) {
+    unsupported("scale: the wgmma kernels read scales at offsets from 0 to 2^32 elements");
+  }
 }
 
 Direct direct(const Params& p, const GemmStage& stage, const KernelTraits& traits) {
+  if (p.block_scaled && p.quantizer.kind == Quantizes::kStatic)
+    unsupported("c: block scales quantize in groups, not with one static scale");
   const Activation kind = p.activates ? p.activation.kind : Activation::kIdentity;
   // (A row of C is then a 32-bit number of bytes.)
   const bool fits = p.store == StorePath::kMatrix && p.c_rows.stride <= 0x7fffffffLL;

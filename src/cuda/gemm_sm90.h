@@ -71,7 +71,7 @@ struct Shape {
   static constexpr int kScales = kTokens + kRows / 8;
   static constexpr int kScaleBytes = kHasBlockScales ? kChunks * kScales * 4 : 0;
   // Epilogue of one warpgroup: two buffers of some tokens x 64 columns of 16 bits, or both together
-  // 16 tokens in fp32; and what it must know of its weight rows (factor, bias), of this task and of
+  // 16 tokens in fp32 or the largest of tokens' groups; and what it must know of its weight rows (factor, bias), of this task and of
   // the next.
   static constexpr int kPitch =
       144;  // bytes per token: 128 and 16, so that eight rows hit all banks
@@ -119,7 +119,7 @@ __host__ __device__ constexpr bool leaves_directly(Activation kind) {
   return S::kDirect && (S::kHasBlockScales ? usual : !(S::kPromotes && erf));
 }
 
-// Element-independent names of the kernels, in the order of their tactics.
+// Element-independent names of the kernels, in the order of their tactics (but NarrowFew).
 // Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half
 // after another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
 // Widest takes a little more than 256 tokens where registers allow it: round numbers of tokens mean
@@ -150,7 +150,7 @@ struct RowLayout {
 
 enum class OutType : unsigned char { kF32, kF16, kBF16 };
 enum class TokenLoad : unsigned char { kGather, kTma };
-// How C is written: 16-byte rows through stmatrix; four elements at once; one element at once.
+// How C is written: 16 bytes at once, through stmatrix or directly; four elements; one element.
 enum class StorePath : unsigned char { kMatrix, kVector, kScalar };
 
 struct SmallView {  // of f32, f16 or bf16
@@ -194,7 +194,7 @@ struct Params {
   std::int32_t group_tiles;    // tiles that are walked together, if experts allow: see Schedule
   bool even_tiles;             // give the tiles of an expert the same number of rows
   bool settled;                // the tile list is older than the previous kernel
-  bool weights_once;           // L2 need not keep weights: see set_weights
+  bool weights_once;           // L2 need not keep weights: see reads_weights_once
   // No SM takes two CTAs. Where there are no more of them than SMs, those of GEMM2 would otherwise
   // go, two by two, to the SMs where GEMM1 ends first, and these would be waited for.
   bool spread;

@@ -162,14 +162,13 @@ class DequantMultiplier : protected DequantPlace<S> {
     RawWeights raw;
     std::uint32_t a[2][2][4];
     const auto read = [&](int stage, int j) {
-      Weight::template load<S::kRowBytes>(raw,
-                                          ptx::shared_address(shared_.weights(stage)) +
-                                              place.offset + j / kBatches * kBlockBytes,
-                                          j % kBatches);
+      Weight::template load<S::kRowBytes>(
+          raw,
+          ptx::shared_address(shared_.weights(stage)) + place.offset + j / kBatches * kBlockBytes,
+          j % kBatches);
     };
     const auto make = [&](std::uint32_t(&out)[2][4], int stage, int i, int j) {
-      if (j % kBatches == 0)
-        load_zeros(zero, stage, place.row, 0, j / kBatches, k_group(i, 0));
+      if (j % kBatches == 0) load_zeros(zero, stage, place.row, 0, j / kBatches, k_group(i, 0));
 #pragma unroll
       for (int k = 0; k < 2; ++k)
         Weight::template fragment<S::kElement>(out[k], raw, k, place.unpacking, zero);
@@ -392,7 +391,6 @@ class DequantMultiplier : protected DequantPlace<S> {
       cursor_.advance();
     }
   }
-
 };
 
 }  // namespace moesaic::cuda::sm90

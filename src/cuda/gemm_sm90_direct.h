@@ -15,7 +15,8 @@
 // K, in which the tensor cores stood still.
 //
 // Whatever does not lie so (Params::direct) goes by way of fp32 in shared memory: strided or f32
-// rows of C, products of no multiple of 32 rows, experts that are apart.
+// rows of C, products of no multiple of 32 rows, experts that are apart, cells of block scales of no
+// multiple of 32 rows, activations that leaves_directly refuses.
 #pragma once
 
 #include "cuda/gemm_sm90_epilogue_staged.h"

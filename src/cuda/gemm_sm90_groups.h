@@ -108,7 +108,7 @@ class GroupsEpilogue : public DirectEpilogue<S> {
       }
     }
     // Lane q of a quad takes every fourth octet's token, and tells what is the largest of it.
-    unsigned* const mine = tops(task);
+    unsigned* const mine = tops();
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
       unsigned of[4];
@@ -148,7 +148,7 @@ class GroupsEpilogue : public DirectEpilogue<S> {
   __device__ int token_of(int i) const { return 8 * (4 * i + lane_ % 4) + lane_ / 4; }
   // Of this warpgroup: [warp][token]. Tasks alternate between two of them, and every task has a
   // meeting of each two warps that write and read here, so nobody still reads what is overwritten.
-  __device__ unsigned* tops(const Task&) const {
+  __device__ unsigned* tops() const {
     return reinterpret_cast<unsigned*>(this->shared_) + this->flip_ * 4 * S::kTokens;
   }
 };

@@ -14,7 +14,7 @@ inline constexpr int kFiltered = -1;
 // Or a run of tasks: see Params::run.
 struct Task {
   std::int32_t expert, rows;  // expert: kEndOfTasks, kFiltered, or a local expert
-  std::int64_t first;         // position; with UnlistedRows::ids a mask that begins with the rows' slots
+  std::int64_t first;  // position; with UnlistedRows::ids a mask that begins with the rows' slots
   std::int32_t row_task;      // of a run the first
   std::int32_t run;           // how many, at least 1
   std::int32_t flip, unused;  // flip: 0 and 1 in turn, task by task
@@ -119,8 +119,8 @@ class Schedule {
                static_cast<unsigned>(p_.unlisted.first_expert);
     const unsigned alike = __match_any_sync(~0u, expert);
     const unsigned before_me = (1u << here) - 1, from_me = alike & ~before_me;
-    const bool begins = expert < static_cast<unsigned>(p_.experts) &&
-                        __popc(alike & before_me) % kTokens == 0;
+    const bool begins =
+        expert < static_cast<unsigned>(p_.experts) && __popc(alike & before_me) % kTokens == 0;
     const unsigned tiles = __ballot_sync(~0u, begins);
     const int rows = __popc(from_me) < kTokens ? __popc(from_me) : kTokens;
     num_tiles_ = __popc(tiles);
@@ -140,15 +140,15 @@ class Schedule {
     }
     return (__ffs(static_cast<int>(holders)) - 1) & 31;
   }
-  // A caller's blocks as they are, padding and all: tiles of one for each.
+  // A caller's blocks: a tile for each, up to where its list ends.
   __device__ void take_blocks() {
     const int here = lane(), capacity = static_cast<int>(p_.rows.max_tiles);
     const int rows = static_cast<int>(p_.rows.tile_rows);
     const int expert = here < capacity ? __ldcg(p_.unlisted.block_experts + here) : -1;
-    const int padded = __ldcg(p_.unlisted.num_padded);
-    const int used = padded > 0 ? (padded - 1) / rows + 1 : 0;
-    num_tiles_ = used < capacity ? used : capacity;
-    tile_ = {expert, rows, here * rows, 0};
+    const int listed = __ldcg(p_.unlisted.num_padded), padded = listed > 0 ? listed : 0;
+    const int left = padded - here * rows;  // not positive: no task
+    num_tiles_ = padded < capacity * rows ? (padded + rows - 1) / rows : capacity;
+    tile_ = {expert, left < rows ? left : rows, here * rows, 0};
   }
 
   // --- of a list

@@ -209,7 +209,7 @@ TEST_P(OnCuda, TacticsGiveTheSameBits) {
     }
 }
 
-// Few slots have no lists: the products find their rows from the ids (RowMap::ids), unless a tactic is
+// Few slots have no lists: the products find their rows from the ids (UnlistedRows::ids), unless a tactic is
 // forced. Whatever the ids are, the bits are those of rows that align has listed.
 TEST_P(OnCuda, FewSlotsGiveTheBitsOfListedOnes) {
   for (const Variant& variant : variants())

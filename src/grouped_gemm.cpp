@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "forward.h"
+#include "experts.h"
 #include "moesaic/gemm.h"
 #include "plan.h"
 #include "weights.h"

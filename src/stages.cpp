@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "forward.h"
+#include "experts.h"
 #include "layer_impl.h"
 #include "weights.h"
 

@@ -12,6 +12,7 @@
 #include "cuda/gemm_sm90_consumer.h"
 #include "cuda/gemm_sm90_upright.h"
 #include "cuda/gemm_sm90_upright_epilogue.h"
+#include "cuda/gemm_sm90_weight_loader.h"
 #include "cuda/launch.h"
 #include "cuda/overlap.h"
 

@@ -125,17 +125,21 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
                       .first_expert = static_cast<std::int32_t>(plan.config.local.first)};
   const bool few = by_token && chunk.ids.dtype == DType::kI32 &&
                    chunk.tokens_per_expert == nullptr && products_make_tiles(experts);
-  if (!few) experts.unlisted = {};
   if (few) {
     experts.output_row = RowOf::kSlot;
-    if (step.needed) experts.list_age = ListAge::kSettled;  // the ids are older than that stage
-    if (step.needed) run.quantize(step.stage, args.stream);
-  } else if (step.needed && by_token) {
-    align.ids_age = ListAge::kSettled;
-    run.quantize_and_align(step.stage, align, args.stream);
+    if (step.needed) {
+      experts.list_age = ListAge::kSettled;  // the ids are older than this stage
+      run.quantize(step.stage, args.stream);
+    }
   } else {
-    run.align(align, args.stream);
-    if (step.needed) run.quantize(step.stage, args.stream);
+    experts.unlisted = {};
+    if (step.needed && by_token) {
+      align.ids_age = ListAge::kSettled;
+      run.quantize_and_align(step.stage, align, args.stream);
+    } else {
+      run.align(align, args.stream);
+      if (step.needed) run.quantize(step.stage, args.stream);
+    }
   }
   run_experts(experts, b.routed.experts, args.stream);
 
@@ -143,7 +147,7 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
                        .list_age = ListAge::kSettled,
                        .slot_row = few ? nullptr : b.routed.slot_row,
                        .topk_ids = experts.unlisted.ids,
-                       .local = few ? plan.config.local : ExpertRange{},
+                       .local = plan.config.local,
                        .weights = on_input ? nullptr : weights,
                        .top_k = plan.config.top_k,
                        .accumulate = args.accumulate,

@@ -207,16 +207,15 @@ Buffers take_buffers(Arena& arena, const Resolved& r) {
 
 // Few blocks are tiles already, where small tiles are wanted anyway (one weight row then passes by
 // an expert's blocks one by one) and rows are not laid out by them first.
-bool takes_blocks(const Resolved& r, const WeightOperand& b, const GroupedGemmArgs& args,
-                  const RowMap& rows) {
-  if (r.batched || args.sorted.block_rows > rows.tile_rows) return false;
+UnlistedRows blocks_as_tiles(const Resolved& r, const WeightOperand& b, const GroupedGemmArgs& args,
+                             const RowMap& rows) {
   const LayerPlan& plan = r.plan;
   const bool moved = must_expand(plan, &b.side) || b.side.prequant.defined() ||
                      (args.a_order != RowOrder::kSlot && is_float(args.a.dtype) &&
                       plan.fc1.act_scale != ActScale::kDefault);
-  const UnlistedRows blocks = unlisted_blocks(args.sorted);
-  return !moved && plan.backend->makes_tiles(plan.fc1, rows, blocks) &&
-         plan.backend->makes_tiles(plan.fc1, tiles_of_blocks(rows, args.sorted), blocks);
+  if (r.batched || moved) return {};
+  const UnlistedRows blocks = unlisted_blocks(rows, args.sorted);
+  return plan.backend->makes_tiles(plan.fc1, rows, blocks) ? blocks : UnlistedRows{};
 }
 
 }  // namespace
@@ -251,10 +250,9 @@ void grouped_gemm(const GroupedGemmArgs& args) {
     rows.row_slot = args.sorted.slots.as<std::int32_t>();
     set_tile_rows_of_blocks(rows, args.sorted, plan.backend->tile_rows(plan.fc1, r.slot_count));
   }
-  UnlistedRows unlisted;
-  if (takes_blocks(r, b, args, rows)) {
+  const UnlistedRows unlisted = blocks_as_tiles(r, b, args, rows);
+  if (unlisted.any()) {
     rows = tiles_of_blocks(rows, args.sorted);
-    unlisted = unlisted_blocks(args.sorted);
   } else {
     plan.backend->tiles({.sorted = args.sorted,
                          .batched = args.batched,

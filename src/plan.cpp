@@ -281,16 +281,17 @@ void set_tile_rows_of_blocks(RowMap& rows, const SortedRows& sorted, std::int64_
   rows.max_tiles = blocks * ((sorted.block_rows + tile_rows - 1) / tile_rows);
 }
 
+UnlistedRows unlisted_blocks(const RowMap& rows, const SortedRows& sorted) {
+  if (sorted.block_rows > rows.tile_rows) return {};
+  return {.block_experts = sorted.block_experts.as<std::int32_t>(),
+          .num_padded = sorted.num_padded.as<std::int32_t>()};
+}
+
 RowMap tiles_of_blocks(const RowMap& rows, const SortedRows& sorted) {
   RowMap blocks = rows;
   blocks.tile_rows = sorted.block_rows;
   blocks.max_tiles = rows.positions / sorted.block_rows;  // a block that is cut off has no rows
   return blocks;
-}
-
-UnlistedRows unlisted_blocks(const SortedRows& sorted) {
-  return {.block_experts = sorted.block_experts.as<std::int32_t>(),
-          .num_padded = sorted.num_padded.as<std::int32_t>()};
 }
 
 }  // namespace moesaic

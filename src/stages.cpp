@@ -272,15 +272,10 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
   }
   ExpertsRun run{.plan = &plan, .fc1 = &fc1, .fc2 = &fc2, .rows = b.rows, .tactics = tactics};
   // Few blocks are tiles already, where small tiles are wanted anyway.
-  bool small = false;
-  if (!batched && args.sorted.block_rows <= b.rows.tile_rows) {
-    run.unlisted = unlisted_blocks(args.sorted);
-    small = products_make_tiles(run);
+  if (!batched) run.unlisted = unlisted_blocks(b.rows, args.sorted);
+  if (products_make_tiles(run)) {
     run.rows = tiles_of_blocks(b.rows, args.sorted);
-    small = small && products_make_tiles(run);
-  }
-  if (!small) {
-    run.rows = b.rows;
+  } else {
     run.unlisted = {};
     tiles.rows = b.rows;
     plan.backend->tiles(tiles, args.stream);

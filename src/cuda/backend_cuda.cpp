@@ -97,8 +97,8 @@ bool CudaBackend::gemm1_quantizes(const GemmStage& stage) const {
 bool CudaBackend::makes_tiles(const WeightSpec& spec, const RowMap& rows,
                               const UnlistedRows& unlisted) const {
   const std::int64_t lanes = unlisted.ids != nullptr ? rows.slot_count : rows.max_tiles;
-  return family_for(spec, device_).makes_tiles && rows.slot_count > 0 && lanes <= 32 &&
-         rows.tile_rows <= 16;
+  return family_for(spec, device_).makes_tiles && unlisted.any() && rows.slot_count > 0 &&
+         lanes <= 32 && rows.tile_rows <= 16;
 }
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);

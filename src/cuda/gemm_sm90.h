@@ -71,8 +71,8 @@ struct Shape {
   static constexpr int kScales = kTokens + kRows / 8;
   static constexpr int kScaleBytes = kHasBlockScales ? kChunks * kScales * 4 : 0;
   // Epilogue of one warpgroup: two buffers of some tokens x 64 columns of 16 bits, or both together
-  // 16 tokens in fp32 or the largest of tokens' groups; and what it must know of its weight rows (factor, bias), of this task and of
-  // the next.
+  // 16 tokens in fp32 or the largest of tokens' groups; and what it must know of its weight rows
+  // (factor, bias), of this task and of the next.
   static constexpr int kPitch =
       144;  // bytes per token: 128 and 16, so that eight rows hit all banks
   static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;

@@ -226,7 +226,9 @@ def test_a_layer_on_the_second_device():
     x, w1, w2, ids, weights = problem(torch.bfloat16, 19)
     there = [t.to("cuda:1") for t in (x, ids, weights)]
     layer = moesaic.Layer(experts=E, hidden=H, intermediate=I, top_k=K, max_tokens=128, device="cuda:1")
-    layer.load(dict(weight=w1), dict(weight=w2))  # from the first device
+    with pytest.raises(ValueError, match="fc1.weight: expected on cpu or cuda:1"):
+        layer.load(dict(weight=w1), dict(weight=w2))  # what lies on the first device is not fetched unasked
+    layer.load(dict(weight=w1.to("cuda:1")), dict(weight=w2.cpu()))
     assert torch.cuda.current_device() == 0
     y = layer(*there)
     assert y.device == torch.device("cuda:1") and torch.cuda.current_device() == 0

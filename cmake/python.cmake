@@ -5,7 +5,8 @@ if(NOT TARGET tvm_ffi::header)
                   OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE tvm_ffi_ROOT)
   find_package(tvm_ffi CONFIG REQUIRED)
 endif()
-add_library(moesaic_python SHARED python/binding/module.cpp python/binding/convert.cpp python/binding/openmp.cpp
+add_library(moesaic_python SHARED python/binding/module.cpp python/binding/convert.cpp
+  python/binding/arguments.cpp python/binding/openmp.cpp
             $<TARGET_OBJECTS:moesaic_objects>)
 set_target_properties(moesaic_python PROPERTIES OUTPUT_NAME moesaic_ffi)
 target_include_directories(moesaic_python PRIVATE ${PROJECT_SOURCE_DIR}/include)

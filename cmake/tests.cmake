@@ -53,18 +53,12 @@ add_test(NAME install_test COMMAND ${CMAKE_COMMAND} -DBUILD=${PROJECT_BINARY_DIR
 include(cmake/examples.cmake)
 
 # The tests of the command run the command.
-if(TARGET cli_test AND TARGET moesaic_command)
-  target_compile_definitions(cli_test PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
-  add_dependencies(cli_test moesaic_command)
-endif()
-if(TARGET checkpoint_transformers_test AND TARGET moesaic_command)
-  target_compile_definitions(checkpoint_transformers_test PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
-  add_dependencies(checkpoint_transformers_test moesaic_command)
-endif()
-if(TARGET readme_test AND TARGET moesaic_command)
-  target_compile_definitions(readme_test PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
-  add_dependencies(readme_test moesaic_command)
-endif()
+foreach(stem cli_test cli_run_test checkpoint_transformers_test readme_test)
+  if(TARGET ${stem} AND TARGET moesaic_command)
+    target_compile_definitions(${stem} PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
+    add_dependencies(${stem} moesaic_command)
+  endif()
+endforeach()
 
 # The Python package, where the tests' interpreter can import what it needs; otherwise it says why not.
 execute_process(COMMAND ${MOESAIC_TEST_PYTHON} -c "import tvm_ffi, numpy, pytest"

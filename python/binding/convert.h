@@ -33,6 +33,8 @@ auto guarded(F&& body) -> decltype(body()) {
   }
 }
 
+[[noreturn]] void refuse(std::string_view argument, const std::string& what);
+
 // None, a tensor, or [tensor, "bf16"]: an array library without the dtype hands over raw bits. `argument` is what
 // an error calls it.
 Tensor tensor_of(const ffi::AnyView& value, std::string_view argument);
@@ -52,8 +54,7 @@ E choose(std::string_view what, const Choice<E> (&choices)[N], std::string_view 
     if (c.name == text) return c.value;
     known += (known.empty() ? "" : ", ") + std::string(c.name);
   }
-  throw Error(ErrorCode::kInvalidArgument,
-              std::string(what) + ": unknown value '" + std::string(text) + "'; known: " + known);
+  refuse(what, "unknown value '" + std::string(text) + "'; known: " + known);
 }
 
 // Named options. Every name must be asked for: `finish` refuses what is left by name.

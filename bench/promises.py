@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What is promised beside the tables of docs/performance.md, each by one command; needs a GPU.
+"""What is promised beside the tables of docs/performance_cuda.md, each by one command; needs a GPU.
 
     bench/promises.py activation [--shape ...] [--scheme bf16,fp8_block]    any activation, and biases: 1.03 of SwiGLU without
     bench/promises.py batched      prepare + experts + finalize, capacity 1024, over the sorted layer: 1.1

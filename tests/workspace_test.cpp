@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A forward's workspace is what docs/performance.md computes from the shape, and at most a fifth
+// A forward's workspace is what docs/layer.md computes from the shape, and at most a fifth
 // more, on every device that is there.
 #include <gtest/gtest.h>
 

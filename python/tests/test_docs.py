@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The snippets of docs/python.md and of the migration pages run, and the pages' figures are those of docs/performance.md."""
+"""The snippets of docs/python.md and of the migration pages run, and the pages' figures are those of docs/performance_cuda.md."""
 
 import pathlib
 import re
@@ -41,7 +41,7 @@ def test_migration_is_one_import(page):
 
 @pytest.mark.parametrize("page,other", _PAGES.items())
 def test_figures_are_those_of_performance(page, other):
-    text, performance = (_DOCS / page).read_text(), (_DOCS / "performance.md").read_text()
+    text, performance = (_DOCS / page).read_text(), (_DOCS / "performance_cuda.md").read_text()
     rows = re.findall(r"^\| (\S+) (bf16|fp8_block|fp8_tensor|int4_w4a16)[^|]*\|(.*)\|$", text, re.M)
     assert len(rows) >= 5 and f"| moesaic / {other}, ms |" in text
     for shape, scheme, cells in rows:

@@ -119,7 +119,7 @@ def test_what_the_peers_are_held_against_is_the_layer(script, monkeypatch, schem
 
 
 def test_a_peers_file_is_imported_without_what_it_imports(script, tmp_path, monkeypatch):
-    peers = script("python_cuda_peers")
+    peers = script("triton_peers")
     folder = tmp_path / "peerpackage" / "deep"
     folder.mkdir(parents=True)
     (folder / "kernels.py").write_text(

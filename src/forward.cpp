@@ -84,115 +84,129 @@ struct Chunk {
   std::int32_t* tokens_per_expert = nullptr;
 };
 
-void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chunk& chunk,
-                   Buffers b) {
+// The rows of each expert, and x as GEMM1 reads it, for `run`. Lists come from align; products that
+// find few rows in the ids themselves need none.
+void bring_rows(const LoadedLayer& layer, const Chunk& chunk, const RoutedBuffers& b,
+                ExpertsRun* run, Stream stream) {
   const LayerPlan& plan = *layer.plan;
-  const Backend& run = *plan.backend;
-  const std::int64_t tokens = chunk.x.shape[0], slots = tokens * plan.config.top_k;
-  RowMap& rows = b.routed.rows;
-  rows.positions = rows.slot_count = slots;
-  set_tile_rows(rows, plan.fc1.experts, run.tile_rows(plan.fc1, slots));
-  const ActScaleView x_scale = caller_scale_view(plan.fc1, chunk.x_scale);
-  const auto* weights = chunk.weights.as<float>();
   const bool on_input = plan.config.weight_on == WeightOn::kInput;
-  const Rows x{.values = chunk.x, .scale = x_scale, .row = RowOf::kToken};
   const InputRun input_run{.plan = &plan,
                            .fc1 = layer.fc1,
-                           .rows = &rows,
-                           .input = x,
-                           .row_weights = on_input ? weights : nullptr,
-                           .layout = input_layout(plan, slots),
-                           .slot_row = b.routed.slot_row};
+                           .rows = &b.rows,
+                           .input = {.values = chunk.x,
+                                     .scale = caller_scale_view(plan.fc1, chunk.x_scale),
+                                     .row = RowOf::kToken},
+                           .row_weights = on_input ? chunk.weights.as<float>() : nullptr,
+                           .layout = input_layout(plan, b.rows.slot_count),
+                           .slot_row = b.slot_row};
+  InputStep quantize = input_step(input_run, b.input);
+  run->input = quantize.rows;
+  // Rows that are quantized by token need no list, and align does not need them.
+  const bool by_token = !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
+  run->unlisted = {.ids = chunk.ids.as<std::int32_t>(),
+                   .first_expert = static_cast<std::int32_t>(plan.config.local.first)};
+  if (by_token && chunk.ids.dtype == DType::kI32 && chunk.tokens_per_expert == nullptr &&
+      products_make_tiles(*run)) {
+    run->output_row = RowOf::kSlot;
+    if (!quantize.needed) return;
+    run->list_age = ListAge::kSettled;  // the ids are older than this stage
+    plan.backend->quantize(quantize.stage, stream);
+    return;
+  }
+  run->unlisted = {};
   AlignStage align{.topk_ids = chunk.ids,
                    .experts = plan.config.experts,
                    .local = plan.config.local,
-                   .rows = rows,
-                   .slot_row = b.routed.slot_row,
+                   .rows = b.rows,
+                   .slot_row = b.slot_row,
                    .tokens_per_expert = chunk.tokens_per_expert,
-                   .scratch = b.routed.align_scratch};
-  const InputStep step = input_step(input_run, b.routed.input);
-  const Rows& input = step.rows;
-  // Rows that are quantized by token need no list, and align does not need them.
-  const bool by_token = !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
+                   .scratch = b.align_scratch};
+  if (quantize.needed && by_token) {
+    align.ids_age = ListAge::kSettled;
+    plan.backend->quantize_and_align(quantize.stage, align, stream);
+    return;
+  }
+  plan.backend->align(align, stream);
+  if (quantize.needed) plan.backend->quantize(quantize.stage, stream);
+}
+
+// The expert that every token visits: its rows, and the weights of its gate, for `combine`.
+void run_shared_expert(const LoadedLayer& layer, const Chunk& chunk, const Buffers& b,
+                       CombineStage* combine, Stream stream) {
+  const LayerPlan& plan = *layer.shared_plan;
+  const Backend& run = *plan.backend;
+  const std::int64_t tokens = chunk.x.shape[0];
+  RowMap rows = b.shared.rows;
+  rows.positions = rows.slot_count = tokens;
+  set_tile_rows(rows, 1, run.tile_rows(plan.fc1, tokens));
+  run.align(
+      {.topk_ids = Tensor::contiguous(layer.shared_ids, DType::kI32, {tokens, 1}, plan.device),
+       .experts = 1,
+       .local = {0, 1},
+       .rows = rows,
+       .slot_row = b.shared.slot_row,
+       .scratch = b.shared.align_scratch},
+      stream);
+  if (layer.shared_gate.defined()) {
+    // The gate is a router of one expert: sigmoid(x . g). Its ids (all 0) go where nobody reads
+    // them any more once align has run.
+    const auto column = [&](void* data, DType dtype) {
+      return Tensor::contiguous(data, dtype, {tokens, 1}, plan.device);
+    };
+    run.route({.spec = plan.config.routing,
+               .hidden_states = chunk.x,
+               .router = {.weight = layer.shared_gate},
+               .logits_scratch = column(b.logits, DType::kF32),
+               .topk_ids = column(b.shared.slot_row, DType::kI32),
+               .topk_weights = column(b.shared_weight, DType::kF32)},
+              stream);
+    combine->shared_weight = b.shared_weight;
+  }
+  const Rows x{.values = chunk.x,
+               .scale = caller_scale_view(layer.plan->fc1, chunk.x_scale),
+               .row = RowOf::kToken};
+  const Rows input = prepare_input(
+      {.plan = &plan, .fc1 = layer.shared_fc1, .rows = &rows, .input = x}, b.shared.input, stream);
+  run_experts({.plan = &plan,
+               .fc1 = layer.shared_fc1,
+               .fc2 = layer.shared_fc2,
+               .rows = rows,
+               .input = input,
+               .output = b.shared.output},
+              b.shared.experts, stream);
+  combine->shared = b.shared.output;
+  combine->shared.shape[0] = tokens;
+}
+
+void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chunk& chunk,
+                   Buffers b) {
+  const LayerPlan& plan = *layer.plan;
+  const std::int64_t slots = chunk.x.shape[0] * plan.config.top_k;
+  RowMap& rows = b.routed.rows;
+  rows.positions = rows.slot_count = slots;
+  set_tile_rows(rows, plan.fc1.experts, plan.backend->tile_rows(plan.fc1, slots));
+
   ExpertsRun experts{.plan = &plan,
                      .fc1 = layer.fc1,
                      .fc2 = layer.fc2,
                      .rows = rows,
-                     .input = input,
                      .output = b.routed.output,
                      .tactics = layer.tactics};
-  experts.unlisted = {.ids = chunk.ids.as<std::int32_t>(),
-                      .first_expert = static_cast<std::int32_t>(plan.config.local.first)};
-  const bool few = by_token && chunk.ids.dtype == DType::kI32 &&
-                   chunk.tokens_per_expert == nullptr && products_make_tiles(experts);
-  if (few) {
-    experts.output_row = RowOf::kSlot;
-    if (step.needed) {
-      experts.list_age = ListAge::kSettled;  // the ids are older than this stage
-      run.quantize(step.stage, args.stream);
-    }
-  } else {
-    experts.unlisted = {};
-    if (step.needed && by_token) {
-      align.ids_age = ListAge::kSettled;
-      run.quantize_and_align(step.stage, align, args.stream);
-    } else {
-      run.align(align, args.stream);
-      if (step.needed) run.quantize(step.stage, args.stream);
-    }
-  }
+  bring_rows(layer, chunk, b.routed, &experts, args.stream);
   run_experts(experts, b.routed.experts, args.stream);
 
+  const bool on_output = plan.config.weight_on == WeightOn::kOutput;
   CombineStage combine{.rows = b.routed.output,
                        .list_age = ListAge::kSettled,
-                       .slot_row = few ? nullptr : b.routed.slot_row,
+                       .slot_row = experts.unlisted.any() ? nullptr : b.routed.slot_row,
                        .topk_ids = experts.unlisted.ids,
                        .local = plan.config.local,
-                       .weights = on_input ? nullptr : weights,
+                       .weights = on_output ? chunk.weights.as<float>() : nullptr,
                        .top_k = plan.config.top_k,
                        .accumulate = args.accumulate,
                        .output = chunk.output};
-  if (layer.shared_plan != nullptr) {
-    const LayerPlan& shared = *layer.shared_plan;
-    RoutedBuffers& s = b.shared;
-    s.rows.positions = s.rows.slot_count = tokens;
-    set_tile_rows(s.rows, 1, run.tile_rows(shared.fc1, tokens));
-    const Tensor ids = Tensor::contiguous(layer.shared_ids, DType::kI32, {tokens, 1}, plan.device);
-    run.align({.topk_ids = ids,
-               .experts = 1,
-               .local = {0, 1},
-               .rows = s.rows,
-               .slot_row = s.slot_row,
-               .scratch = s.align_scratch},
-              args.stream);
-    if (layer.shared_gate.defined()) {
-      // The gate is a router of one expert: sigmoid(x . g). Its ids (all 0) go where nobody reads
-      // them any more once align has run.
-      run.route(
-          {.spec = shared.config.routing,
-           .hidden_states = chunk.x,
-           .router = {.weight = layer.shared_gate},
-           .logits_scratch = Tensor::contiguous(b.logits, DType::kF32, {tokens, 1}, plan.device),
-           .topk_ids = Tensor::contiguous(s.slot_row, DType::kI32, {tokens, 1}, plan.device),
-           .topk_weights =
-               Tensor::contiguous(b.shared_weight, DType::kF32, {tokens, 1}, plan.device)},
-          args.stream);
-      combine.shared_weight = b.shared_weight;
-    }
-    const Rows shared_input =
-        prepare_input({.plan = &shared, .fc1 = layer.shared_fc1, .rows = &s.rows, .input = x},
-                      s.input, args.stream);
-    run_experts({.plan = &shared,
-                 .fc1 = layer.shared_fc1,
-                 .fc2 = layer.shared_fc2,
-                 .rows = s.rows,
-                 .input = shared_input,
-                 .output = s.output},
-                s.experts, args.stream);
-    combine.shared = s.output;
-    combine.shared.shape[0] = tokens;
-  }
-  run.combine(combine, args.stream);
+  if (layer.shared_plan != nullptr) run_shared_expert(layer, chunk, b, &combine, args.stream);
+  plan.backend->combine(combine, args.stream);
 }
 
 }  // namespace

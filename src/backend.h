@@ -115,7 +115,7 @@ struct QuantizeStage {
   ActScaleView input_scale;      // of 8-bit input
   const RowMap* rows = nullptr;  // null: rows 0..R-1 of input, all live. Else only live positions
   // rows null: row t goes to the positions slot_row[t * top_k + j] >= 0 instead of row t of output. Asked only of
-  // a backend whose input_rows is kPosition.
+  // a backend that scatters_rows(); of 8-bit input with scales by row or group.
   const std::int32_t* slot_row = nullptr;
   ListAge list_age = ListAge::kNew;      // of rows; null: of the ids that the next kernel reads
   RowOf source = RowOf::kPosition;       // row of `input` for a position
@@ -240,6 +240,8 @@ class Backend {
   virtual void gemm(const GemmStage& stage, Stream stream) const = 0;
   virtual void activate(const ActivateStage& stage, Stream stream) const = 0;
   virtual void combine(const CombineStage& stage, Stream stream) const = 0;
+  // Whether quantize takes slot_row. A backend whose input_rows is ever kPosition does.
+  virtual bool scatters_rows() const { return false; }
 };
 
 // The backend of a device, made once. Throws kUnsupported when the library was built without it or

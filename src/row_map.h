@@ -26,7 +26,8 @@ struct RowMap {
   std::int64_t max_tiles = 0;
   std::int64_t tile_rows = 0;            // no tile has more rows
   std::int64_t positions = 0;            // capacity of the buffers
-  std::int64_t slot_count = 0;           // T * top_k; entries of row_slot at or above it are padding
+  std::int64_t slot_count = 0;           // T * top_k; entries of row_slot at or above it are padding. Without
+                                         // a list (batched) what the caller expects, for policies alone
 };
 
 // So few rows that a product makes their tiles itself (Backend::makes_tiles): then nobody has written
@@ -51,6 +52,13 @@ enum class RowOf : std::uint8_t {
 constexpr std::int64_t max_tiles(std::int64_t slots, std::int64_t experts, std::int64_t tile_rows) {
   const std::int64_t partial = slots < experts ? slots : experts;  // each expert's last tile
   return slots / tile_rows + partial;
+}
+
+// Tiles that are worth reckoning with: a caller's buffers may have room for many more rows (batched)
+// than the slots that he expects.
+constexpr std::int64_t likely_tiles(const RowMap& rows, std::int64_t experts) {
+  const std::int64_t tiles = max_tiles(rows.slot_count, experts, rows.tile_rows);
+  return rows.max_tiles < tiles ? rows.max_tiles : tiles;
 }
 
 }  // namespace moesaic

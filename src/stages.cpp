@@ -163,27 +163,38 @@ void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
 
   Arena arena(args.workspace.data);
   const PrepareBuffers b = take_prepare(arena, plan, tokens, capacity);
-  plan.backend->align(
-      {.topk_ids = args.topk_ids,
-       .experts = config.experts,
-       .local = config.local,
-       .expert_map = args.expert_map,
-       .capacity = capacity,
-       .rows = b.rows,
-       .slot_row = args.slot_row.defined() ? args.slot_row.as<std::int32_t>() : b.slot_row,
-       .tokens_per_expert = args.num_tokens.as<std::int32_t>(),
-       .dropped = args.status.as<std::int32_t>(),
-       .scratch = b.align_scratch},
-      args.stream);
+  auto* const slot_row = args.slot_row.defined() ? args.slot_row.as<std::int32_t>() : b.slot_row;
+  // Rows that are the same for all slots of a token are read once and written to all its positions:
+  // nobody needs the lists then. (Scales per tensor are an expert's here; and few rows are
+  // quantized sooner position by position.)
+  const ActScale granularity = plan.fc1.act_scale;
+  const bool moved = granularity == ActScale::kDefault;
+  const bool of_row = granularity == ActScale::kToken || granularity == ActScale::kGroup;
+  const bool scatter = plan.backend->scatters_rows() && !on_input &&
+                       (moved || (of_row && tokens * config.top_k > 128));
+  RowMap rows_of_slots = b.rows;
+  if (scatter) rows_of_slots = {.positions = b.rows.positions, .slot_count = b.rows.slot_count};
+  plan.backend->align({.topk_ids = args.topk_ids,
+                       .experts = config.experts,
+                       .local = config.local,
+                       .expert_map = args.expert_map,
+                       .capacity = capacity,
+                       .rows = rows_of_slots,
+                       .slot_row = slot_row,
+                       .tokens_per_expert = args.num_tokens.as<std::int32_t>(),
+                       .dropped = args.status.as<std::int32_t>(),
+                       .scratch = b.align_scratch},
+                      args.stream);
   if (tokens == 0) return;
   plan.backend->quantize({.input = args.hidden_states,
                           .input_scale = caller_scale_view(plan.fc1, args.hidden_scale),
-                          .rows = &b.rows,
-                          .source = RowOf::kToken,
+                          .rows = scatter ? nullptr : &b.rows,
+                          .slot_row = scatter ? slot_row : nullptr,
+                          .source = scatter ? RowOf::kPosition : RowOf::kToken,
                           .top_k = config.top_k,
                           .row_weights = on_input ? args.topk_weights.as<float>() : nullptr,
                           .round_to = plan.fc1.dtype16,
-                          .granularity = plan.fc1.act_scale,
+                          .granularity = granularity,
                           .group = plan.fc1.act_group,
                           .int8_rounding = plan.fc1.int8_rounding,
                           .per_expert_absmax = true,
@@ -264,8 +275,8 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
     // The host does not know how many rows are live: the caller may say what it expects.
     const std::int64_t expected =
         args.expected_tokens > 0 ? args.expected_tokens * config.top_k : b.rows.positions;
-    set_tile_rows(b.rows, experts,
-                  plan.backend->tile_rows(plan.fc1, std::min(expected, b.rows.positions)));
+    b.rows.slot_count = std::min(expected, b.rows.positions);
+    set_tile_rows(b.rows, experts, plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
   } else {
     set_tile_rows_of_blocks(b.rows, args.sorted,
                             plan.backend->tile_rows(plan.fc1, b.rows.slot_count));

@@ -133,7 +133,7 @@ Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
   const std::int64_t rows = stage.rows.tile_rows;
   if (rows > 16) return rows <= 64 ? Kernel::kMiddle : Kernel::kWide;
   const WeightSpec& spec = stage.b->spec;
-  const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, 128);
+  const std::int64_t tasks = likely_tiles(stage.rows, spec.experts) * ceil_div(spec.n, 128);
   // With K below 512 a task is little beside what comes with it: runs, where tasks are enough.
   if (spec.k < 512) return tasks >= 12 * device.sm_count ? Kernel::kTwinRuns : Kernel::kNarrow;
   // With several tokens a tile the multiplying warps are what is waited for, and Twin has twice as
@@ -152,7 +152,7 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   KernelTraits traits = traits_of(spec, kernel_for(stage, device));
   TaskShape& task = traits.task;
   if (task.run > 1 && !forced(stage)) {
-    const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, task.rows);
+    const std::int64_t tasks = likely_tiles(stage.rows, spec.experts) * ceil_div(spec.n, task.rows);
     const std::int64_t fair = tasks / (kLeast * device.sm_count * task.per_sm);
     const std::int64_t run = std::min(fair, run_of(spec, task));
     task.run = static_cast<int>(std::max<std::int64_t>(run, 1));

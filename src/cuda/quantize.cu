@@ -7,6 +7,7 @@
 
 #include "cuda/device.h"
 #include "cuda/element.h"
+#include "cuda/move_rows.h"
 #include "cuda/overlap.h"
 #include "cuda/quantize_groups.h"
 #include "cuda/quantize_rows.h"
@@ -18,56 +19,6 @@ namespace {
 
 constexpr int kBlocksPerSm = 8;
 constexpr int kMaxPartials = 1024;
-
-// --- moved, not quantized ------------------------------------------------------------------------
-template <typename In, int kVec>
-__device__ __forceinline__ void store_moved(const QuantizeParams& p, std::int64_t at,
-                                            const float (&v)[kVec]) {
-  if constexpr (std::is_same_v<In, std::int8_t>) {  // bytes, whatever they mean
-    Pack<std::int8_t, kVec> pack;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i)
-      pack.element[i] = static_cast<std::int8_t>(static_cast<int>(v[i]));
-    *reinterpret_cast<Pack<std::int8_t, kVec>*>(static_cast<std::int8_t*>(p.output) + at) = pack;
-  } else {
-    store_float<kVec>(p.output, p.output_dtype, at, v);
-  }
-}
-
-// The scales of 8-bit rows move along, in the granularity they have.
-__device__ __forceinline__ void move_scales(const QuantizeParams& p, const QuantizeRow& row,
-                                            int lane, int threads) {
-  if (p.scale == nullptr || p.input_scale.data == nullptr || p.granularity == ActScale::kDefault)
-    return;
-  const float* given = p.input_scale.data + row.expert * p.input_scale.expert_stride;
-  if (p.granularity == ActScale::kToken || p.granularity == ActScale::kGroup) {
-    given += row.source * p.input_scale.row_stride;
-    float* scale = p.scale + row.position * p.scale_row_stride;
-    for (std::int64_t g = lane; g < p.groups; g += threads)
-      scale[g] = given[g * p.input_scale.group_stride];
-  } else if (lane == 0) {  // one for all, or for the expert: every row writes the same
-    p.scale[p.per_expert || p.input_scale.expert_stride != 0 ? row.expert : 0] = *given;
-  }
-}
-
-// `row_threads` is 32 or all of a block. Input and output may be the same rows: element by element.
-template <typename In, int kVec>
-__global__ void __launch_bounds__(kThreads, 1) move_rows(QuantizeParams p, int row_threads) {
-  begin_kernel();
-  const int rows = kThreads / row_threads, lane = threadIdx.x % row_threads;
-  const std::int64_t items = item_count(p);
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / row_threads;
-       i < items; i += static_cast<std::int64_t>(gridDim.x) * rows) {
-    QuantizeRow row;
-    if (!find_row(p, i, &row)) continue;
-    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float(&v)[kVec]) {
-      for_positions(p, row, [&](std::int64_t position) {
-        store_moved<In, kVec>(p, position * p.output_stride + column, v);
-      });
-    });
-    move_scales(p, row, lane, row_threads);
-  }
-}
 
 // --- one scale per row, or one that is known -----------------------------------------------------
 // The largest of an expert's tiles, found around one of them: tiles of an expert are neighbours.
@@ -313,8 +264,14 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const bool aligned = align != nullptr && is_few(beside.params) && quantizes && !by_slices &&
                        (!by_group || (even && !plenty));
 
+  const std::int64_t words = words_of_row(stage, p);
   const auto move = [&](auto in) {
     using In = decltype(in);
+    if (words > 0) {
+      const std::int64_t pieces = ceil_div(words, kThreads);
+      return go("quantize: scatter", scatter_rows,
+                strided_grid(p.input_rows * pieces, device, kScatterBlocksPerSm), words, pieces);
+    }
     pick<8, 1>(wide, [&](auto vec) {
       go("quantize: move", move_rows<In, decltype(vec)::value>, grid_of(row_blocks), row_threads);
     });

@@ -218,6 +218,7 @@ TEST(QuantizeCuda, ScatteredLikeGathered) {
                           .granularity = granularity,
                           .columns = columns,
                           .tokens = tokens,
+                          .capacity = columns == 7168 ? tokens / 2 : 0,
                           .mapped = true,
                           .odd_values = columns == 192,
                           .scattered = true},
@@ -320,15 +321,19 @@ TEST(QuantizeCuda, EightBitRowsMoveWithTheirScales) {
          {ActScale::kToken, ActScale::kGroup, ActScale::kTensorStatic, ActScale::kDefault})
       for (const std::int64_t columns : {100, 1024})
         for (const bool per_expert : {false, true})
-          check_quantize({.input = type,
-                          .output = type,
-                          .granularity = granularity,
-                          .columns = columns,
-                          .tokens = 40,
-                          .capacity = 30,
-                          .mapped = true,
-                          .per_expert = per_expert},
-                         ++seed);
+          for (const bool scattered : {false, true}) {
+            if (scattered && granularity == ActScale::kTensorStatic) continue;  // an expert's
+            check_quantize({.input = type,
+                            .output = type,
+                            .granularity = granularity,
+                            .columns = columns,
+                            .tokens = 40,
+                            .capacity = 30,
+                            .mapped = true,
+                            .per_expert = per_expert,
+                            .scattered = scattered},
+                           ++seed);
+          }
 }
 
 // --- activate ------------------------------------------------------------------------------------

@@ -284,7 +284,8 @@ TEST_P(CpuGemm, ScalesOfE8M0ReachTheirEnds) {
       }
     }
   }
-  EXPECT_GT(compared, problem.rows * problem.columns / 2);
+  // Of eight ends one is NaN and four are what a level that folds has not; some sums leave fp32.
+  EXPECT_GT(compared, problem.rows * problem.columns / (folds ? 4 : 2));
 }
 
 // Levels may let sums run on over groups whose scales are near each other: up to the furthest of those and behind it

@@ -60,8 +60,10 @@ void CudaBackend::copy(void* dst, const void* src, std::size_t bytes, Stream str
 }
 
 std::unique_ptr<PackedWeights> CudaBackend::make_packed(const WeightSpec& spec) const {
-  (void)family_for(spec, device_);  // refuses by name what no kernel will read
-  return make_cuda_weights(spec, device_);
+  const GemmFamily& family = family_for(spec, device_);  // refuses by name what no kernel will read
+  const bool rearranged = family.rearranges_u4 && spec.format == WeightFormat::kU4;
+  return make_cuda_weights(spec, device_,
+                           rearranged ? Arrangement::kRearranged : Arrangement::kPlain);
 }
 
 // --- what the plan is made from ------------------------------------------------------------------
@@ -97,8 +99,9 @@ bool CudaBackend::gemm1_quantizes(const GemmStage& stage) const {
 bool CudaBackend::makes_tiles(const WeightSpec& spec, const RowMap& rows,
                               const UnlistedRows& unlisted) const {
   const std::int64_t lanes = unlisted.ids != nullptr ? rows.slot_count : rows.max_tiles;
-  return family_for(spec, device_).makes_tiles && unlisted.any() && rows.slot_count > 0 &&
-         lanes <= 32 && rows.tile_rows <= 16;
+  const auto can = family_for(spec, device_).makes_tiles;
+  return can != nullptr && unlisted.any() && rows.slot_count > 0 && lanes <= 32 &&
+         rows.tile_rows <= 16 && can(spec, rows, device_);
 }
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantized weights in shared memory, as the caller stores them -> the register operand of wgmma
-// (or mma.sync, which takes the same), exact.
+// Quantized weights in shared memory, as the caller stores them or as rearrange.h does -> the
+// register operand of wgmma (or mma.sync, which takes the same), exact.
 //
 // K stays in its natural order, so tokens need no rearrangement: of every eight neighbours along K
 // a lane of a quad takes pair q. For 4-bit weights that is byte q of each 32-bit word, so the four
-// lanes of a quad read the same words and each uses a quarter of them; the alternative, eight
-// neighbours per lane, would need the tokens of K permuted by twos, which neither TMA nor cp.async
-// does.
+// lanes of a quad read the same words and each uses a quarter of them, unless weights have been
+// rearranged; the alternative, eight neighbours per lane, would need the tokens of K permuted by
+// twos, which neither TMA nor cp.async does.
 //
 // An integer n of up to 8 bits in the low bits of a bf16 (10 bits: f16) *is* the number n * 2^-133
 // (n * 2^-24): subnormals and the first binade are evenly spaced. So masking a pair of integers
@@ -26,19 +26,21 @@ namespace moesaic::cuda::sm90 {
 using ptx::Element;
 
 // Factors of a pair (low, high): kBytes where both integers lie in the low bits, kNibbles where the
-// high one lies 4 bits higher. kMinus = -kBytes.
+// high one lies 4 bits higher, kUpper where both do. kMinus = -kBytes.
 template <Element E>
 struct Half;
 template <>
 struct Half<Element::kBF16> {
   static constexpr float kUnit = 64.0f;
   static constexpr std::uint32_t kBytes = 0x7f007f00u, kNibbles = 0x7d007f00u;  // 2^127, 2^123
+  static constexpr std::uint32_t kUpper = 0x7d007d00u;
   static constexpr std::uint32_t kMinus = 0xff00ff00u;
 };
 template <>
 struct Half<Element::kF16> {
   static constexpr float kUnit = 512.0f;
   static constexpr std::uint32_t kBytes = 0x78007800u, kNibbles = 0x68007800u;  // 2^15, 2^11
+  static constexpr std::uint32_t kUpper = 0x68006800u;
   static constexpr std::uint32_t kMinus = 0xf800f800u;
 };
 
@@ -55,13 +57,18 @@ struct RawWeights {
 
 // Zero points: given, or the middle of the range.
 enum class Zeros : unsigned char { kMiddle, kGiven };
+// Of 4-bit weights: as the caller stores them, or rearranged.
+enum class Order : unsigned char { kPlain, kRearranged };
 
 // A format gives: the bits of a weight; what its fragments must be multiplied with; where a lane
 // reads in rows of kRowBytes, which TMA has swizzled over as many bytes; and fragments: r[0], r[1]
 // of rows g and g + 8 at k 2q, r[2], r[3] at 2q + 8, for step s of 16 in the 32 of K.
-template <Zeros kGiven>
+template <Zeros kGiven, Order kOrder>
 struct U4 {
   static constexpr int kBits = 4, kMiddle = 8;
+  static constexpr bool kRearranged = kOrder == Order::kRearranged;
+  // Callers' own weights do without some kernels, for the library's size: the bits are the same.
+  static constexpr bool kHasAll = kRearranged;
   template <Element E>
   static constexpr float kUnit = Half<E>::kUnit;
   static constexpr bool kZeros = kGiven == Zeros::kGiven;
@@ -70,21 +77,33 @@ struct U4 {
   }
   // Row g of a warp's rows: its first 16 bytes. Rows 8 apart are swizzled alike.
   template <int kRowBytes>
-  __device__ static std::uint32_t lane_offset(int g, int) {
-    return static_cast<std::uint32_t>(g * kRowBytes + g * kRowBytes / 128 % (kRowBytes / 16) * 16);
+  __device__ static std::uint32_t lane_offset(int g, int q) {
+    return static_cast<std::uint32_t>(g * kRowBytes + g * kRowBytes / 128 % (kRowBytes / 16) * 16 +
+                                      (kRearranged ? 4 * q : 0));
   }
   template <int kRowBytes>
   __device__ static void load(RawWeights& raw, std::uint32_t at, int block) {
-    ptx::load_shared(raw.row[0], at ^ (block * 16));
-    ptx::load_shared(raw.row[1], (at ^ (block * 16)) + 8 * kRowBytes);
+    if constexpr (kRearranged) {
+      raw.row[0][0] = ptx::load_shared(at ^ (block * 16));
+      raw.row[1][0] = ptx::load_shared((at ^ (block * 16)) + 8 * kRowBytes);
+    } else {
+      ptx::load_shared(raw.row[0], at ^ (block * 16));
+      ptx::load_shared(raw.row[1], (at ^ (block * 16)) + 8 * kRowBytes);
+    }
   }
   template <Element E>
   __device__ static void fragment(std::uint32_t (&r)[4], const RawWeights& raw, int s,
                                   const Unpacking& u, const std::uint32_t (&zero)[2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t pair = __byte_perm(raw.row[i % 2][2 * s + i / 2], 0, u.select);
-      r[i] = ptx::fma_pair<E>(pair & 0x00f0000fu, Half<E>::kNibbles, zero[i % 2]);
+      if constexpr (kRearranged) {
+        const std::uint32_t word = raw.row[i % 2][0] >> (8 * s);
+        r[i] = i < 2 ? ptx::fma_pair<E>(word & 0x000f000fu, Half<E>::kBytes, zero[i % 2])
+                     : ptx::fma_pair<E>(word & 0x00f000f0u, Half<E>::kUpper, zero[i % 2]);
+      } else {
+        const std::uint32_t pair = __byte_perm(raw.row[i % 2][2 * s + i / 2], 0, u.select);
+        r[i] = ptx::fma_pair<E>(pair & 0x00f0000fu, Half<E>::kNibbles, zero[i % 2]);
+      }
     }
   }
 };
@@ -92,6 +111,7 @@ struct U4 {
 // Two bytes of each eight: a word holds those of lanes 2i and 2i + 1.
 struct Bytes {
   static constexpr int kBits = 8;
+  static constexpr bool kHasAll = true;
   template <int kRowBytes>
   __device__ static std::uint32_t lane_offset(int g, int q) {
     static_assert(kRowBytes == 128);

@@ -313,6 +313,8 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   launch(p, grid, stream);
 }
 
+bool makes_tiles(const WeightSpec&, const RowMap&, const DeviceTraits&) { return true; }
+
 }  // namespace
 
 const GemmFamily& family_sm90() {
@@ -322,7 +324,7 @@ const GemmFamily& family_sm90() {
                                       .run = run,
                                       .hidden_quantized_by = hidden_quantized_by,
                                       .gemm1_quantizes = gemm1_quantizes,
-                                      .makes_tiles = true,
+                                      .makes_tiles = makes_tiles,
                                       .boxes = true};
   return kFamily;
 }

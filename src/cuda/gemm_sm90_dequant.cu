@@ -15,8 +15,8 @@ namespace {
 using namespace sm90;
 
 // --- the closed list of kernels
-enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf, kTwin, kTwinRuns };
-constexpr int kKernels = 6;
+enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf, kTwin, kTwinRuns, kNarrowFew };
+constexpr int kKernels = 6;  // tactics: all but NarrowFew
 
 struct KernelTraits {
   TaskShape task;
@@ -43,11 +43,16 @@ KernelTraits traits_of(Kernel kernel) {
     case Kernel::kMiddle:
       return traits_of<DequantMiddle<W, E, kSteps>>();
     case Kernel::kWide:
-      return traits_of<DequantWide<W, E, kSteps>>();
+      if constexpr (W::kHasAll) return traits_of<DequantWide<W, E, kSteps>>();
+      break;
     case Kernel::kTwin:
-      return traits_of<DequantTwin<W, E, kSteps>>();
+      if constexpr (W::kHasAll) return traits_of<DequantTwin<W, E, kSteps>>();
+      break;
     case Kernel::kTwinRuns:
-      return traits_of<DequantTwinRuns<W, E, kSteps>>();
+      if constexpr (kHasRuns<W, kSteps>) return traits_of<DequantTwinRuns<W, E, kSteps>>();
+      break;
+    case Kernel::kNarrowFew:
+      if constexpr (kHasFew<W, kSteps>) return traits_of<DequantNarrowFew<W, E, kSteps>>();
   }
   return {};
 }
@@ -56,6 +61,7 @@ KernelTraits traits_of(Kernel kernel) {
 struct Variant {
   WeightFormat format;
   bool f16, zeros, fine;  // fine: promotion every 32 of K
+  bool rearranged_u4 = true;
 };
 
 template <typename W>
@@ -65,11 +71,16 @@ KernelTraits traits_of(const Variant& v, Kernel kernel) {
   return v.fine ? traits_of<W, Element::kBF16, 2>(kernel) : traits_of<W, Element::kBF16, 8>(kernel);
 }
 
+template <Order kOrder>
+KernelTraits traits_of_u4(const Variant& v, Kernel kernel) {
+  return v.zeros ? traits_of<U4<Zeros::kGiven, kOrder>>(v, kernel)
+                 : traits_of<U4<Zeros::kMiddle, kOrder>>(v, kernel);
+}
 KernelTraits traits_of(const Variant& v, Kernel kernel) {
   if (v.format == WeightFormat::kE4M3) return traits_of<E4M3>(v, kernel);
   if (v.format == WeightFormat::kU4)
-    return v.zeros ? traits_of<U4<Zeros::kGiven>>(v, kernel)
-                   : traits_of<U4<Zeros::kMiddle>>(v, kernel);
+    return v.rearranged_u4 ? traits_of_u4<Order::kRearranged>(v, kernel)
+                           : traits_of_u4<Order::kPlain>(v, kernel);
   return v.zeros ? traits_of<I8<Zeros::kGiven>>(v, kernel)
                  : traits_of<I8<Zeros::kMiddle>>(v, kernel);
 }
@@ -93,8 +104,20 @@ std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
   return std::min(kRunBytes / task.per_sm / (row_bytes(spec) * task.rows), kLongestRun);
 }
 
-KernelTraits traits_of(const WeightSpec& spec, Kernel kernel) {
-  KernelTraits traits = traits_of(variant_of(spec), kernel);
+// What runs in place of a kernel that this variant does not have.
+Kernel present(const Variant& v, Kernel kernel) {
+  if (v.format == WeightFormat::kU4 && !v.rearranged_u4) {
+    if (kernel == Kernel::kWide) return Kernel::kMiddle;
+    return kernel == Kernel::kTwin || kernel == Kernel::kTwinRuns ? Kernel::kNarrow : kernel;
+  }
+  return kernel == Kernel::kTwinRuns && v.fine ? Kernel::kTwin : kernel;
+}
+
+KernelTraits traits_of(const WeightSpec& spec, Kernel kernel, Order order = Order::kRearranged) {
+  Variant variant = variant_of(spec);
+  variant.rearranged_u4 = order == Order::kRearranged;
+  kernel = present(variant, kernel);
+  KernelTraits traits = traits_of(variant, kernel);
   if (kernel == Kernel::kTwinRuns)
     traits.task.run = static_cast<int>(std::max<std::int64_t>(run_of(spec, traits.task), 2));
   return traits;
@@ -128,20 +151,30 @@ std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTr
 
 bool forced(const GemmStage& stage) { return stage.tactic >= 0 && stage.tactic < kKernels; }
 
-Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
-  if (forced(stage)) return static_cast<Kernel>(stage.tactic);
-  const std::int64_t rows = stage.rows.tile_rows;
+Kernel listed_kernel(const WeightSpec& spec, const RowMap& map, const DeviceTraits& device) {
+  const std::int64_t rows = map.tile_rows;
   if (rows > 16) return rows <= 64 ? Kernel::kMiddle : Kernel::kWide;
-  const WeightSpec& spec = stage.b->spec;
-  const std::int64_t tasks = likely_tiles(stage.rows, spec.experts) * ceil_div(spec.n, 128);
+  const std::int64_t tasks = likely_tiles(map, spec.experts) * ceil_div(spec.n, 128);
   // With K below 512 a task is little beside what comes with it: runs, where tasks are enough.
   if (spec.k < 512) return tasks >= 12 * device.sm_count ? Kernel::kTwinRuns : Kernel::kNarrow;
   // With several tokens a tile the multiplying warps are what is waited for, and Twin has twice as
   // many: up to a fifth is won. But as long as tasks are few, a last wave of half the machine costs
   // more, and of long K (2880 and more) a tenth is lost.
-  const bool several = stage.rows.slot_count >= 2 * spec.experts;
+  const bool several = map.slot_count >= 2 * spec.experts;
   const bool twin = several && tasks >= 6 * device.sm_count && spec.k <= 2048;
   return twin ? Kernel::kTwin : Kernel::kNarrow;
+}
+
+Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
+  if (stage.unlisted.any()) return Kernel::kNarrowFew;
+  if (forced(stage)) return static_cast<Kernel>(stage.tactic);
+  return listed_kernel(stage.b->spec, stage.rows, device);
+}
+
+// Products that would come in runs keep their list: those are worth more.
+bool makes_tiles(const WeightSpec& spec, const RowMap& rows, const DeviceTraits& device) {
+  return traits_of(variant_of(spec), Kernel::kNarrowFew).launch != nullptr &&
+         listed_kernel(spec, rows, device) == Kernel::kNarrow;
 }
 
 // What a CTA does at a time: runs are as long as a forced tactic says, or so short that every CTA
@@ -149,7 +182,8 @@ Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
 KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   constexpr std::int64_t kLeast = 3;  // runs of a CTA
   const WeightSpec& spec = stage.b->spec;
-  KernelTraits traits = traits_of(spec, kernel_for(stage, device));
+  const Order order = is_rearranged(*stage.b) ? Order::kRearranged : Order::kPlain;
+  KernelTraits traits = traits_of(spec, kernel_for(stage, device), order);
   TaskShape& task = traits.task;
   if (task.run > 1 && !forced(stage)) {
     const std::int64_t tasks = likely_tiles(stage.rows, spec.experts) * ceil_div(spec.n, task.rows);
@@ -241,8 +275,13 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 }  // namespace
 
 const GemmFamily& family_sm90_dequant() {
-  static constexpr GemmFamily kFamily{
-      .supports = supports, .tile_rows = tile_rows, .tactics = tactics, .run = run, .boxes = true};
+  static constexpr GemmFamily kFamily{.supports = supports,
+                                      .tile_rows = tile_rows,
+                                      .tactics = tactics,
+                                      .run = run,
+                                      .makes_tiles = makes_tiles,
+                                      .rearranges_u4 = true,
+                                      .boxes = true};
   return kFamily;
 }
 

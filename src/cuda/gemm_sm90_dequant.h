@@ -103,6 +103,16 @@ template <typename W, Element E, int kSteps>
 using DequantTwinRuns = DequantShape<W, E, kSteps,   16,  2,    1,           128,      8,    2,
                                                                               Loop::kFreeInRuns>;
 // clang-format on
+// Few rows, which have no list of tiles: see Tiles.
+template <typename W, Element E, int kSteps>
+struct DequantNarrowFew : DequantNarrow<W, E, kSteps> {
+  static constexpr Tiles kTiles = Tiles::kMade;
+};
+// Not for every scheme, for the library's size: each of these kernels is 0.1 MB.
+template <typename W, int kSteps>
+inline constexpr bool kHasFew = kSteps == 8 && !(W::kBits == 8 && W::kZeros);
+template <typename W, int kSteps>
+inline constexpr bool kHasRuns = kSteps == 8 && W::kHasAll;
 
 template <typename W, Element E, int kSteps, int kTokens, int kWarpgroups, int kBlocks,
           int kRowBytes, int kMostStages, int kPerSm, Loop kLoop>

@@ -38,7 +38,7 @@ __device__ __forceinline__ std::uint32_t existing_row(const Params& p, int row_t
 template <typename S>
 __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S>& shared) {
   if (!p.settled) wait_for_earlier_kernels();
-  Schedule<S::kTokens, 1, kWalk<S>> schedule(p);
+  Schedule<S::kTokens, 1, kWalk<S>, S::kTiles> schedule(p);
   Cursor<S::kStages> cursor;
   int ring = 0, flip = 0;
   for (;;) {
@@ -97,7 +97,7 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
   constexpr int kMine = S::kRows / 32;
   const int lane = ptx::thread_index() % 32;
   if (!p.settled) wait_for_earlier_kernels();
-  Schedule<S::kTokens, 1, kWalk<S>> schedule(p);
+  Schedule<S::kTokens, 1, kWalk<S>, S::kTiles> schedule(p);
   Cursor<S::kStages> cursor;
   ScaleSlot<S> slot;
   for (;;) {

@@ -23,8 +23,8 @@ class DequantPlace : protected Consumer<S, DequantParams> {
   using Base::shared_;
 
   static constexpr int kBlockBytes = 64 * S::kRowBytes;
-  // Where the loops of uniform descriptors were measured, and won.
-  static constexpr bool kUniform = Weight::kBits == 4 && S::kSteps == 8;
+  // Long groups: loops of uniform descriptors. (Short ones were not measured with them.)
+  static constexpr bool kUniform = S::kSteps == 8;
 
   // Of block 0, the first of this thread's two rows: its index in the task.
   __device__ static std::uint32_t row() {

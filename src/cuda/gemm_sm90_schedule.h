@@ -194,7 +194,7 @@ class Schedule {
       size_ = mask ? (run + 1) / 2 : kLongest;  // with its end in sight, halve it
       if (size_ > kLongest) size_ = kLongest;
     }
-    if (p_.even_tiles) divide();
+    if (kTokens > 16 && p_.even_tiles) divide();
   }
   // Runs of adjacent tiles of one expert inside the group: equal shares, in units of 16 rows.
   __device__ void divide() {

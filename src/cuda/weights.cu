@@ -8,6 +8,7 @@
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/overlap.h"
+#include "cuda/rearrange.h"
 #include "cuda/weights.h"
 #include "numeric.h"
 
@@ -79,6 +80,24 @@ __global__ void convert_strided(Source source, DType dtype, float* dense) {
   }
 }
 
+enum class Way : std::uint8_t { kRearrange, kRestore };
+
+// `count` pieces of 16 bytes, from one place to another or in place.
+__global__ void rearrange_pieces(Way way, const uint4* from, uint4* to, std::int64_t count) {
+  begin_kernel();
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    const uint4 piece = from[i];
+    const std::uint32_t in[4] = {piece.x, piece.y, piece.z, piece.w};
+    std::uint32_t out[4];
+    if (way == Way::kRearrange)
+      rearrange(in, out);
+    else
+      restore(in, out);
+    to[i] = {out[0], out[1], out[2], out[3]};
+  }
+}
+
 void to_device(void* to, const std::vector<char>& from) {
   check_cuda(cudaMemcpyAsync(to, from.data(), from.size(), cudaMemcpyHostToDevice, nullptr),
              "cudaMemcpy");
@@ -121,6 +140,14 @@ class Loader {
     }
   }
 
+  // Dense 4-bit weights of one expert.
+  void rearrange(Way way, const void* from, void* to, std::int64_t bytes) const {
+    const std::int64_t pieces = bytes / 16;
+    launch("weights: rearrange", rearrange_pieces,
+           {.grid = strided_grid(ceil_div(pieces, 256), device_, 8), .block = dim3(256)}, nullptr,
+           way, static_cast<const uint4*>(from), static_cast<uint4*>(to), pieces);
+  }
+
   // Scales of any float dtype as f32.
   void convert(const Tensor& from, float* to) const {
     if (from.dtype == DType::kF32) return copy(from, to);
@@ -152,7 +179,8 @@ class Loader {
 
 class DenseWeights final : public CudaWeights {
  public:
-  DenseWeights(const WeightSpec& spec, const DeviceTraits& device) : spec_(spec), device_(device) {
+  DenseWeights(const WeightSpec& spec, const DeviceTraits& device, Arrangement arrangement)
+      : CudaWeights(arrangement), spec_(spec), device_(device) {
     const DeviceGuard guard(device.index);
     view_.weight = take(weight_memory_, weight_dtype(spec.format), spec.n,
                         is_four_bit(spec.format) ? spec.k / 2 : spec.k);
@@ -171,7 +199,14 @@ class DenseWeights final : public CudaWeights {
     const DeviceGuard guard(device_.index);
     const Tensor dense = view_.weight.slice(local_expert, 1);
     const std::size_t element = size_of(dense.dtype), width = static_cast<std::size_t>(dense.shape[2]) * element;
-    check_cuda(cudaMemcpy2DAsync(weight.data, static_cast<std::size_t>(weight.strides[1]) * element, dense.data, width,
+    const void* from = dense.data;
+    DeviceMemory plain;
+    if (arrangement() == Arrangement::kRearranged) {
+      plain = DeviceMemory(static_cast<std::size_t>(expert_bytes()));
+      Loader(device_).rearrange(Way::kRestore, dense.data, plain.data(), expert_bytes());
+      from = plain.data();
+    }
+    check_cuda(cudaMemcpy2DAsync(weight.data, static_cast<std::size_t>(weight.strides[1]) * element, from, width,
                                  width, static_cast<std::size_t>(dense.shape[1]), cudaMemcpyDefault, nullptr),
                "cudaMemcpy2D (unpack)");
     check_cuda(cudaStreamSynchronize(nullptr), "unpack");
@@ -180,7 +215,10 @@ class DenseWeights final : public CudaWeights {
   void load(std::int64_t local_expert, const GemmWeights& one) override {
     const DeviceGuard guard(device_.index);
     const Loader loader(device_);
-    loader.copy(one.weight, view_.weight.slice(local_expert, 1).data);
+    void* const weight = view_.weight.slice(local_expert, 1).data;
+    loader.copy(one.weight, weight);
+    if (arrangement() == Arrangement::kRearranged)
+      loader.rearrange(Way::kRearrange, weight, weight, expert_bytes());
     if (spec_.scale.has_scale) {
       void* scale = view_.scale.slice(local_expert, 1).data;
       if (spec_.e8m0_scales)
@@ -199,6 +237,10 @@ class DenseWeights final : public CudaWeights {
   }
 
  private:
+  std::int64_t expert_bytes() const {
+    return view_.weight.shape[1] * view_.weight.shape[2] *
+           static_cast<std::int64_t>(size_of(view_.weight.dtype));
+  }
   Tensor take(DeviceMemory& memory, DType dtype, std::int64_t rows, std::int64_t columns) {
     memory =
         DeviceMemory(static_cast<std::size_t>(spec_.experts * rows * columns) * size_of(dtype));
@@ -213,8 +255,9 @@ class DenseWeights final : public CudaWeights {
 
 }  // namespace
 
-std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device) {
-  return std::make_unique<DenseWeights>(spec, device);
+std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device,
+                                               Arrangement arrangement) {
+  return std::make_unique<DenseWeights>(spec, device, arrangement);
 }
 
 }  // namespace moesaic::cuda

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One product's weights on a device: dense, in the caller's row order.
+// One product's weights on a device: dense, in the caller's row order; along K, too, unless the
+// kernels that will read them want 4-bit weights rearranged.
 #pragma once
 
 #include <memory>
@@ -9,19 +10,32 @@
 
 namespace moesaic::cuda {
 
+// kRearranged: 4-bit weights as rearrange.h has them.
+enum class Arrangement : std::uint8_t { kPlain, kRearranged };
+
 class CudaWeights : public PackedWeights {
  public:
   const GemmWeights& view() const { return view_; }  // dense [E, N, K], scales f32, zero points
+  Arrangement arrangement() const { return arrangement_; }
 
  protected:
+  explicit CudaWeights(Arrangement arrangement) : arrangement_(arrangement) {}
   GemmWeights view_;
+
+ private:
+  Arrangement arrangement_;
 };
 // Memory for all experts at once, filled expert by expert.
-std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device);
+std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device,
+                                               Arrangement arrangement);
 
 // The weights a stage reads, packed or the caller's.
 inline const GemmWeights& weights_of(const WeightOperand& b) {
   return b.packed ? static_cast<const CudaWeights*>(b.packed)->view() : b.plain;
+}
+inline bool is_rearranged(const WeightOperand& b) {
+  return b.packed != nullptr &&
+         static_cast<const CudaWeights*>(b.packed)->arrangement() == Arrangement::kRearranged;
 }
 
 }  // namespace moesaic::cuda

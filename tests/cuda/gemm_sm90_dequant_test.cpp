@@ -3,8 +3,10 @@
 // from every tactic, tile and layout.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
 
+#include "cuda/rearrange.h"
 #include "product.h"
 #include "product_timing.h"
 
@@ -71,6 +73,17 @@ class GemmSm90Dequant : public ::testing::Test {
     ASSERT_GE(tactics.size(), 3u);
     const int before = failures();
     const auto first = product.run(family, -1, 16, 16);
+    check_tactics(c, product, tactics, first);
+    if (c.format != WeightFormat::kU4 || failures() > before) return;
+    product.pack(cuda::Arrangement::kRearranged);
+    check_tactics(c, product, tactics, first);
+  }
+
+  static void check_tactics(const ProductCase& c, Product& product,
+                            const std::vector<Tactic>& tactics,
+                            const std::vector<std::uint8_t>& first) {
+    const cuda::GemmFamily& family = cuda::family_sm90_dequant();
+    const int before = failures();
     for (const Tactic& tactic : tactics) {
       if (failures() > before) return;  // one report per case
       for (const auto& [tile_rows, live] :
@@ -166,7 +179,8 @@ TEST_F(GemmSm90Dequant, RandomShapes) {
 }
 
 // Wide copies the scales of four stages at once, into places of their own: K of one such copy with
-// its end inside the last stage; of four copies and a part, whose rows are 20 apart; of five. Every
+// its end inside the last stage; of five, with and without that; and 17 groups, which no copy of 16
+// bytes fits. Every
 // CTA gets several tasks, and the first ones of the list, of which there is one stage and no
 // scales, belong to no expert.
 TEST_F(GemmSm90Dequant, ScalesOfFourStages) {
@@ -174,19 +188,64 @@ TEST_F(GemmSm90Dequant, ScalesOfFourStages) {
   const cuda::GemmFamily& family = cuda::family_sm90_dequant();
   unsigned seed = 400;
   for (const bool zeros : {false, true}) {
-    for (const auto& [k, padding] :
-         {std::pair<std::int64_t, std::int64_t>{480, 0}, {2176, 3}, {2560, 0}}) {
+    for (const std::int64_t k : {480, 2176, 2464, 2560}) {
       ProductCase c{.name = "int4 k " + std::to_string(k) + (zeros ? " zeros" : "")};
       c.format = WeightFormat::kU4, c.scales = Scales::kGroup, c.group_k = 128;
       c.zero_points = zeros;
-      c.tokens = 60, c.n = 400, c.k = k, c.scale_padding = padding, c.seed = ++seed;
+      c.tokens = 60, c.n = 400, c.k = k, c.seed = ++seed;
       Product product(c);
       ASSERT_TRUE(family.supports(product.spec())) << c.name;
       const auto first = product.run(family, -1, 16, 16);
+      product.pack(cuda::Arrangement::kRearranged);
       for (const auto& [tile_rows, live] :
            {std::pair<std::int64_t, std::int64_t>{8, 1}, {128, 112}}) {
         EXPECT_TRUE(product.run(family, kWide, tile_rows, live) == first)
             << c.name << " over tiles of " << live << " rows differs";
+      }
+    }
+  }
+}
+
+// A layer's own 4-bit weights lie as rearrange.h says, and come back as they were given.
+TEST_F(GemmSm90Dequant, RearrangedWeightsComeBack) {
+  constexpr std::int64_t kExperts = 3, kRows = 40, kRowBytes = 48, kPitch = 80;
+  WeightSpec spec;
+  spec.format = WeightFormat::kU4;
+  spec.experts = kExperts, spec.n = kRows, spec.k = 2 * kRowBytes;
+  spec.scale = {.has_scale = true, .group_n = 1, .group_k = spec.k, .grid_n = kRows, .grid_k = 1};
+  const auto packed =
+      cuda::make_cuda_weights(spec, device_traits(), cuda::Arrangement::kRearranged);
+  std::mt19937 random(5);
+  std::vector<std::vector<std::uint8_t>> given(kExperts);
+  std::vector<float> scale(kRows, 1.0f);
+  const Device cpu{};
+  for (std::int64_t e = 0; e < kExperts; ++e) {
+    given[e].resize(kRows * kRowBytes);
+    for (auto& byte : given[e]) byte = static_cast<std::uint8_t>(random());
+    GemmWeights one;
+    one.weight = Tensor::contiguous(given[e].data(), DType::kU8, {1, kRows, kRowBytes}, cpu);
+    one.scale = Tensor::contiguous(scale.data(), DType::kF32, {1, kRows, 1}, cpu);
+    packed->load(e, one);
+  }
+  for (std::int64_t e = 0; e < kExperts; ++e) {
+    std::vector<std::uint8_t> held(kRows * kRowBytes), expected(kRows * kRowBytes);
+    cuda_ok(cudaMemcpy(held.data(), packed->view().weight.slice(e, 1).data, held.size(),
+                       cudaMemcpyDeviceToHost));
+    for (std::size_t at = 0; at < held.size(); at += 16) {
+      std::uint32_t plain[4], words[4];
+      std::memcpy(plain, &given[e][at], 16);
+      cuda::rearrange(plain, words);
+      std::memcpy(&expected[at], words, 16);
+    }
+    EXPECT_EQ(held, expected);
+    std::vector<std::uint8_t> back(kRows * kPitch, 0xfb);
+    Tensor to = Tensor::contiguous(back.data(), DType::kU8, {1, kRows, kPitch}, cpu);
+    to.shape[2] = kRowBytes;
+    packed->unpack(e, to);
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      for (std::int64_t b = 0; b < kPitch; ++b) {
+        const int wanted = b < kRowBytes ? given[e][row * kRowBytes + b] : 0xfb;
+        ASSERT_EQ(back[row * kPitch + b], wanted) << "expert " << e << " row " << row << " " << b;
       }
     }
   }

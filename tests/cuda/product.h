@@ -15,6 +15,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/weights.h"
 #include "device_buffer.h"
 #include "product_case.h"
 
@@ -30,6 +31,27 @@ class Product {
   }
 
   const WeightSpec& spec() const { return operand_.spec; }
+
+  // From now on from a layer's own copy of the weights, in the arrangement asked for.
+  void pack(cuda::Arrangement arrangement) {
+    const WeightSpec& s = operand_.spec;
+    packed_ = cuda::make_cuda_weights(s, device_traits(), arrangement);
+    GemmWeights all = operand_.plain;
+    if (s.scale.has_scale) {  // rank 3, as a layer hands them over
+      const Tensor& given = operand_.plain.scale;
+      const std::int64_t row = given.rank > 1 ? given.strides[1] : s.scale.grid_k;
+      all.scale.rank = 3;
+      all.scale.shape = {s.experts, s.scale.grid_n, s.scale.grid_k};
+      all.scale.strides = {given.strides[0], row, 1};
+    }
+    for (std::int64_t e = 0; e < s.experts; ++e) {
+      GemmWeights one = all;
+      for (Tensor* t : {&one.weight, &one.scale, &one.zero_point})
+        if (t->defined()) *t = t->slice(e, 1);
+      packed_->load(e, one);
+    }
+    operand_.packed = packed_.get();
+  }
 
   // Runs one tactic over tiles of at most `rows_per_tile` rows; C's bytes with everything around
   // it. Verifies guards, untouched rows and, once, the values.
@@ -169,19 +191,7 @@ class Product {
       std::vector<std::int64_t> shape = {e_count};
       if (s.scale.grid_n > 1 || s.scale.grid_k > 1) shape.push_back(s.scale.grid_n);
       if (s.scale.grid_k > 1) shape.push_back(s.scale.grid_k);
-      if (case_.scale_padding > 0) {
-        std::vector<float> padded;
-        for (std::size_t i = 0; i < scale.size(); ++i) {
-          padded.push_back(scale[i]);
-          if ((i + 1) % shape.back() == 0)
-            padded.insert(padded.end(), static_cast<std::size_t>(case_.scale_padding), NAN);
-        }
-        scale = padded;
-        shape.back() += case_.scale_padding;
-      }
-      Tensor cells = keep(scale, DType::kF32, shape);
-      cells.shape[cells.rank - 1] -= case_.scale_padding;
-      operand_.plain.scale = cells;
+      operand_.plain.scale = keep(scale, DType::kF32, shape);
     }
     if (case_.zero_points)
       operand_.plain.zero_point = keep(zero, DType::kU8, {e_count, zero_rows, s.scale.grid_k});
@@ -447,6 +457,7 @@ class Product {
 
   ProductCase case_;
   std::mt19937 random_;
+  std::unique_ptr<cuda::CudaWeights> packed_;
   WeightOperand operand_;
   GemmStage stage_;
   std::vector<Buffer> buffers_, rows_buffers_;

@@ -91,6 +91,15 @@ class TimedLayer {
       out.plain.scale = Tensor::contiguous(buffers_.back()->data(), DType::kF32,
                                            {s.experts, n, s.scale.grid_k}, kGpu);
     }
+    if (four) {  // as a layer on SM90 has them
+      packed_.push_back(cuda::make_cuda_weights(s, traits_, cuda::Arrangement::kRearranged));
+      for (std::int64_t e = 0; e < s.experts; ++e) {
+        GemmWeights one = out.plain;
+        one.weight = one.weight.slice(e, 1), one.scale = one.scale.slice(e, 1);
+        packed_.back()->load(e, one);
+      }
+      out.packed = packed_.back().get();
+    }
     return out;
   }
 
@@ -217,6 +226,7 @@ class TimedLayer {
   RowOf input_ = RowOf::kToken;
   cuda::DeviceTraits traits_;
   std::vector<Buffer> buffers_, map_buffers_;
+  std::vector<std::unique_ptr<cuda::CudaWeights>> packed_;
   WeightOperand fc1_, fc2_;
   ActivationSpec swiglu_{};
   std::vector<RowMap> maps_;

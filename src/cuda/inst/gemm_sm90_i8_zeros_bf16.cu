@@ -13,6 +13,5 @@ template void launch_dequant<DequantTwinRuns<W, E, 8>>(const DequantParams&, int
 template void launch_dequant<DequantNarrow<W, E, 2>>(const DequantParams&, int, cudaStream_t);
 template void launch_dequant<DequantMiddle<W, E, 2>>(const DequantParams&, int, cudaStream_t);
 template void launch_dequant<DequantTwin<W, E, 2>>(const DequantParams&, int, cudaStream_t);
-template void launch_dequant<DequantTwinRuns<W, E, 2>>(const DequantParams&, int, cudaStream_t);
 
 }  // namespace moesaic::cuda::sm90

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The widest SM90 kernels for 4-bit weights with zero points and bf16 activations.
+// The widest SM90 kernels for rearranged 4-bit weights with zero points and bf16 activations.
 #include "cuda/gemm_sm90_dequant_kernel.h"
 
 namespace moesaic::cuda::sm90 {
 
-using W = U4<Zeros::kGiven>;
+using W = U4<Zeros::kGiven, Order::kRearranged>;
 inline constexpr Element E = Element::kBF16;
 template void launch_dequant<DequantWide<W, E, 8>>(const DequantParams&, int, cudaStream_t);
 template void launch_dequant<DequantWide<W, E, 2>>(const DequantParams&, int, cudaStream_t);

@@ -12,14 +12,25 @@
 
 namespace moesaic::cuda {
 
-// alpha, beta and limit of one expert.
-struct ActivationTerms {
-  float alpha, beta, limit;
-};
-constexpr bool has_terms(Activation kind) {
-  return kind == Activation::kSwigluOai || kind == Activation::kSwigluClamp ||
-         kind == Activation::kSwigluStep;
+// Gated functions are one formula, with terms of an expert: with g = min(gate, gate_limit),
+//   min(g * sigmoid(z), silu_limit) * (clamp(up) + beta),   z = alpha * g, or cubic in g
+// where what a function has not is an infinity or -0. All kernels have it once: a copy for each
+// function was code beside the main loops, of which the fast ways of writing C had two. (SwiGLU,
+// which most have, is eight instructions shorter by itself; GEGLU with the error function is not
+// of this form.)
+constexpr Activation formula_of(Activation kind) {
+  const bool has_terms = kind == Activation::kGegluTanh || kind == Activation::kSwigluClamp ||
+                         kind == Activation::kSwigluStep;
+  return has_terms ? Activation::kSwigluOai : kind;
 }
+constexpr bool has_terms(Activation kind) { return formula_of(kind) == Activation::kSwigluOai; }
+struct ActivationTerms {
+  float alpha, beta;  // alpha: times -log2(e)
+  float gate_limit, silu_limit;
+  bool cubic;
+};
+inline constexpr float kMinusLog2E = -1.4426950408889634f;
+inline constexpr float kNoLimit = __builtin_huge_valf();
 
 // What a kernel takes by value: the scalars, and per-expert arrays where the caller gave them.
 struct ActivationView {
@@ -31,24 +42,33 @@ struct ActivationView {
   std::int64_t alpha_stride = 1, beta_stride = 1, limit_stride = 1;
 
   __device__ ActivationTerms terms(std::int64_t expert) const {
-    return {alphas ? alphas[expert * alpha_stride] : alpha,
-            betas ? betas[expert * beta_stride] : beta,
-            limits ? limits[expert * limit_stride] : limit};
+    const float given = limits ? limits[expert * limit_stride] : limit;
+    const bool step = kind == Activation::kSwigluStep;
+    return {.alpha = alphas ? alphas[expert * alpha_stride] * kMinusLog2E : alpha,
+            .beta = betas ? betas[expert * beta_stride] : beta,
+            .gate_limit = step ? kNoLimit : given,
+            .silu_limit = step ? given : kNoLimit,
+            .cubic = kind == Activation::kGegluTanh};
   }
 };
 
 inline ActivationView activation_view(const ActivationSpec& spec,
                                       const ActivationWeights& weights) {
-  ActivationView view{
-      .kind = spec.kind, .alpha = spec.alpha, .beta = spec.beta, .limit = spec.limit};
+  const bool oai = spec.kind == Activation::kSwigluOai, tanh = spec.kind == Activation::kGegluTanh;
+  // 0.5 * (1 + tanh(z)) = sigmoid(2 z), z = sqrt(2 / pi) * (g + 0.044715 g^3).
+  const float alpha = oai ? spec.alpha : tanh ? 2.0f * 0.79788456080286536f : 1.0f;
+  ActivationView view{.kind = spec.kind,
+                      .alpha = alpha * kMinusLog2E,
+                      .beta = oai ? spec.beta : -0.0f,  // +0 would make another sign of a zero
+                      .limit = tanh ? kNoLimit : spec.limit};
   const auto attach = [](const Tensor& t, const float*& data, std::int64_t& stride) {
     if (!t.defined()) return;
     data = t.as<const float>();
     stride = t.strides[0];
   };
-  attach(weights.alpha, view.alphas, view.alpha_stride);
-  attach(weights.beta, view.betas, view.beta_stride);
-  attach(weights.limit, view.limits, view.limit_stride);
+  if (oai) attach(weights.alpha, view.alphas, view.alpha_stride);
+  if (oai) attach(weights.beta, view.betas, view.beta_stride);
+  if (!tanh) attach(weights.limit, view.limits, view.limit_stride);
   return view;
 }
 
@@ -67,7 +87,6 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-inline constexpr float kMinusLog2E = -1.4426950408889634f;
 __device__ __forceinline__ float sigmoid(float x) {
   return reciprocal_fast(1.0f + exp2_fast(x * kMinusLog2E));
 }
@@ -82,14 +101,21 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   const float z = 0.79788456080286536f * __fmaf_rn(0.044715f * x * x, x, x);
   return x * reciprocal_fast(1.0f + exp2_fast(z * (2.0f * kMinusLog2E)));
 }
-// Comparisons, not fminf / fmaxf: those would swallow a NaN, which must stay in its row.
-__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
+// Not fminf and fmaxf: those would swallow a NaN, which must stay in its row.
+__device__ __forceinline__ float at_most(float x, float limit) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+  return y;
+}
 __device__ __forceinline__ float clamp_to(float x, float limit) {
-  return x > limit ? limit : (x < -limit ? -limit : x);
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(at_most(x, limit)), "f"(-limit));
+  return y;
 }
 
 // --- the functions -------------------------------------------------------------------------------
-// Ungated: act(x). Gated: act(gate, up). kKind is a constant, so only one branch is compiled.
+// Ungated: act(x). Gated: act(gate, up). kKind is a formula_of, and a constant, so that only one
+// branch is compiled.
 template <Activation kKind>
 __device__ __forceinline__ float activate(float gate, float up, const ActivationTerms& terms) {
   if constexpr (kKind == Activation::kSilu) return silu(gate);
@@ -100,20 +126,17 @@ __device__ __forceinline__ float activate(float gate, float up, const Activation
   if constexpr (kKind == Activation::kIdentity) return gate;
   if constexpr (kKind == Activation::kSwiglu) return silu(gate) * up;
   if constexpr (kKind == Activation::kGeglu) return gelu_erf(gate) * up;
-  if constexpr (kKind == Activation::kGegluTanh) return gelu_tanh(gate) * up;
   if constexpr (kKind == Activation::kSwigluOai) {
-    const float g = at_most(gate, terms.limit);
-    return g * sigmoid(terms.alpha * g) * (clamp_to(up, terms.limit) + terms.beta);
-  }
-  if constexpr (kKind == Activation::kSwigluClamp) {
-    return silu(at_most(gate, terms.limit)) * clamp_to(up, terms.limit);
-  }
-  if constexpr (kKind == Activation::kSwigluStep) {
-    return at_most(silu(gate), terms.limit) * clamp_to(up, terms.limit);
+    const float g = at_most(gate, terms.gate_limit);
+    // (Not a factor that may be 0: an infinity would become NaN.)
+    const float z = terms.cubic ? __fmaf_rn(0.044715f * g * g, g, g) : g;
+    const float silu = g * reciprocal_fast(1.0f + exp2_fast(z * terms.alpha));
+    const float up_limit = fminf(terms.gate_limit, terms.silu_limit);  // one is none
+    return at_most(silu, terms.silu_limit) * (clamp_to(up, up_limit) + terms.beta);
   }
 }
 
-// The one closed switch: calls body(tag) with the kind as a constant, tag::value.
+// The one closed switch: calls body(tag) with formula_of(kind) as a constant, tag::value.
 template <typename Body>
 __device__ __forceinline__ void with_activation(Activation kind, Body&& body) {
   using A = Activation;
@@ -135,13 +158,10 @@ __device__ __forceinline__ void with_activation(Activation kind, Body&& body) {
     case A::kGeglu:
       return body(std::integral_constant<A, A::kGeglu>{});
     case A::kGegluTanh:
-      return body(std::integral_constant<A, A::kGegluTanh>{});
     case A::kSwigluOai:
-      return body(std::integral_constant<A, A::kSwigluOai>{});
     case A::kSwigluClamp:
-      return body(std::integral_constant<A, A::kSwigluClamp>{});
     case A::kSwigluStep:
-      return body(std::integral_constant<A, A::kSwigluStep>{});
+      return body(std::integral_constant<A, A::kSwigluOai>{});
   }
 }
 

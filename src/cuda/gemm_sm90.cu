@@ -182,8 +182,7 @@ QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
                                 const ActivationSpec& activation) {
   if (fc1.format != WeightFormat::kE4M3 || fc2.act != ActFormat::kE4M3) return QuantizedBy::kStage;
   if (fc2.act_scale == ActScale::kTensorStatic) return QuantizedBy::kGemm1;
-  const bool directly =
-      activation.kind == Activation::kSwiglu || activation.kind == Activation::kSwigluOai;
+  const bool directly = activation.kind == Activation::kSwiglu || has_terms(activation.kind);
   return block_scaled(fc1) && block_scaled(fc2) && fc2.act_group == 128 && directly
              ? QuantizedBy::kEither
              : QuantizedBy::kStage;
@@ -267,7 +266,7 @@ Direct direct(const Params& p, const GemmStage& stage, const KernelTraits& trait
   }
   const bool even =
       p.row_weights == nullptr && (p.a_scale == nullptr || p.block_scaled || p.a_scale_row == 0);
-  const bool known = p.activates ? kind == Activation::kSwiglu || kind == Activation::kSwigluOai
+  const bool known = p.activates ? kind == Activation::kSwiglu || has_terms(kind)
                                  : p.quantizer.kind == Quantizes::kNo;
   return even && known && !p.up_first && p.c_type == plain_type(element_of(stage.b->spec.format))
              ? Direct::kPlain

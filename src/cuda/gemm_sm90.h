@@ -114,8 +114,8 @@ struct Shape {
 template <typename S>
 __host__ __device__ constexpr bool leaves_directly(Activation kind) {
   const bool erf = kind == Activation::kGelu || kind == Activation::kGeglu;
-  const bool usual = kind == Activation::kIdentity || kind == Activation::kSwiglu ||
-                     kind == Activation::kSwigluOai;
+  const bool usual =
+      kind == Activation::kIdentity || kind == Activation::kSwiglu || has_terms(kind);
   return S::kDirect && (S::kHasBlockScales ? usual : !(S::kPromotes && erf));
 }
 

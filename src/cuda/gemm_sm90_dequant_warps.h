@@ -19,7 +19,7 @@ class WarpEpilogue : public Epilogue<S> {
   __device__ static bool can(const Params& p) {
     return p.store == StorePath::kMatrix &&
            (!p.activates || p.activation.kind == Activation::kSwiglu ||
-            p.activation.kind == Activation::kSwigluOai);
+            cuda::has_terms(p.activation.kind));
   }
 
   __device__ void begin(const Task& task) {

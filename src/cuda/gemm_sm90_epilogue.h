@@ -23,7 +23,7 @@ class Epilogue : public StagedEpilogue<S> {
       store_matrix<Activation::kIdentity>(task, sum, {});
     } else if (p_.store == StorePath::kMatrix && p_.activation.kind == Activation::kSwiglu) {
       store_matrix<Activation::kSwiglu>(task, sum, {});
-    } else if (p_.store == StorePath::kMatrix && p_.activation.kind == Activation::kSwigluOai) {
+    } else if (p_.store == StorePath::kMatrix && has_terms(p_.activation.kind)) {
       store_matrix<Activation::kSwigluOai>(task, sum, p_.activation.terms(task.expert));
     } else {
       store_staged(task, sum);

@@ -42,13 +42,16 @@ TEST(Sm90Quantizes, StaticScales) {
   }
 }
 
-// Every tile's kernel with full tiles, and the activations that leave through registers.
+// The activations that leave through registers, in groups as well.
+constexpr Activation kDirectly[] = {Activation::kSwiglu, Activation::kSwigluOai,
+                                    Activation::kGegluTanh, Activation::kSwigluClamp,
+                                    Activation::kSwigluStep};
+
+// Every tile's kernel with full tiles.
 TEST(Sm90Quantizes, StaticScalesOfLargeTiles) {
   if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
-  for (unsigned seed = 0; seed < 12; ++seed) {
+  for (unsigned seed = 0; seed < 24; ++seed) {
     std::mt19937 random(seed);
-    const int activations[] = {static_cast<int>(Activation::kSwiglu),
-                               static_cast<int>(Activation::kSwigluOai), -1};
     const Case c{.dtype = DType::kF8E4M3,
                  .scales = seed % 2 ? Scales::kTensor : Scales::kHalves,
                  .experts = 3,
@@ -59,7 +62,7 @@ TEST(Sm90Quantizes, StaticScalesOfLargeTiles) {
                  .tile_rows = 256 >> seed % 4,
                  .layout = static_cast<Layout>(seed % 3),
                  .a_row = RowOf::kPosition,
-                 .activation = activations[seed / 4],
+                 .activation = seed < 20 ? static_cast<int>(kDirectly[seed / 4]) : -1,
                  .out = seed % 4 == 1 ? DType::kF16 : DType::kBF16,
                  .alpha = seed % 3 == 1};
     ASSERT_NO_FATAL_FAILURE(expect_quantized(
@@ -76,7 +79,7 @@ TEST(Sm90Quantizes, Groups) {
     std::mt19937 random(seed);
     Case c = random_case(random, DType::kF8E4M3);
     c.scales = Scales::kBlock;
-    c.activation = static_cast<int>(seed % 3 == 0 ? Activation::kSwigluOai : Activation::kSwiglu);
+    c.activation = static_cast<int>(kDirectly[seed % 7 % 5]);
     c.n = 32 * (1 + static_cast<std::int64_t>(random() % 30));
     c.out = seed % 5 == 0 ? DType::kF16 : DType::kBF16;
     c.c_padding = 8 * static_cast<std::int64_t>(random() % 3);

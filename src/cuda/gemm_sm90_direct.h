@@ -15,8 +15,8 @@
 // K, in which the tensor cores stood still.
 //
 // Whatever does not lie so (Params::direct) goes by way of fp32 in shared memory: strided or f32
-// rows of C, products of no multiple of 32 rows, experts that are apart, cells of block scales of no
-// multiple of 32 rows, activations that leaves_directly refuses.
+// rows of C, products of no multiple of 32 rows, experts that are apart, cells of block scales of
+// no multiple of 32 rows, activations that leaves_directly refuses.
 #pragma once
 
 #include "cuda/gemm_sm90_epilogue_staged.h"
@@ -32,7 +32,7 @@ class DirectEpilogue : public StagedEpilogue<S> {
   using Sums = float[2][S::kTokens / 2];
 
   __device__ __forceinline__ void finish(const Task& task, Sums& sum) {
-    this->sync();  // the rows' terms are there
+    this->meet_terms();
     if (p_.direct == Direct::kNo) {
       this->store_staged(task, sum);
     } else {
@@ -73,6 +73,13 @@ class DirectEpilogue : public StagedEpilogue<S> {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         t.row[b][h] = this->row_terms()[b * 64 + warp_ * 16 + h * 8 + lane_ / 4];
+    }
+    if constexpr (Base::kOneTokenScale) {
+      if (this->has_one_token_scale()) {
+        const float scale = *this->token_scale();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) t.row[i / 2][i % 2].x *= scale;
+      }
     }
     t.quantized = quantized;
     if (quantized) t.inverse = *this->inverse_scale();

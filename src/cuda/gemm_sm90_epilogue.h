@@ -17,7 +17,7 @@ class Epilogue : public StagedEpilogue<S> {
   using Base::kTokens;
 
   __device__ void finish(const Task& task, float (&sum)[kBlocks][kTokens / 2]) {
-    sync();  // the rows' terms are there, and nobody reads the previous task's buffers any more
+    this->meet_terms();
     const bool fused = p_.activates;
     if (p_.store == StorePath::kMatrix && !fused) {
       store_matrix<Activation::kIdentity>(task, sum, {});

@@ -104,25 +104,50 @@ class EpilogueBase {
         lane_(thread_ % 32),
         warp_(thread_ / 32) {}
 
-  // Before the main loop, which hides the latency. Tasks, also those of a run, alternate between
-  // two places, so nobody can still read what is overwritten.
+  // Before the main loop, which hides the latency: what comes from memory goes to shared memory by
+  // itself. (A load whose value a thread stores there holds up the warp's first product, and with
+  // it both warpgroups'.) Tasks, also those of a run, alternate between two places, so nobody can
+  // still read what is overwritten.
   __device__ void begin(const Task& task) {
     if (thread_ < kBlocks * 64) {
-      float2 row = row_terms_of(task);
-      if constexpr (S::kDirect && S::kPromotes && !S::kHasBlockScales) {
-        if (p_.direct == Direct::kPlain && p_.a_scale != nullptr)
-          row.x *= p_.a_scale[task.expert * p_.a_scale_expert];
-      }
-      row_terms()[thread_] = row;
+      if constexpr (kTermsAhead)
+        fetch_row_terms(task);
+      else
+        row_terms()[thread_] = row_terms_of(task);
     }
-    if (S::kPromotes && p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
-      *inverse_scale() = inverse_of(p_.quantizer.given[task.expert * p_.quantizer.expert_stride]);
+    if constexpr (S::kPromotes && !kOnlyBlockScales) {
+      if (p_.quantizer.kind == Quantizes::kStatic && thread_ == 127) {
+        const float* const scale = p_.quantizer.given + task.expert * p_.quantizer.expert_stride;
+        if constexpr (kTermsAhead)
+          ptx::copy_async_4(ptx::shared_address(inverse_scale()), scale);
+        else
+          *inverse_scale() = inverse_of(*scale);
+      }
+    }
+    if constexpr (kOneTokenScale) {
+      if (has_one_token_scale() && thread_ == 125)
+        ptx::copy_async_4(ptx::shared_address(token_scale()),
+                          p_.a_scale + task.expert * p_.a_scale_expert);
+    }
     if constexpr (S::kDirect) {
       if (p_.activates && has_terms(p_.activation.kind) && thread_ == 126) {
         const ActivationTerms t = p_.activation.terms(task.expert);
         *activation_terms() = {t.alpha, t.beta, t.gate_limit, t.silu_limit};
       }
     }
+  }
+
+  // The first thing behind the main loop: the terms are there for all, and nobody reads the
+  // previous task's buffers any more.
+  __device__ __forceinline__ void meet_terms() const {
+    if constexpr (kTermsAhead) {
+      ptx::copy_async_wait();
+      if constexpr (S::kPromotes && !kOnlyBlockScales) {
+        if (p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
+          *inverse_scale() = inverse_of(*inverse_scale());
+      }
+    }
+    sync();
   }
 
   // Factor and bias of this thread's weight row.
@@ -132,9 +157,7 @@ class EpilogueBase {
     if (!scaled && p_.bias.data == nullptr) return row;
     const std::int64_t n = weight_row<S>(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
     if (n >= (p_.gated ? 2 * p_.columns : p_.columns)) return row;
-    if (scaled) {
-      row.x *= p_.weight_scale[task.expert * p_.scale_expert + n / p_.scale_group * p_.scale_row];
-    }
+    if (scaled) row.x *= *scale_of_row(task, n);
     if (p_.bias.data) {
       row.y = load_small(p_.bias.data, p_.bias.type,
                          task.expert * p_.bias.expert_stride + n * p_.bias.stride);
@@ -160,6 +183,48 @@ class EpilogueBase {
   }
 
  protected:
+  // Kernels for few tokens wait for weights, not for these.
+  static constexpr bool kTermsAhead = kTokens > 16;
+  // Of pairs those that know scales along K know no others (and none of C that is given).
+  static constexpr bool kOnlyBlockScales = S::kHasBlockScales && S::kPair == 2;
+  // Where all tokens of an expert have one scale, the rows' factors take it in (Direct::kPlain).
+  static constexpr bool kOneTokenScale = S::kDirect && S::kPromotes && !S::kHasBlockScales;
+  __device__ bool has_one_token_scale() const {
+    return p_.direct == Direct::kPlain && p_.a_scale != nullptr;
+  }
+
+  // Where the scale of weight row n lies, without block scales.
+  __device__ const float* scale_of_row(const Task& task, std::int64_t n) const {
+    const float* const scales = p_.weight_scale + task.expert * p_.scale_expert;
+    if (p_.scale_row == 0) return scales;
+    return scales + (p_.scale_group == 1 ? n : n / p_.scale_group) * p_.scale_row;
+  }
+  __device__ void fetch_row_terms(const Task& task) const {
+    float2* const to = row_terms() + thread_;
+    const bool scaled = !kOnlyBlockScales && p_.weight_scale != nullptr && !p_.block_scaled;
+    const bool biased = p_.bias.data != nullptr;
+    if (!scaled && !biased) {
+      *to = {p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
+      return;
+    }
+    const std::int64_t n = weight_row<S>(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
+    const bool inside = n < (p_.gated ? 2 * p_.columns : p_.columns);
+    // (A factor that is a product, and a bias of 16 bits, are waited for: few have them.)
+    if (!inside || !scaled || p_.alpha != nullptr) {
+      const float alpha = p_.alpha ? p_.alpha[task.expert] : 1.0f;
+      to->x = inside && scaled ? alpha * *scale_of_row(task, n) : alpha;
+    } else {
+      ptx::copy_async_4(ptx::shared_address(&to->x), scale_of_row(task, n));
+    }
+    const std::int64_t at = task.expert * p_.bias.expert_stride + n * p_.bias.stride;
+    if (!inside || !biased)
+      to->y = 0.0f;
+    else if (p_.bias.type == OutType::kF32)
+      ptx::copy_async_4(ptx::shared_address(&to->y), static_cast<const float*>(p_.bias.data) + at);
+    else
+      to->y = load_small(p_.bias.data, p_.bias.type, at);
+  }
+
   // --- shared memory of this warpgroup ---
   __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
   __device__ float2* row_terms() const {
@@ -168,6 +233,9 @@ class EpilogueBase {
   __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.kind != Quantizes::kNo; }
   __device__ float* inverse_scale() const {  // kStatic: of this task's expert
     return reinterpret_cast<float*>(shared_ + 2 * S::kBufferBytes + 2 * kBlocks * 64 * 8) + flip_;
+  }
+  __device__ float* token_scale() const {  // has_one_token_scale: of this task's expert
+    return inverse_scale() + 2;
   }
   __device__ float4* activation_terms() const {  // of this task's expert
     return reinterpret_cast<float4*>(shared_ + S::kEpilogueBytes - 32) + flip_;

@@ -60,7 +60,7 @@ class GroupsEpilogue : public DirectEpilogue<S> {
 
   __device__ __forceinline__ void finish(const Task& task, Sums& sum) {
     if (p_.quantizer.kind == Quantizes::kNo) return Base::finish(task, sum);
-    this->sync();  // the rows' terms are there
+    this->meet_terms();
     if (p_.activation.kind == Activation::kSwiglu) {
       store_either<Activation::kSwiglu>(task, sum);
     } else {

@@ -19,7 +19,7 @@ class UprightEpilogue : public GroupsEpilogue<S> {
   using Sums = float[2][64];
 
   __device__ __forceinline__ void finish(const Task& task, const Sums& sum) {
-    this->sync();  // the rows' terms are there
+    this->meet_terms();
     const Activation kind = p_.activates ? p_.activation.kind : Activation::kIdentity;
     if (kind == Activation::kIdentity) {
       store_either<Activation::kIdentity>(task, sum);

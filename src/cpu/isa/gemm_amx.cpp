@@ -14,7 +14,9 @@
 namespace moesaic {
 namespace {
 
-constexpr std::int64_t kVectorRows = 4;  // up to here bytes are not worth a tile
+// Up to how many rows of bytes take the vector instructions: where they are unpacked, or sums end in groups; and bytes that
+// lie ready, whose stream is fetched better beside tiles (2 to 4 rows of it made T = 64 slower by a tenth).
+constexpr std::int64_t kVectorRows = 4, kReadyVectorRows = 1;
 
 struct AmxLevel : Level {
   template <Compute kCompute>
@@ -28,12 +30,13 @@ struct AmxLevel : Level {
 
   template <Compute kCompute>
   static void native(const Panel& p, const Segments& s) {
-    if (!takes_tiles<kCompute>(p)) return Level::native<kCompute>(p, s);
+    if (!takes_tiles<kCompute>(p, s.count == 1 ? kReadyVectorRows : kVectorRows))
+      return Level::native<kCompute>(p, s);
     if constexpr (kCompute != Compute::kF32) multiply<kCompute, ReadyWeights>(p, s);
   }
   template <Compute kCompute>
   static void fused(const Panel& p, const Segments& s) {
-    if (!takes_tiles<kCompute>(p)) return Level::fused<kCompute>(p, s);
+    if (!takes_tiles<kCompute>(p, kVectorRows)) return Level::fused<kCompute>(p, s);
     if constexpr (kCompute != Compute::kF32)
       with_unpacker<kCompute>(s.code, [&]<typename Unpack>(std::type_identity<Unpack>) {
         multiply<kCompute, UnpackedWeights<Unpack>>(p, s);
@@ -42,8 +45,8 @@ struct AmxLevel : Level {
 
  private:
   template <Compute kCompute>
-  static bool takes_tiles(const Panel& p) {
-    return kCompute == Compute::kB16 || (kCompute == Compute::kByte && p.rows > kVectorRows);
+  static bool takes_tiles(const Panel& p, std::int64_t vector_rows) {
+    return kCompute == Compute::kB16 || (kCompute == Compute::kByte && p.rows > vector_rows);
   }
 
   template <Compute kCompute, typename Weights>

@@ -349,13 +349,13 @@ struct Tf32x3 {
       for (int i = 0; i < 4; ++i) {
         // To 11 bits by an addition to the bits (nearest, ties away) and a mask: cvt.rna.tf32 is a
         // dozen integer instructions, for NaN and infinity. A NaN that this takes for a number is
-        // still one in the rest, and infinity has none. The rest needs no rounding: the product
-        // ignores what lies behind 11 bits.
+        // still one in the rest, and so is infinity: setting its rest to zero costs two
+        // instructions in five and helps where the other operand has a rest of the same sign, only.
+        // The rest needs no rounding: the product ignores what lies behind 11 bits.
         const float x = __uint_as_float(raw[i]);
         const std::uint32_t high = (raw[i] + 0x1000u) & 0xffffe000u;
-        const float rest = x - __uint_as_float(high);
         out.high[h * 4 + i] = high;
-        out.low[h * 4 + i] = fabsf(x) == INFINITY ? 0u : __float_as_uint(rest);
+        out.low[h * 4 + i] = __float_as_uint(x - __uint_as_float(high));
       }
     }
   }

@@ -57,7 +57,7 @@ std::span<const Sm80Kernel> byte_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> f32_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 32, 5, 4>>(),  //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 64, 3, 3>>(),  //  8 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 4, 32, 4, 2>>(),  // 32 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 32, 4, 2>>(),  // 64 x 128
   };

@@ -125,7 +125,8 @@ class Sm80Consumer : public Sm80Place<T> {
     }
     // A pair of token fragments (or one) at a time: the next pair is read, and the last pair's sums
     // are added, while this pair's products are in the tensor cores.
-    constexpr int kPair = kN % 2 != 0 || (Op::kPromote && kM * kN >= 32) ? 1 : 2;  // 1: registers
+    constexpr bool kFew = kM * kN >= 32 || (kM * kN >= 16 && T::kThreads * T::kCtas > 256);
+    constexpr int kPair = kN % 2 != 0 || (Op::kPromote && kFew) ? 1 : 2;  // kFew: registers
     typename Op::B b[2][kCount][kPair];
     typename Op::Sum part[2][kM][kPair][4];
     const auto read = [&](int n, int set) {

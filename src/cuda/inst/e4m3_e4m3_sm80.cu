@@ -3,6 +3,6 @@
 
 namespace moesaic::cuda {
 std::span<const Sm80Kernel> sm80_e4m3_e4m3() {
-  return byte_kernels<Direct16<__half, WeightE4M3<__half>, 8>, 64>();
+  return widened_kernels<Direct16<__half, WeightE4M3<__half>, 8>>();
 }
 }  // namespace moesaic::cuda

@@ -39,17 +39,32 @@ std::span<const Sm80Kernel> wide_kernels() {
   return kKernels;
 }
 
-// 8-bit weights and activations. kTokens of the largest tile: scales of both, and tokens that are
-// widened in registers, too, leave room for 64.
-template <typename Op, int kTokens>
+// 8-bit weights and activations.
+template <typename Op>
 std::span<const Sm80Kernel> byte_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),                      //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),                      //  8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),                      // 16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),                      // 32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),                       //  64 x 128
-      sm80_large_kernel<Sm80LargeTile<Op, 8, 1, 2, kTokens / 8, 64, 4, 1>>(),  // kTokens x 256
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),             //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),             //  8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),             // 16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),             // 32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),              //  64 x 128
+      sm80_large_kernel<Sm80LargeTile<Op, 8, 1, 2, 16, 64, 4, 1>>(),  // 128 x 256
+  };
+  return kKernels;
+}
+
+// The same with tokens that are widened in registers, too. Products, conversions and sums of a warp
+// wait for each other: twelve warps of 168 registers hide more of that than eight of 255 that share
+// fewer bytes (64 x 256: 1.2 of the time), or than tokens widened once into shared memory (128 x
+// 256: 1.03 and 1.11; 64 x 128: 1.2).
+template <typename Op>
+std::span<const Sm80Kernel> widened_kernels() {
+  static constexpr Sm80Kernel kKernels[] = {
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),  //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),  //  8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),  // 16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  // 32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 3>>(),   // 64 x 128
   };
   return kKernels;
 }

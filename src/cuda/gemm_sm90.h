@@ -91,6 +91,9 @@ struct Shape {
   // whoever else copies, so two were not enough for 128 rows in the 1024 cycles of a 16-bit stage.
   // (Pairs with scales along K have rows by TMA as a rule, and registers for two.)
   static constexpr int kLoaderWarps = kTokens >= 128 && !kHasUpright ? 3 : 2;
+  // Boxes of tokens are asked for by so many warps: one takes its warp 200 to 300 cycles. (In 16
+  // bit more than one warp gained nothing.)
+  static constexpr int kBoxWarps = kPromotes && kPair == 1 ? kLoaderWarps : 1;
   // L2 keeps gathered tokens for all their row tasks and experts, while weights pass through it.
   static constexpr bool kKeepsTokens = kPair == 1;
   static constexpr int kPassRows = 4 * kLoaderWarps;

@@ -40,6 +40,7 @@ struct DequantShape {
   static constexpr bool kPromotes = false;  // for the token loader: no scales of activations
   static constexpr bool kHasBlockScales = false;
   static constexpr bool kKeepsTokens = false;  // not measured
+  static constexpr int kBoxWarps = 1;
   static constexpr Tiles kTiles = Tiles::kListed;
   static constexpr bool kHasRuns = kLoop == Loop::kFreeInRuns, kSmall = kHasRuns;
   static constexpr bool kKeepsThread = false;  // see thread_index

@@ -179,7 +179,8 @@ class TokenLoader {
       if (gather && !kInRegisters) gather_listed_rows(load.rows, i, dst);
       if (block_scales()) copy_scales(load.rows, i);
       if (gather || block_scales()) ptx::copy_async_arrive(full);
-      if (!gather && me() == 0) load_boxes(load, i, dst, full);
+      if (!gather && (S::kBoxWarps == 1 ? me() == 0 : me() % 32 == 0))
+        load_boxes(load, i, dst, full);
       // The tables are there: one arrival per warp (the last sync was behind them).
       if (thread() % 32 == 0) ptx::barrier_arrive(full);
       cursor_.advance();
@@ -319,15 +320,17 @@ class TokenLoader {
     }
   }
 
-  // Whole boxes: rows of the next expert may come along, and nobody stores their sums.
+  // Whole boxes: rows of the next expert may come along, and nobody stores their sums. Warp w of
+  // kBoxWarps asks for every kBoxWarps-th from its own on.
   __device__ void load_boxes(const Load& load, int stage, std::uint32_t to, std::uint32_t full) {
-    constexpr int kBox = S::kBox;
-    const int boxes = (load.rows + kBox - 1) / kBox;
-    if (boxes == 0) return;
-    ptx::barrier_expect(full, static_cast<std::uint32_t>(S::kChunks * boxes * kBox * 128));
+    constexpr int kBox = S::kBox, kWarps = S::kBoxWarps;
+    const int boxes = (load.rows + kBox - 1) / kBox, first = kWarps == 1 ? 0 : me() / 32;
+    const int mine = (boxes - first + kWarps - 1) / kWarps;
+    if (mine == 0) return;
+    ptx::barrier_expect(full, static_cast<std::uint32_t>(S::kChunks * mine * kBox * 128));
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
-      for (int b = 0; b < boxes; ++b) {
+      for (int b = first; b < boxes; b += kWarps) {
         ptx::tma_load_2d(to + c * S::kTokenBytes + b * kBox * 128, &p_.tokens, full,
                          (stage * S::kChunks + c) * S::kChunkK, load.first + b * kBox);
       }

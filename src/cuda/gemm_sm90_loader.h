@@ -21,7 +21,7 @@ class TokenLoader {
     // trips to memory less between the end of the kernel in front and the first product.
     if (!p_.settled) begin_kernel();
     const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
-    Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>, S::kTiles> schedule(p_);
+    Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>, S::kTiles, S::kOrder> schedule(p_);
     Task task = part_of<S::kPair>(schedule.next(), rank);
     fetch_slots(task);
     // So is the table, where it holds nothing but what the lists say.

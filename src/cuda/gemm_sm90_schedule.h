@@ -44,7 +44,8 @@ inline constexpr Walk kWalk = Walk::kAsNeeded;  // of the kernel with shape S
 //
 // A full warp runs this together: lane l holds tile l of the group's window.
 // kPair CTAs run the same tasks; kTokens is what they can take together.
-template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded, Tiles kTiles = Tiles::kListed>
+template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded, Tiles kTiles = Tiles::kListed,
+          Order kOrder = Order::kListed>
 class Schedule {
  public:
   __device__ explicit Schedule(const Params& p) : p_(p), rotation_(blockIdx.x / kPair) {
@@ -72,9 +73,14 @@ class Schedule {
       rotation_ += 41 % stride;
       if (rotation_ >= stride) rotation_ -= stride;
       while (wanted - base_ >= tasks()) {
-        if (first_ + size_ >= num_tiles_) return {.expert = kEndOfTasks, .run = 1};
+        const bool ended = first_ + size_ >= num_tiles_;
+        if (ended && (!full_first() || others_)) return {.expert = kEndOfTasks, .run = 1};
         base_ += tasks();
         first_ += size_;
+        if (ended) {
+          others_ = true;
+          first_ = 0;
+        }
         if constexpr (kTiles == Tiles::kMade) {
           tile_ = {__shfl_down_sync(~0u, tile_.x, size_), __shfl_down_sync(~0u, tile_.y, size_),
                    __shfl_down_sync(~0u, tile_.z, size_), 0};
@@ -84,7 +90,7 @@ class Schedule {
         measure();
         ask_ahead();
       }
-      const unsigned pieces = static_cast<unsigned>(size_ * p_.sub_tiles);
+      const unsigned pieces = static_cast<unsigned>(live() * p_.sub_tiles);
       const unsigned row_run = (wanted - base_) / pieces;
       const int piece = static_cast<int>((wanted - base_) - row_run * pieces);
       const int source = p_.sub_tiles == 1 ? piece : piece / p_.sub_tiles;
@@ -152,7 +158,9 @@ class Schedule {
   }
 
   // --- of a list
-  static constexpr int kLongest = 12;  // tiles of one expert in a group
+  static constexpr int kLongest = 12;         // tiles of one expert in a group
+  static constexpr int kBlocks = 64 * kPair;  // rows of which each CTA has a block
+  static constexpr int kLongTask = 48;        // chunks of K: see Order
   // Through L2: see overlap.h.
   __device__ int4 load(int index) const {
     return __ldcg(reinterpret_cast<const int4*>(p_.rows.tiles) + index);
@@ -177,8 +185,13 @@ class Schedule {
             __shfl_sync(~0u, ahead_.z, here), __shfl_sync(~0u, ahead_.w, here)};
   }
   __device__ unsigned tasks() const {
-    return static_cast<unsigned>(size_) * static_cast<unsigned>(p_.sub_tiles * p_.row_runs);
+    return static_cast<unsigned>(live()) * static_cast<unsigned>(p_.sub_tiles * p_.row_runs);
   }
+  __device__ bool full_first() const {
+    return kOrder == Order::kFullFirst && p_.upright && p_.even_tiles && p_.k_chunks >= kLongTask;
+  }
+  // Tiles of the group that are walked now.
+  __device__ int live() const { return kOrder == Order::kFullFirst ? live_ : size_; }
   // How many tiles the group that starts at first_ has.
   __device__ void measure() {
     const int here = lane();
@@ -194,10 +207,23 @@ class Schedule {
       size_ = mask ? (run + 1) / 2 : kLongest;  // with its end in sight, halve it
       if (size_ > kLongest) size_ = kLongest;
     }
-    if (kTokens > 16 && p_.even_tiles) divide();
+    if (kTokens > 16 && p_.even_tiles) divide(full_first() ? kBlocks : 16);
+    if constexpr (kOrder == Order::kFullFirst) select();
   }
-  // Runs of adjacent tiles of one expert inside the group: equal shares, in units of 16 rows.
-  __device__ void divide() {
+  // Leaves the tiles of this walk in the first lanes.
+  __device__ void select() {
+    live_ = size_;
+    if (!full_first()) return;
+    const int here = lane();
+    const bool wanted = here < size_ && tile_.y > 0 && (tile_.y <= kBlocks) == others_;
+    const unsigned mask = __ballot_sync(~0u, wanted);
+    live_ = __popc(mask);
+    const int holder = lane_with(__popc(mask & ((1u << here) - 1)), mask);
+    tile_ = {__shfl_sync(~0u, tile_.x, holder), __shfl_sync(~0u, tile_.y, holder),
+             __shfl_sync(~0u, tile_.z, holder), __shfl_sync(~0u, tile_.w, holder)};
+  }
+  // Runs of adjacent tiles of one expert inside the group: equal shares, in units of so many rows.
+  __device__ void divide(int unit) {
     const int here = lane();
     const long long first = static_cast<long long>(
         std::uint64_t{static_cast<unsigned>(tile_.w)} << 32 | static_cast<unsigned>(tile_.z));
@@ -214,9 +240,9 @@ class Schedule {
     const long long run_first = __shfl_sync(~0u, first, head);
     const int rows = static_cast<int>(__shfl_sync(~0u, end, last) - run_first);
     const int count = last - head + 1, index = here - head;
-    const int units = (rows + 15) / 16, each = units / count, more = units % count;
-    const int before = (index * each + (index < more ? index : more)) * 16;
-    const int share = (each + (index < more ? 1 : 0)) * 16;
+    const int units = (rows + unit - 1) / unit, each = units / count, more = units % count;
+    const int before = (index * each + (index < more ? index : more)) * unit;
+    const int share = (each + (index < more ? 1 : 0)) * unit;
     tile_.y = rows - before < share ? rows - before : share;  // not positive: no task
     tile_.z = static_cast<int>(static_cast<unsigned long long>(run_first + before));
     tile_.w = static_cast<int>(static_cast<unsigned long long>(run_first + before) >> 32);
@@ -226,6 +252,8 @@ class Schedule {
   int num_tiles_ = 0;
   int4 tile_, ahead_;  // ahead_: Walk::kAhead only
   int first_ = 0, size_ = 0;
+  int live_ = 0;                             // Order::kFullFirst only
+  bool others_ = false;                      // the same: the full tiles are behind us
   unsigned base_ = 0, wave_ = 0, rotation_;  // wave_: its first task
 };
 

@@ -37,7 +37,7 @@ template <typename S>
 __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   if (!p.settled) wait_for_earlier_kernels();
   const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
-  Schedule<S::kTokens * S::kPair, S::kPair, Walk::kAsNeeded, S::kTiles> schedule(p);
+  Schedule<S::kTokens * S::kPair, S::kPair, Walk::kAsNeeded, S::kTiles, S::kOrder> schedule(p);
   Cursor<S::kStages> cursor;
   const std::uint64_t once = ptx::read_once_policy();
   int ring = 0, flip = 0;

@@ -326,22 +326,43 @@ class Multiplier : private Consumer<S, Params> {
       for (int i = 0; i < 64; ++i) sums[b][i] = 0.0f;
     }
     const int mine = uniform(warpgroup()), token = upright_token(ptx::thread_index() % 128);
+    static_assert(!S::kHasUpright || S::kStages % 2 == 0);
     for (Stages s{p_.k_chunks}; s.left > 0;) {
       const int stage = enter(s);
+      const std::uint64_t t = tokens(stage, 0), w = weights(stage, 0, 0, mine * 16384);
       const float* const scales = shared_.scales(stage);
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        if (b * 64 >= rows) break;
-        const bool last = b == 1 || rows <= 64;
-        float part[64];
-        issue<128>(part, tokens(stage, 0) + b * (8192 / 16), weights(stage, 0, 0, mine * 16384));
-        const UprightScales factors =
-            upright_scales(p_, scales + b * 64 + token, scales + S::kTokens + mine * 16);
-        if (last) look_ahead(s);
-        ptx::wgmma_wait<0>();
-        if (last) leave(s, stage);
-        promote_upright(p_, sums[b], part, factors);
+      multiply_stage(s, stage, {t, w, scales + token, scales + S::kTokens + mine * 16}, rows, sums);
+      // Behind a stage with an even number lies the next one: all that has to be found out is
+      // there.
+      if (stage % 2 != 0 || s.left == 0) continue;
+      if (!s.there) {
+        ptx::barrier_wait(shared_.full(stage + 1), cursor_.round);
+        if (gathered()) ptx::fence_async_proxy();
       }
+      constexpr int kNext = S::kStageBytes / 16, kNextScales = S::kScaleBytes / 4;
+      multiply_stage(s, stage + 1,
+                     {t + kNext, w + kNext, scales + token + kNextScales,
+                      scales + S::kTokens + mine * 16 + kNextScales},
+                     rows, sums);
+    }
+  }
+  struct UprightStage {
+    std::uint64_t tokens, weights;
+    const float *scale, *cells;  // of the first token, and of the first weight rows
+  };
+  __device__ __forceinline__ void multiply_stage(Stages& s, int stage, const UprightStage& at,
+                                                 int rows, Sums& sums) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      if (b * 64 >= rows) break;
+      const bool last = b == 1 || rows <= 64;
+      float part[64];
+      issue<128>(part, at.tokens + b * (8192 / 16), at.weights);
+      const UprightScales factors = upright_scales(p_, at.scale + b * 64, at.cells);
+      if (last) look_ahead(s);
+      ptx::wgmma_wait<0>();
+      if (last) leave(s, stage);
+      promote_upright(p_, sums[b], part, factors);
     }
   }
 };

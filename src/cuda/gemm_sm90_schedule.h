@@ -74,12 +74,14 @@ class Schedule {
       if (rotation_ >= stride) rotation_ -= stride;
       while (wanted - base_ >= tasks()) {
         const bool ended = first_ + size_ >= num_tiles_;
-        if (ended && (!full_first() || others_)) return {.expert = kEndOfTasks, .run = 1};
+        if (ended && !walks_again()) return {.expert = kEndOfTasks, .run = 1};
         base_ += tasks();
         first_ += size_;
-        if (ended) {
-          others_ = true;
-          first_ = 0;
+        if constexpr (kOrder == Order::kFullFirst) {
+          if (ended) {
+            others_ = true;
+            first_ = 0;
+          }
         }
         if constexpr (kTiles == Tiles::kMade) {
           tile_ = {__shfl_down_sync(~0u, tile_.x, size_), __shfl_down_sync(~0u, tile_.y, size_),
@@ -190,6 +192,10 @@ class Schedule {
   __device__ bool full_first() const {
     return kOrder == Order::kFullFirst && p_.upright && p_.even_tiles && p_.k_chunks >= kLongTask;
   }
+  __device__ bool walks_again() const {
+    if constexpr (kOrder == Order::kFullFirst) return full_first() && !others_;
+    return false;
+  }
   // Tiles of the group that are walked now.
   __device__ int live() const { return kOrder == Order::kFullFirst ? live_ : size_; }
   // How many tiles the group that starts at first_ has.
@@ -207,7 +213,7 @@ class Schedule {
       size_ = mask ? (run + 1) / 2 : kLongest;  // with its end in sight, halve it
       if (size_ > kLongest) size_ = kLongest;
     }
-    if (kTokens > 16 && p_.even_tiles) divide(full_first() ? kBlocks : 16);
+    if (kTokens > 16 && p_.even_tiles) divide();
     if constexpr (kOrder == Order::kFullFirst) select();
   }
   // Leaves the tiles of this walk in the first lanes.
@@ -222,8 +228,9 @@ class Schedule {
     tile_ = {__shfl_sync(~0u, tile_.x, holder), __shfl_sync(~0u, tile_.y, holder),
              __shfl_sync(~0u, tile_.z, holder), __shfl_sync(~0u, tile_.w, holder)};
   }
-  // Runs of adjacent tiles of one expert inside the group: equal shares, in units of so many rows.
-  __device__ void divide(int unit) {
+  // Runs of adjacent tiles of one expert inside the group: equal shares, in units of 16 rows or
+  // of two blocks.
+  __device__ void divide() {
     const int here = lane();
     const long long first = static_cast<long long>(
         std::uint64_t{static_cast<unsigned>(tile_.w)} << 32 | static_cast<unsigned>(tile_.z));
@@ -240,6 +247,10 @@ class Schedule {
     const long long run_first = __shfl_sync(~0u, first, head);
     const int rows = static_cast<int>(__shfl_sync(~0u, end, last) - run_first);
     const int count = last - head + 1, index = here - head;
+    int unit = 16;
+    if constexpr (kOrder == Order::kFullFirst) {
+      if (full_first()) unit = kBlocks;
+    }
     const int units = (rows + unit - 1) / unit, each = units / count, more = units % count;
     const int before = (index * each + (index < more ? index : more)) * unit;
     const int share = (each + (index < more ? 1 : 0)) * unit;

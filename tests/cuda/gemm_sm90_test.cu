@@ -128,6 +128,28 @@ TEST(Sm90, UprightTiles) {
   }
 }
 
+// Where K is long, block-scaled tiles are walked twice: full ones, then those of one block of
+// tokens for each CTA. One expert whose rows end with a short tile; several.
+TEST(Sm90, FullTilesFirst) {
+  if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
+  const Case one{.dtype = DType::kF8E4M3,
+                 .scales = Scales::kBlock,
+                 .experts = 1,
+                 .n = 128,
+                 .k = 6144,
+                 .tokens = 260,
+                 .top_k = 1,
+                 .tile_rows = 256,
+                 .out = DType::kBF16};
+  expect_right(one, 500);
+  Case several = one;
+  several.experts = 3;
+  several.tokens = 390;
+  several.a_row = RowOf::kPosition;
+  several.activation = static_cast<int>(Activation::kSwiglu);
+  expect_right(several, 501);
+}
+
 // More than 128 tokens of a CTA, gathered and by boxes: e4m3 without scales along K takes them in
 // two halves.
 TEST(Sm90, TilesInHalves) {

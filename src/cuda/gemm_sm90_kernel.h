@@ -331,7 +331,7 @@ class Multiplier : private Consumer<S, Params> {
       const int stage = enter(s);
       const std::uint64_t t = tokens(stage, 0), w = weights(stage, 0, 0, mine * 16384);
       const float* const scales = shared_.scales(stage);
-      multiply_stage(s, stage, {t, w, scales + token, scales + S::kTokens + mine * 16}, rows, sums);
+      multiply_stage(s, {stage, t, w, scales + token, scales + S::kTokens + mine * 16}, rows, sums);
       // Behind a stage with an even number lies the next one: all that has to be found out is
       // there.
       if (stage % 2 != 0 || s.left == 0) continue;
@@ -340,18 +340,19 @@ class Multiplier : private Consumer<S, Params> {
         if (gathered()) ptx::fence_async_proxy();
       }
       constexpr int kNext = S::kStageBytes / 16, kNextScales = S::kScaleBytes / 4;
-      multiply_stage(s, stage + 1,
-                     {t + kNext, w + kNext, scales + token + kNextScales,
+      multiply_stage(s,
+                     {stage + 1, t + kNext, w + kNext, scales + token + kNextScales,
                       scales + S::kTokens + mine * 16 + kNextScales},
                      rows, sums);
     }
   }
   struct UprightStage {
+    int stage;
     std::uint64_t tokens, weights;
     const float *scale, *cells;  // of the first token, and of the first weight rows
   };
-  __device__ __forceinline__ void multiply_stage(Stages& s, int stage, const UprightStage& at,
-                                                 int rows, Sums& sums) {
+  __device__ __forceinline__ void multiply_stage(Stages& s, const UprightStage& at, int rows,
+                                                 Sums& sums) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       if (b * 64 >= rows) break;
@@ -361,7 +362,7 @@ class Multiplier : private Consumer<S, Params> {
       const UprightScales factors = upright_scales(p_, at.scale + b * 64, at.cells);
       if (last) look_ahead(s);
       ptx::wgmma_wait<0>();
-      if (last) leave(s, stage);
+      if (last) leave(s, at.stage);
       promote_upright(p_, sums[b], part, factors);
     }
   }

@@ -28,6 +28,15 @@ enum class Walk : unsigned char { kAsNeeded, kAhead };
 template <typename S>
 inline constexpr Walk kWalk = Walk::kAsNeeded;  // of the kernel with shape S
 
+// What only Order::kFullFirst needs to know.
+template <Order kOrder>
+struct SecondWalk {};
+template <>
+struct SecondWalk<Order::kFullFirst> {
+  int live_ = 0;         // tiles of the group that are walked now
+  bool others_ = false;  // the full tiles are behind us
+};
+
 // Order: tiles are walked in groups of consecutive tiles, and inside a group the weight rows are
 // the slow index. All token tiles of a group pass over the same weight rows at about the same time,
 // so these come from L2 but for the first; and a group's tokens fit L2, too. A group has as many
@@ -46,7 +55,7 @@ inline constexpr Walk kWalk = Walk::kAsNeeded;  // of the kernel with shape S
 // kPair CTAs run the same tasks; kTokens is what they can take together.
 template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded, Tiles kTiles = Tiles::kListed,
           Order kOrder = Order::kListed>
-class Schedule {
+class Schedule : private SecondWalk<kOrder> {
  public:
   __device__ explicit Schedule(const Params& p) : p_(p), rotation_(blockIdx.x / kPair) {
     if constexpr (kTiles == Tiles::kMade) {
@@ -73,15 +82,19 @@ class Schedule {
       rotation_ += 41 % stride;
       if (rotation_ >= stride) rotation_ -= stride;
       while (wanted - base_ >= tasks()) {
-        const bool ended = first_ + size_ >= num_tiles_;
-        if (ended && !walks_again()) return {.expert = kEndOfTasks, .run = 1};
-        base_ += tasks();
-        first_ += size_;
         if constexpr (kOrder == Order::kFullFirst) {
+          const bool ended = first_ + size_ >= num_tiles_;
+          if (ended && (!full_first() || this->others_)) return {.expert = kEndOfTasks, .run = 1};
+          base_ += tasks();
+          first_ += size_;
           if (ended) {
-            others_ = true;
+            this->others_ = true;
             first_ = 0;
           }
+        } else {
+          if (first_ + size_ >= num_tiles_) return {.expert = kEndOfTasks, .run = 1};
+          base_ += tasks();
+          first_ += size_;
         }
         if constexpr (kTiles == Tiles::kMade) {
           tile_ = {__shfl_down_sync(~0u, tile_.x, size_), __shfl_down_sync(~0u, tile_.y, size_),
@@ -192,12 +205,13 @@ class Schedule {
   __device__ bool full_first() const {
     return kOrder == Order::kFullFirst && p_.upright && p_.even_tiles && p_.k_chunks >= kLongTask;
   }
-  __device__ bool walks_again() const {
-    if constexpr (kOrder == Order::kFullFirst) return full_first() && !others_;
-    return false;
-  }
   // Tiles of the group that are walked now.
-  __device__ int live() const { return kOrder == Order::kFullFirst ? live_ : size_; }
+  __device__ int live() const {
+    if constexpr (kOrder == Order::kFullFirst)
+      return this->live_;
+    else
+      return size_;
+  }
   // How many tiles the group that starts at first_ has.
   __device__ void measure() {
     const int here = lane();
@@ -218,12 +232,12 @@ class Schedule {
   }
   // Leaves the tiles of this walk in the first lanes.
   __device__ void select() {
-    live_ = size_;
+    this->live_ = size_;
     if (!full_first()) return;
     const int here = lane();
-    const bool wanted = here < size_ && tile_.y > 0 && (tile_.y <= kBlocks) == others_;
+    const bool wanted = here < size_ && tile_.y > 0 && (tile_.y <= kBlocks) == this->others_;
     const unsigned mask = __ballot_sync(~0u, wanted);
-    live_ = __popc(mask);
+    this->live_ = __popc(mask);
     const int holder = lane_with(__popc(mask & ((1u << here) - 1)), mask);
     tile_ = {__shfl_sync(~0u, tile_.x, holder), __shfl_sync(~0u, tile_.y, holder),
              __shfl_sync(~0u, tile_.z, holder), __shfl_sync(~0u, tile_.w, holder)};
@@ -263,8 +277,6 @@ class Schedule {
   int num_tiles_ = 0;
   int4 tile_, ahead_;  // ahead_: Walk::kAhead only
   int first_ = 0, size_ = 0;
-  int live_ = 0;                             // Order::kFullFirst only
-  bool others_ = false;                      // the same: the full tiles are behind us
   unsigned base_ = 0, wave_ = 0, rotation_;  // wave_: its first task
 };
 

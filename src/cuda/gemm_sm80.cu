@@ -194,6 +194,11 @@ void set_weights(Sm80Params& p, const GemmStage& stage) {
   const WeightSpec& spec = stage.b->spec;
   const GemmWeights& weights = weights_of(*stage.b);
   const Tensor& w = weights.weight;
+  if (arrangement_of(*stage.b) != Arrangement::kPlain) {
+    unsupported(
+        "weight: packed 4-bit weights in the order of the SM90 kernels; the mma.sync kernels read "
+        "the plain one");
+  }
   const std::int64_t bits = bits_of(spec.format);
   const std::int64_t stored = bits == 4 ? 1 : bits / 8;  // bytes of a stored element
   if (w.strides[2] != 1 && w.shape[2] > 1) {

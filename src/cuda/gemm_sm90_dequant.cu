@@ -60,8 +60,8 @@ KernelTraits traits_of(Kernel kernel) {
 // What distinguishes the kernels of a scheme.
 struct Variant {
   WeightFormat format;
-  bool f16, zeros, fine;  // fine: promotion every 32 of K
-  bool rearranged_u4 = true;
+  bool f16, zeros, fine;    // fine: promotion every 32 of K
+  Arrangement arrangement;  // of 4-bit weights
 };
 
 template <typename W>
@@ -79,19 +79,22 @@ KernelTraits traits_of_u4(const Variant& v, Kernel kernel) {
 KernelTraits traits_of(const Variant& v, Kernel kernel) {
   if (v.format == WeightFormat::kE4M3) return traits_of<E4M3>(v, kernel);
   if (v.format == WeightFormat::kU4)
-    return v.rearranged_u4 ? traits_of_u4<Order::kRearranged>(v, kernel)
-                           : traits_of_u4<Order::kPlain>(v, kernel);
+    return v.arrangement == Arrangement::kRearranged ? traits_of_u4<Order::kRearranged>(v, kernel)
+                                                     : traits_of_u4<Order::kPlain>(v, kernel);
   return v.zeros ? traits_of<I8<Zeros::kGiven>>(v, kernel)
                  : traits_of<I8<Zeros::kMiddle>>(v, kernel);
 }
 
 bool along_k(const WeightSpec& spec) { return spec.scale.has_scale && spec.scale.grid_k > 1; }
 
-Variant variant_of(const WeightSpec& spec) {
+bool is_fine(const WeightSpec& spec) { return along_k(spec) && spec.scale.group_k % 128 != 0; }
+
+Variant variant_of(const WeightSpec& spec, Arrangement arrangement) {
   return {.format = spec.format,
           .f16 = spec.act_dtype == DType::kF16,
           .zeros = spec.zero_points,
-          .fine = along_k(spec) && spec.scale.group_k % 128 != 0};
+          .fine = is_fine(spec),
+          .arrangement = arrangement};
 }
 
 std::int64_t row_bytes(const WeightSpec& spec) {
@@ -106,16 +109,15 @@ std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
 
 // What runs in place of a kernel that this variant does not have.
 Kernel present(const Variant& v, Kernel kernel) {
-  if (v.format == WeightFormat::kU4 && !v.rearranged_u4) {
+  if (v.format == WeightFormat::kU4 && v.arrangement == Arrangement::kPlain) {
     if (kernel == Kernel::kWide) return Kernel::kMiddle;
     return kernel == Kernel::kTwin || kernel == Kernel::kTwinRuns ? Kernel::kNarrow : kernel;
   }
   return kernel == Kernel::kTwinRuns && v.fine ? Kernel::kTwin : kernel;
 }
 
-KernelTraits traits_of(const WeightSpec& spec, Kernel kernel, Order order = Order::kRearranged) {
-  Variant variant = variant_of(spec);
-  variant.rearranged_u4 = order == Order::kRearranged;
+KernelTraits traits_of(const WeightSpec& spec, Kernel kernel, Arrangement arrangement) {
+  const Variant variant = variant_of(spec, arrangement);
   kernel = present(variant, kernel);
   KernelTraits traits = traits_of(variant, kernel);
   if (kernel == Kernel::kTwinRuns)
@@ -143,10 +145,13 @@ bool supports(const WeightSpec& spec) {
 // multiply by mma.sync, which costs less beside the widening than a wgmma that is mostly empty: at
 // means of 10 to 12, two tiles of 16 for every tenth expert took 0.77 to 0.97 of the time of one of
 // 64 (int4; int8 0.93 to 1.02). At 14 that depends on the shape (0.92 to 1.13).
+// A plan is made before anybody says whose weights they will be: heights are those of a layer's own
+// (log_sm90_dequant.md says what that costs callers' 4-bit ones, which have no Wide).
 std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits&) {
   const std::int64_t mean = slots / (fc1.experts > 0 ? fc1.experts : 1);
   if (mean <= 12) return 16;
-  return mean <= 50 ? 64 : traits_of(variant_of(fc1), Kernel::kWide).task.tokens;
+  if (mean <= 50) return 64;
+  return traits_of(fc1, Kernel::kWide, Arrangement::kRearranged).task.tokens;
 }
 
 bool forced(const GemmStage& stage) { return stage.tactic >= 0 && stage.tactic < kKernels; }
@@ -171,9 +176,10 @@ Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
   return listed_kernel(stage.b->spec, stage.rows, device);
 }
 
-// Products that would come in runs keep their list: those are worth more.
+// Products that would come in runs keep their list: those are worth more. Weights of every
+// arrangement have NarrowFew, or none has.
 bool makes_tiles(const WeightSpec& spec, const RowMap& rows, const DeviceTraits& device) {
-  return traits_of(variant_of(spec), Kernel::kNarrowFew).launch != nullptr &&
+  return traits_of(spec, Kernel::kNarrowFew, Arrangement::kPlain).launch != nullptr &&
          listed_kernel(spec, rows, device) == Kernel::kNarrow;
 }
 
@@ -182,8 +188,7 @@ bool makes_tiles(const WeightSpec& spec, const RowMap& rows, const DeviceTraits&
 KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   constexpr std::int64_t kLeast = 3;  // runs of a CTA
   const WeightSpec& spec = stage.b->spec;
-  const Order order = is_rearranged(*stage.b) ? Order::kRearranged : Order::kPlain;
-  KernelTraits traits = traits_of(spec, kernel_for(stage, device), order);
+  KernelTraits traits = traits_of(spec, kernel_for(stage, device), arrangement_of(*stage.b));
   TaskShape& task = traits.task;
   if (task.run > 1 && !forced(stage)) {
     const std::int64_t tasks = likely_tiles(stage.rows, spec.experts) * ceil_div(spec.n, task.rows);
@@ -194,10 +199,14 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   return traits;
 }
 
+// Those of a layer's own weights.
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
+  const Variant variant = variant_of(spec, Arrangement::kRearranged);
   std::vector<Tactic> list;
   for (int i = 0; i < kKernels; ++i) {
-    const TaskShape task = traits_of(spec, static_cast<Kernel>(i)).task;
+    const auto kernel = static_cast<Kernel>(i);
+    if (present(variant, kernel) != kernel) continue;
+    const TaskShape task = traits_of(spec, kernel, Arrangement::kRearranged).task;
     list.push_back({i, "weights widened in registers, " + describe(task)});
   }
   return list;
@@ -226,7 +235,7 @@ void set_cells(DequantParams& p, const WeightSpec& spec, const GemmWeights& weig
   p.groups = static_cast<std::uint32_t>(along_k(spec) ? spec.scale.grid_k : 1);
   p.group_blocks =
       static_cast<std::uint32_t>(along_k(spec) ? spec.scale.group_k / 32 : ceil_div(spec.k, 32));
-  const std::int64_t promoted = variant_of(spec).fine ? 32 : 128;
+  const std::int64_t promoted = is_fine(spec) ? 32 : 128;
   p.scales_together = along_k(spec) && scale.group == 1 && spec.scale.group_k == promoted &&
                       scale.row % scales_at_once == 0 && scale.expert % scales_at_once == 0 &&
                       aligned(p.scale, 4 * static_cast<std::size_t>(scales_at_once));

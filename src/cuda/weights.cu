@@ -181,6 +181,10 @@ class DenseWeights final : public CudaWeights {
  public:
   DenseWeights(const WeightSpec& spec, const DeviceTraits& device, Arrangement arrangement)
       : CudaWeights(arrangement), spec_(spec), device_(device) {
+    if (arrangement == Arrangement::kRearranged &&
+        (spec.format != WeightFormat::kU4 || spec.k % 32 != 0)) {
+      unsupported("weight: only 4-bit integers in rows of a multiple of 32 can be rearranged");
+    }
     const DeviceGuard guard(device.index);
     view_.weight = take(weight_memory_, weight_dtype(spec.format), spec.n,
                         is_four_bit(spec.format) ? spec.k / 2 : spec.k);
@@ -198,17 +202,18 @@ class DenseWeights final : public CudaWeights {
       unsupported("unpack_expert: fc1 and fc2 need a unit inner stride on CUDA");
     const DeviceGuard guard(device_.index);
     const Tensor dense = view_.weight.slice(local_expert, 1);
-    const std::size_t element = size_of(dense.dtype), width = static_cast<std::size_t>(dense.shape[2]) * element;
     const void* from = dense.data;
     DeviceMemory plain;
     if (arrangement() == Arrangement::kRearranged) {
-      plain = DeviceMemory(static_cast<std::size_t>(expert_bytes()));
-      Loader(device_).rearrange(Way::kRestore, dense.data, plain.data(), expert_bytes());
-      from = plain.data();
+      void* to = weight.data;
+      if (!takes_pieces(weight)) {
+        plain = DeviceMemory(static_cast<std::size_t>(expert_bytes()));
+        to = plain.data();
+      }
+      Loader(device_).rearrange(Way::kRestore, dense.data, to, expert_bytes());
+      from = to;
     }
-    check_cuda(cudaMemcpy2DAsync(weight.data, static_cast<std::size_t>(weight.strides[1]) * element, from, width,
-                                 width, static_cast<std::size_t>(dense.shape[1]), cudaMemcpyDefault, nullptr),
-               "cudaMemcpy2D (unpack)");
+    if (from != weight.data) copy_rows(from, weight);
     check_cuda(cudaStreamSynchronize(nullptr), "unpack");
   }
 
@@ -240,6 +245,20 @@ class DenseWeights final : public CudaWeights {
   std::int64_t expert_bytes() const {
     return view_.weight.shape[1] * view_.weight.shape[2] *
            static_cast<std::int64_t>(size_of(view_.weight.dtype));
+  }
+  // Whether a kernel here may write an expert there in pieces: nothing else is held meanwhile.
+  bool takes_pieces(const Tensor& weight) const {
+    return weight.device == view_.weight.device && weight.strides[1] == weight.shape[2] &&
+           reinterpret_cast<std::uintptr_t>(weight.data) % 16 == 0;
+  }
+  // Of one expert, from dense memory.
+  void copy_rows(const void* dense, const Tensor& to) const {
+    const std::size_t element = size_of(view_.weight.dtype);
+    const std::size_t width = static_cast<std::size_t>(view_.weight.shape[2]) * element;
+    check_cuda(
+        cudaMemcpy2DAsync(to.data, static_cast<std::size_t>(to.strides[1]) * element, dense, width,
+                          width, static_cast<std::size_t>(to.shape[1]), cudaMemcpyDefault, nullptr),
+        "cudaMemcpy2D (unpack)");
   }
   Tensor take(DeviceMemory& memory, DType dtype, std::int64_t rows, std::int64_t columns) {
     memory =

@@ -25,7 +25,8 @@ class CudaWeights : public PackedWeights {
  private:
   Arrangement arrangement_;
 };
-// Memory for all experts at once, filled expert by expert.
+// Memory for all experts at once, filled expert by expert. kRearranged: kUnsupported but for 4-bit
+// integers whose rows are whole pieces of 16 bytes.
 std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device,
                                                Arrangement arrangement);
 
@@ -33,9 +34,9 @@ std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const Dev
 inline const GemmWeights& weights_of(const WeightOperand& b) {
   return b.packed ? static_cast<const CudaWeights*>(b.packed)->view() : b.plain;
 }
-inline bool is_rearranged(const WeightOperand& b) {
-  return b.packed != nullptr &&
-         static_cast<const CudaWeights*>(b.packed)->arrangement() == Arrangement::kRearranged;
+// The caller's are plain.
+inline Arrangement arrangement_of(const WeightOperand& b) {
+  return b.packed ? static_cast<const CudaWeights*>(b.packed)->arrangement() : Arrangement::kPlain;
 }
 
 }  // namespace moesaic::cuda

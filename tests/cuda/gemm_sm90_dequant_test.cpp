@@ -76,6 +76,8 @@ class GemmSm90Dequant : public ::testing::Test {
     check_tactics(c, product, tactics, first);
     if (c.format != WeightFormat::kU4 || failures() > before) return;
     product.pack(cuda::Arrangement::kRearranged);
+    ASSERT_EQ(product.arrangement(), cuda::Arrangement::kRearranged);
+    EXPECT_TRUE(product.run(family, -1, 16, 16) == first) << c.name << ": packed differs";
     check_tactics(c, product, tactics, first);
   }
 
@@ -180,9 +182,8 @@ TEST_F(GemmSm90Dequant, RandomShapes) {
 
 // Wide copies the scales of four stages at once, into places of their own: K of one such copy with
 // its end inside the last stage; of five, with and without that; and 17 groups, which no copy of 16
-// bytes fits. Every
-// CTA gets several tasks, and the first ones of the list, of which there is one stage and no
-// scales, belong to no expert.
+// bytes fits. Every CTA gets several tasks, and the first ones of the list, of which there is one
+// stage and no scales, belong to no expert.
 TEST_F(GemmSm90Dequant, ScalesOfFourStages) {
   constexpr int kWide = 2;
   const cuda::GemmFamily& family = cuda::family_sm90_dequant();
@@ -197,6 +198,8 @@ TEST_F(GemmSm90Dequant, ScalesOfFourStages) {
       ASSERT_TRUE(family.supports(product.spec())) << c.name;
       const auto first = product.run(family, -1, 16, 16);
       product.pack(cuda::Arrangement::kRearranged);
+      ASSERT_EQ(product.arrangement(), cuda::Arrangement::kRearranged);
+      EXPECT_TRUE(product.run(family, -1, 16, 16) == first) << c.name << ": packed differs";
       for (const auto& [tile_rows, live] :
            {std::pair<std::int64_t, std::int64_t>{8, 1}, {128, 112}}) {
         EXPECT_TRUE(product.run(family, kWide, tile_rows, live) == first)
@@ -206,27 +209,58 @@ TEST_F(GemmSm90Dequant, ScalesOfFourStages) {
   }
 }
 
-// A layer's own 4-bit weights lie as rearrange.h says, and come back as they were given.
-TEST_F(GemmSm90Dequant, RearrangedWeightsComeBack) {
-  constexpr std::int64_t kExperts = 3, kRows = 40, kRowBytes = 48, kPitch = 80;
+// A caller's scales in rows with gaps, which are NaN, at every alignment of their copies.
+TEST_F(GemmSm90Dequant, ScalesInRowsWithGaps) {
+  std::random_device seeds;
+  for (const std::int64_t padding : {1, 2, 3}) {
+    ProductCase c{.name = "int4, padding " + std::to_string(padding)};
+    c.format = WeightFormat::kU4, c.scales = Scales::kGroup, c.group_k = 128;
+    c.zero_points = padding == 2;
+    c.k = 2176, c.scale_padding = padding, c.seed = seeds();
+    SCOPED_TRACE(c.name + " seed " + std::to_string(c.seed));
+    check(c);
+  }
+}
+
+// --- a layer's own 4-bit weights
+WeightSpec u4_spec(std::int64_t experts, std::int64_t rows, std::int64_t row_bytes) {
   WeightSpec spec;
   spec.format = WeightFormat::kU4;
-  spec.experts = kExperts, spec.n = kRows, spec.k = 2 * kRowBytes;
-  spec.scale = {.has_scale = true, .group_n = 1, .group_k = spec.k, .grid_n = kRows, .grid_k = 1};
-  const auto packed =
-      cuda::make_cuda_weights(spec, device_traits(), cuda::Arrangement::kRearranged);
-  std::mt19937 random(5);
-  std::vector<std::vector<std::uint8_t>> given(kExperts);
-  std::vector<float> scale(kRows, 1.0f);
-  const Device cpu{};
-  for (std::int64_t e = 0; e < kExperts; ++e) {
-    given[e].resize(kRows * kRowBytes);
-    for (auto& byte : given[e]) byte = static_cast<std::uint8_t>(random());
+  spec.experts = experts, spec.n = rows, spec.k = 2 * row_bytes;
+  spec.scale = {.has_scale = true, .group_n = 1, .group_k = spec.k, .grid_n = rows, .grid_k = 1};
+  return spec;
+}
+
+// They lie as rearrange.h says, and come back as they were given: loaded in any order, one twice,
+// from host and device, dense and not, and read back to the same.
+TEST_F(GemmSm90Dequant, RearrangedWeightsComeBack) {
+  constexpr std::int64_t kExperts = 4, kRows = 40, kRowBytes = 48, kPitch = 80;
+  constexpr Device kCpu{}, kGpu{DeviceType::kCuda, 0};
+  const auto packed = cuda::make_cuda_weights(u4_spec(kExperts, kRows, kRowBytes), device_traits(),
+                                              cuda::Arrangement::kRearranged);
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937 random(seed);
+  const std::vector<float> scale(kRows, 1.0f);
+  const Buffer scale_there = upload(scale);
+  std::vector<std::vector<std::uint8_t>> given(kExperts);  // the last of each, dense
+  // Expert e from rows `pitch` apart, on the device where its number is odd.
+  const auto load = [&](std::int64_t e, std::int64_t pitch) {
+    std::vector<std::uint8_t> rows(kRows * pitch);
+    for (auto& byte : rows) byte = static_cast<std::uint8_t>(random());
+    given[e].clear();
+    for (std::int64_t row = 0; row < kRows; ++row)
+      given[e].insert(given[e].end(), &rows[row * pitch], &rows[row * pitch] + kRowBytes);
+    const Buffer there = upload(rows);
     GemmWeights one;
-    one.weight = Tensor::contiguous(given[e].data(), DType::kU8, {1, kRows, kRowBytes}, cpu);
-    one.scale = Tensor::contiguous(scale.data(), DType::kF32, {1, kRows, 1}, cpu);
+    one.weight = Tensor::contiguous(e % 2 ? there->data() : rows.data(), DType::kU8,
+                                    {1, kRows, pitch}, e % 2 ? kGpu : kCpu);
+    one.weight.shape[2] = kRowBytes;
+    one.scale = Tensor::contiguous(scale_there->data(), DType::kF32, {1, kRows, 1}, kGpu);
     packed->load(e, one);
-  }
+  };
+  load(3, kPitch), load(2, kPitch), load(1, kRowBytes), load(0, kRowBytes), load(3, kPitch);
+
   for (std::int64_t e = 0; e < kExperts; ++e) {
     std::vector<std::uint8_t> held(kRows * kRowBytes), expected(kRows * kRowBytes);
     cuda_ok(cudaMemcpy(held.data(), packed->view().weight.slice(e, 1).data, held.size(),
@@ -237,18 +271,53 @@ TEST_F(GemmSm90Dequant, RearrangedWeightsComeBack) {
       cuda::rearrange(plain, words);
       std::memcpy(&expected[at], words, 16);
     }
-    EXPECT_EQ(held, expected);
-    std::vector<std::uint8_t> back(kRows * kPitch, 0xfb);
-    Tensor to = Tensor::contiguous(back.data(), DType::kU8, {1, kRows, kPitch}, cpu);
-    to.shape[2] = kRowBytes;
-    packed->unpack(e, to);
-    for (std::int64_t row = 0; row < kRows; ++row) {
-      for (std::int64_t b = 0; b < kPitch; ++b) {
-        const int wanted = b < kRowBytes ? given[e][row * kRowBytes + b] : 0xfb;
-        ASSERT_EQ(back[row * kPitch + b], wanted) << "expert " << e << " row " << row << " " << b;
+    EXPECT_EQ(held, expected) << "expert " << e;
+    // In place where rows are dense and begin at a multiple of 16 bytes, by way of a copy else.
+    for (const std::int64_t pitch : {kRowBytes, kPitch}) {
+      for (const std::int64_t offset : {0, 8}) {
+        for (const Device device : {kCpu, kGpu}) {
+          const std::vector<std::uint8_t> poison(kRows * pitch + 16, 0xfb);
+          std::vector<std::uint8_t> back = poison, wanted = poison;
+          const Buffer there = upload(poison);
+          void* const memory = device == kCpu ? back.data() : there->data();
+          Tensor to = Tensor::contiguous(static_cast<char*>(memory) + offset, DType::kU8,
+                                         {1, kRows, pitch}, device);
+          to.shape[2] = kRowBytes;
+          packed->unpack(e, to);
+          if (device == kGpu) back = there->read();
+          for (std::int64_t row = 0; row < kRows; ++row) {
+            std::memcpy(&wanted[offset + row * pitch], &given[e][row * kRowBytes], kRowBytes);
+          }
+          EXPECT_EQ(back, wanted) << "expert " << e << ", rows " << pitch << " apart, offset "
+                                  << offset << ", " << to_string(device);
+        }
       }
     }
   }
+}
+
+TEST_F(GemmSm90Dequant, RearrangedWeightsAreRefusedWhereNobodyKnowsThem) {
+  const auto make = [](const WeightSpec& spec, cuda::Arrangement arrangement) {
+    return cuda::make_cuda_weights(spec, device_traits(), arrangement);
+  };
+  const WeightSpec cut_off = u4_spec(2, 16, 24);
+  WeightSpec bytes = u4_spec(2, 16, 32);
+  bytes.format = WeightFormat::kI8;
+  for (const WeightSpec& spec : {cut_off, bytes}) {
+    EXPECT_THROW(make(spec, cuda::Arrangement::kRearranged), Error);
+    EXPECT_NO_THROW(make(spec, cuda::Arrangement::kPlain));
+  }
+  const ProductCase c{.name = "int4",
+                      .format = WeightFormat::kU4,
+                      .scales = Scales::kGroup,
+                      .group_k = 128,
+                      .k = 352,
+                      .seed = std::random_device{}()};
+  Product plain(c), rearranged(c);
+  plain.pack(cuda::Arrangement::kPlain);
+  plain.run(cuda::family_sm80(), -1, 16, 16);  // the numbers of a layer's plain copy
+  rearranged.pack(cuda::Arrangement::kRearranged);
+  EXPECT_THROW(rearranged.run(cuda::family_sm80(), -1, 16, 16), Error);
 }
 
 constexpr TimedShape kShapes[] = {{"mixtral-8x7b", 8, 4096, 14336, 2},

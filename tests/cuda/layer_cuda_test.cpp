@@ -5,9 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
+#include <string_view>
 #include <thread>
 
 #include "backend.h"
+#include "experts.h"
 #include "forward.h"
 #include "harness/execute.h"
 #include "harness/verify.h"
@@ -209,9 +212,26 @@ TEST_P(OnCuda, TacticsGiveTheSameBits) {
     }
 }
 
-// Few slots have no lists: the products find their rows from the ids (UnlistedRows::ids), unless a tactic is
-// forced. Whatever the ids are, the bits are those of rows that align has listed.
+// Whether a forward of the layer lists nothing, as forward itself asks.
+bool lists_nothing(const Layer& layer, std::int64_t tokens) {
+  const LoadedLayer loaded = layer.impl().loaded_layer();
+  const LayerPlan& plan = *loaded.plan;
+  const std::int64_t slots = tokens * plan.config.top_k;
+  RowMap rows{.positions = slots, .slot_count = slots};
+  set_tile_rows(rows, plan.fc1.experts, plan.backend->tile_rows(plan.fc1, slots));
+  const std::int32_t id = 0;  // nobody reads it
+  return products_make_tiles({.plan = &plan,
+                              .fc1 = loaded.fc1,
+                              .fc2 = loaded.fc2,
+                              .rows = rows,
+                              .unlisted = {.ids = &id},
+                              .tactics = loaded.tactics});
+}
+
+// Few slots have no lists: the products find their rows from the ids (UnlistedRows::ids), unless a
+// tactic is forced. Whatever the ids are, the bits are those of rows that align has listed.
 TEST_P(OnCuda, FewSlotsGiveTheBitsOfListedOnes) {
+  std::map<std::string_view, int> unlisted;  // forwards by variant
   for (const Variant& variant : variants())
     for (const ExpertRange local : {ExpertRange{}, ExpertRange{5, 6}}) {
       Case c = small_case(variant, 8);
@@ -233,15 +253,21 @@ TEST_P(OnCuda, FewSlotsGiveTheBitsOfListedOnes) {
           }
           const Call call(loaded, batch);
           loaded.layer.set_tactics({});
+          unlisted[variant.name] += lists_nothing(loaded.layer, tokens);
           loaded.layer.forward(call.args());
           const std::vector<std::byte> found = call.y.to_host().bytes();
           EXPECT_TRUE(call.y.guards_intact());
           const Call listed(loaded, batch);
           loaded.layer.set_tactics({loaded.layer.tactics_gemm1()[0].id, -1});
+          EXPECT_FALSE(lists_nothing(loaded.layer, tokens));
           loaded.layer.forward(listed.args());
           EXPECT_EQ(found, listed.y.to_host().bytes());
         }
     }
+  for (const std::string_view name :
+       {"bf16", "f16", "fp8_channel", "fp8_w8a16", "fp8_w8a16+f16", "int8_w8a16",
+        "int4_w4a16", "int4_w4a16+g128+zp"})
+    EXPECT_EQ(unlisted[name] > 0, GetParam() == "sm90a") << name;
 }
 
 // A GEMM1 that quantizes hidden itself gives the bits of the stage that it replaces.

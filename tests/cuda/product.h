@@ -32,7 +32,10 @@ class Product {
 
   const WeightSpec& spec() const { return operand_.spec; }
 
-  // From now on from a layer's own copy of the weights, in the arrangement asked for.
+  cuda::Arrangement arrangement() const { return cuda::arrangement_of(operand_); }
+
+  // From now on from a layer's own copy of the weights, in the arrangement asked for: what it was
+  // made from is poisoned.
   void pack(cuda::Arrangement arrangement) {
     const WeightSpec& s = operand_.spec;
     packed_ = cuda::make_cuda_weights(s, device_traits(), arrangement);
@@ -50,6 +53,14 @@ class Product {
         if (t->defined()) *t = t->slice(e, 1);
       packed_->load(e, one);
     }
+    for (const Tensor* t :
+         {&operand_.plain.weight, &operand_.plain.scale, &operand_.plain.zero_point}) {
+      if (t->defined()) {
+        const auto cells = static_cast<std::size_t>(t->shape[0] * t->strides[0]);
+        cuda_ok(cudaMemset(t->data, 0xff, cells * size_of(t->dtype)));
+      }
+    }
+    cuda_ok(cudaDeviceSynchronize());
     operand_.packed = packed_.get();
   }
 
@@ -191,7 +202,19 @@ class Product {
       std::vector<std::int64_t> shape = {e_count};
       if (s.scale.grid_n > 1 || s.scale.grid_k > 1) shape.push_back(s.scale.grid_n);
       if (s.scale.grid_k > 1) shape.push_back(s.scale.grid_k);
-      operand_.plain.scale = keep(scale, DType::kF32, shape);
+      if (case_.scale_padding > 0) {
+        std::vector<float> padded;
+        for (std::size_t i = 0; i < scale.size(); ++i) {
+          padded.push_back(scale[i]);
+          if ((i + 1) % static_cast<std::size_t>(shape.back()) == 0)
+            padded.insert(padded.end(), static_cast<std::size_t>(case_.scale_padding), NAN);
+        }
+        scale = padded;
+        shape.back() += case_.scale_padding;
+      }
+      Tensor cells = keep(scale, DType::kF32, shape);
+      cells.shape[cells.rank - 1] -= case_.scale_padding;
+      operand_.plain.scale = cells;
     }
     if (case_.zero_points)
       operand_.plain.zero_point = keep(zero, DType::kU8, {e_count, zero_rows, s.scale.grid_k});

@@ -34,6 +34,7 @@ struct ProductCase {
   Layout layout = Layout::kSortedPadded;
   std::int64_t c_padding = 0;                 // extra columns of C's row stride
   std::int64_t a_padding = 0, w_padding = 0;  // extra stored elements per row
+  std::int64_t scale_padding = 0;             // extra cells per row, of kGroup; NaN
   bool c_transposed = false;                  // columns far apart
   unsigned seed = 1;
 };

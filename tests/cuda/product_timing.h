@@ -34,6 +34,7 @@ class TimedLayer {
   Times time(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows,
              int tactic1, int tactic2, RowOf input = RowOf::kToken) {
     input_ = input;
+    take_weights(family);
     const int calls = tokens == 1 ? 16 : tokens <= 128 ? 8 : tokens <= 1024 ? 4 : 2;
     prepare(tokens, tile_rows, calls);
     const double active = active_ / static_cast<double>(calls);
@@ -54,6 +55,7 @@ class TimedLayer {
   // One GEMM1 without a graph, for a profiler.
   void once(const cuda::GemmFamily& family, std::int64_t tokens, std::int64_t tile_rows,
             int tactic) {
+    take_weights(family);
     prepare(tokens, tile_rows, 2);
     for (int i = 0; i < 2; ++i) family.run(stage1(i, tactic), traits_, nullptr);
     cuda_ok(cudaDeviceSynchronize());
@@ -98,9 +100,15 @@ class TimedLayer {
         one.weight = one.weight.slice(e, 1), one.scale = one.scale.slice(e, 1);
         packed_.back()->load(e, one);
       }
-      out.packed = packed_.back().get();
     }
     return out;
+  }
+
+  // The caller's, or those of a layer that the family would run.
+  void take_weights(const cuda::GemmFamily& family) {
+    const bool packed = family.rearranges_u4 && !packed_.empty();  // FC1's, then FC2's
+    fc1_.packed = packed ? packed_[0].get() : nullptr;
+    fc2_.packed = packed ? packed_[1].get() : nullptr;
   }
 
   // Random bytes, or random bf16 of small magnitude: power depends on the data.

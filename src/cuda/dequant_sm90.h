@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "cuda/ptx_mma_sm90.h"
+#include "cuda/rearrange.h"
 
 namespace moesaic::cuda::sm90 {
 
@@ -57,16 +58,14 @@ struct RawWeights {
 
 // Zero points: given, or the middle of the range.
 enum class Zeros : unsigned char { kMiddle, kGiven };
-// Of 4-bit weights: as the caller stores them, or rearranged.
-enum class Order : unsigned char { kPlain, kRearranged };
 
 // A format gives: the bits of a weight; what its fragments must be multiplied with; where a lane
 // reads in rows of kRowBytes, which TMA has swizzled over as many bytes; and fragments: r[0], r[1]
 // of rows g and g + 8 at k 2q, r[2], r[3] at 2q + 8, for step s of 16 in the 32 of K.
-template <Zeros kGiven, Order kOrder>
+template <Zeros kGiven, Arrangement kHow>
 struct U4 {
   static constexpr int kBits = 4, kMiddle = 8;
-  static constexpr bool kRearranged = kOrder == Order::kRearranged;
+  static constexpr bool kRearranged = kHow == Arrangement::kRearranged;
   // Callers' own weights do without some kernels, for the library's size: the bits are the same.
   static constexpr bool kHasAll = kRearranged;
   template <Element E>

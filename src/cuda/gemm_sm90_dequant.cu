@@ -71,16 +71,17 @@ KernelTraits traits_of(const Variant& v, Kernel kernel) {
   return v.fine ? traits_of<W, Element::kBF16, 2>(kernel) : traits_of<W, Element::kBF16, 8>(kernel);
 }
 
-template <Order kOrder>
+template <Arrangement kHow>
 KernelTraits traits_of_u4(const Variant& v, Kernel kernel) {
-  return v.zeros ? traits_of<U4<Zeros::kGiven, kOrder>>(v, kernel)
-                 : traits_of<U4<Zeros::kMiddle, kOrder>>(v, kernel);
+  return v.zeros ? traits_of<U4<Zeros::kGiven, kHow>>(v, kernel)
+                 : traits_of<U4<Zeros::kMiddle, kHow>>(v, kernel);
 }
 KernelTraits traits_of(const Variant& v, Kernel kernel) {
   if (v.format == WeightFormat::kE4M3) return traits_of<E4M3>(v, kernel);
   if (v.format == WeightFormat::kU4)
-    return v.arrangement == Arrangement::kRearranged ? traits_of_u4<Order::kRearranged>(v, kernel)
-                                                     : traits_of_u4<Order::kPlain>(v, kernel);
+    return v.arrangement == Arrangement::kRearranged
+               ? traits_of_u4<Arrangement::kRearranged>(v, kernel)
+               : traits_of_u4<Arrangement::kPlain>(v, kernel);
   return v.zeros ? traits_of<I8<Zeros::kGiven>>(v, kernel)
                  : traits_of<I8<Zeros::kMiddle>>(v, kernel);
 }

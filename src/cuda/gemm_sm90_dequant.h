@@ -42,6 +42,7 @@ struct DequantShape {
   static constexpr bool kKeepsTokens = false;  // not measured
   static constexpr int kBoxWarps = 1;
   static constexpr Tiles kTiles = Tiles::kListed;
+  static constexpr Order kOrder = Order::kListed;
   static constexpr bool kHasRuns = kLoop == Loop::kFreeInRuns, kSmall = kHasRuns;
   static constexpr bool kKeepsThread = false;  // see thread_index
   static constexpr bool kHasGroups = false;    // for the epilogue: C is never quantized

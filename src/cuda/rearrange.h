@@ -11,6 +11,9 @@
 
 namespace moesaic::cuda {
 
+// How 4-bit weights lie: as the caller stores them, or as below.
+enum class Arrangement : std::uint8_t { kPlain, kRearranged };
+
 // Byte i of those that lane q wants: its low nibble at bit 4 i of word q, its high one at 4 i + 16.
 // Both ways are done to 16 bytes alone, so in place, too.
 __host__ __device__ inline void rearrange(const std::uint32_t (&plain)[4],

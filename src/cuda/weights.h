@@ -7,11 +7,9 @@
 
 #include "backend.h"
 #include "cuda/launch.h"
+#include "cuda/rearrange.h"
 
 namespace moesaic::cuda {
-
-// kRearranged: 4-bit weights as rearrange.h has them.
-enum class Arrangement : std::uint8_t { kPlain, kRearranged };
 
 class CudaWeights : public PackedWeights {
  public:

@@ -4,7 +4,7 @@
 
 namespace moesaic::cuda::sm90 {
 
-using W = U4<Zeros::kMiddle, Order::kRearranged>;
+using W = U4<Zeros::kMiddle, Arrangement::kRearranged>;
 inline constexpr Element E = Element::kF16;
 template void launch_dequant<DequantNarrow<W, E, 8>>(const DequantParams&, int, cudaStream_t);
 template void launch_dequant<DequantNarrowFew<W, E, 8>>(const DequantParams&, int, cudaStream_t);

@@ -4,8 +4,8 @@
 
 namespace moesaic::cuda::sm90 {
 
-using M = U4<Zeros::kMiddle, Order::kPlain>;
-using G = U4<Zeros::kGiven, Order::kPlain>;
+using M = U4<Zeros::kMiddle, Arrangement::kPlain>;
+using G = U4<Zeros::kGiven, Arrangement::kPlain>;
 inline constexpr Element E = Element::kF16;
 template void launch_dequant<DequantNarrow<M, E, 8>>(const DequantParams&, int, cudaStream_t);
 template void launch_dequant<DequantNarrowFew<M, E, 8>>(const DequantParams&, int, cudaStream_t);

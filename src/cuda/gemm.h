@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel families behind Backend::gemm on CUDA. All read weights in the caller's own layout
-// [E, N, K]. Which family runs a scheme on a device is decided in one place: find_family.
+// The kernel families behind Backend::gemm on CUDA. All read weights [E, N, K] in the caller's own
+// layout, or as rearrange.h has them. Which family runs a scheme on a device, find_family decides.
 #pragma once
 
 #include <cuda_runtime.h>

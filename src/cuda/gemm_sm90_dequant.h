@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weight-only schemes on SM90a: the shapes of the kernels, and what they are told beyond Params.
 //
-// Weights arrive as the caller stores them, are widened in registers to the exact integers (or
-// e4m3 values) and enter wgmma as its register operand; tokens are the other operand, from shared
+// Weights arrive as the caller or rearrange.h has them, are widened in registers to the integers
+// (or e4m3 values) and enter wgmma as its register operand; tokens are the other, from shared
 // memory. Scales multiply fp32 sums over 128 of K (32, where groups are no multiples of 128), in
 // ascending K whatever the tile: the same bits from every tactic.
 #pragma once

@@ -64,7 +64,7 @@ MOESAIC_C_API moesaic_status moesaic_layer_load(moesaic_layer* layer,
 /* ... or one by one (leading extent 1), which never holds more than one expert twice. */
 MOESAIC_C_API moesaic_status moesaic_layer_load_expert(moesaic_layer* layer, int64_t local_expert,
                                                        const moesaic_layer_weights* weights);
-/* The way back, bit for bit, into the caller's [1, N, K]. UNSUPPORTED for weights of four bits. */
+/* The way back, bit for bit, into the caller's [1, N, K]. UNSUPPORTED for 4 bits on the CPU. */
 MOESAIC_C_API moesaic_status moesaic_layer_unpack_expert(const moesaic_layer* layer,
                                                          int64_t local_expert,
                                                          const moesaic_tensor* fc1,

@@ -92,7 +92,7 @@ class MOESAIC_API Layer {
   // One expert (leading extent 1): nothing larger than one expert is ever held twice.
   void load_expert(std::int64_t local_expert, const LayerWeights& weights);
   // The way back, bit for bit: fc1 and fc2 are the caller's [1, N, K], any strides. For callers that drop
-  // their copy after load. Not for weights of four bits, nor where a device keeps its own order: refused.
+  // their copy after load. Refused on the CPU for weights of four bits, on CUDA for an inner stride other than 1.
   void unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Tensor& fc2) const;
   // Leading extent 1, intermediate = shared_intermediate. `gate` (optional, [H] or [1, H], float):
   // the shared output is multiplied by sigmoid(x . gate), as in Qwen2-MoE.

@@ -273,9 +273,9 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
   if (b.rows.positions == 0) return;
   if (batched) {
     // The host does not know how many rows are live: the caller may say what it expects.
-    const std::int64_t expected =
-        args.expected_tokens > 0 ? args.expected_tokens * config.top_k : b.rows.positions;
-    b.rows.slot_count = std::min(expected, b.rows.positions);
+    // (Cut before it is multiplied: a hint may be any number.)
+    const std::int64_t hint = args.expected_tokens > 0 ? args.expected_tokens : b.rows.positions;
+    b.rows.slot_count = std::min(std::min(hint, b.rows.positions) * config.top_k, b.rows.positions);
     set_tile_rows(b.rows, experts, plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
   } else {
     set_tile_rows_of_blocks(b.rows, args.sorted,

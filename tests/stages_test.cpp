@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <limits>
 
 #include "harness/compare.h"
 #include "harness/fixture.h"
@@ -233,7 +234,8 @@ TEST(Stages, AHintOfLiveTokensNeverChangesBits) {
   args.batched.num_tokens = p.num_tokens.view();
   args.workspace = workspace.view();
   HostTensor first;
-  for (const std::int64_t hint : {0, 1, 40, 5000}) {
+  for (const std::int64_t hint : {std::int64_t{0}, std::int64_t{1}, std::int64_t{40},
+                                  std::int64_t{5000}, std::numeric_limits<std::int64_t>::max()}) {
     DeviceTensor out({}, DType::kF32, {8, 64, c.hidden});
     args.output = out.view();
     args.expected_tokens = hint;

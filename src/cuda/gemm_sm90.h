@@ -183,7 +183,8 @@ struct QuantizerView {
 };
 // Rows of C that leave without shared memory. Plain is what layers ask for, and takes half of the
 // instructions: no token has a factor of its own (what all have is in the rows' terms), gate comes
-// first, C has the type that the operands suggest, and the activation is none or a SwiGLU.
+// first, C has the type that the operands suggest, and the activation is none, SwiGLU or of
+// its formula (ActivationTerms).
 enum class Direct : unsigned char { kNo, kAny, kPlain };
 constexpr OutType plain_type(Element element) {
   return element == Element::kF16 ? OutType::kF16 : OutType::kBF16;

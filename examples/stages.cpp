@@ -28,11 +28,14 @@ LayerConfig config_of(ExpertRange local) {
 int main() {
   std::vector<float> fc1(kExperts * 2 * kIntermediate * kHidden), fc2(kExperts * kHidden * kIntermediate);
   std::vector<float> x(kTokens * kHidden), weights(kTokens * kTopK, 0.5f);
-  std::vector<std::int32_t> ids;
+  std::vector<std::int32_t> ids(kTokens * kTopK);  // two experts of eight for each token
   for (std::size_t i = 0; i < fc1.size(); ++i) fc1[i] = 0.05f * std::sin(0.7f * static_cast<float>(i));
   for (std::size_t i = 0; i < fc2.size(); ++i) fc2[i] = 0.05f * std::cos(0.3f * static_cast<float>(i));
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = std::sin(static_cast<float>(i));
-  for (std::int32_t t = 0; t < kTokens; ++t) ids.insert(ids.end(), {t % 8, (3 * t + 1) % 8});
+  for (std::size_t t = 0; t < kTokens; ++t) {
+    ids[kTopK * t] = static_cast<std::int32_t>(t % 8);
+    ids[kTopK * t + 1] = static_cast<std::int32_t>((3 * t + 1) % 8);
+  }
 
   // What one layer with all experts says.
   Layer whole(config_of({}));

@@ -3,6 +3,7 @@
 """Our whole layer beside others': rows of `moesaic bench --json` against a file of their figures.
 
     bench/compare.py rows.json ... --peers peers.json [--misses]
+    bench/compare.py --glance docs/performance_cuda.md    # the median of each table over its shapes
 
 The peers' file is a JSON list of {"scheme", "shape", "tokens", "peer", "ratio", "target"}: the best peer's whole layer
 and the target, both as ratios to the floor that such a row has. Prints a Markdown table per scheme: a cell is our
@@ -11,6 +12,9 @@ the peer and the target; `=`: no slower than the peer; `-`: slower than the peer
 """
 import argparse
 import json
+import pathlib
+import re
+import statistics
 
 # Our names of what the peers' file calls differently.
 ALIASES = {"int4_w4a16": "int4_g128", "fp8_tensor+static": "fp8_tensor"}
@@ -36,12 +40,36 @@ def verdict(row, peer):
     return "+" if ours <= peer["target"] + SLACK else "="
 
 
+def glance(page):
+    """Per scheme and T, best peer / ours out of a page's tables: the median over the shapes (and the least and the largest)."""
+    tables, tokens, scheme = {}, [], None
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) > 1 and re.fullmatch(r"T=\d+", cells[1]):
+            scheme, tokens = cells[0].split("+")[0], cells[1:]
+        for t, cell in zip(tokens, cells[1:]):
+            ratios = re.fullmatch(r"\S+ ([\d.]+)[-+=!] \(\S+ ([\d.]+) -> [\d.]+\)", cell)
+            if ratios:
+                tables.setdefault(scheme, {}).setdefault(t, []).append(float(ratios[2]) / float(ratios[1]))
+    columns = list(next(iter(tables.values())))
+    lines = ["| best peer / ours | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for scheme, gains in tables.items():
+        cells = (f"{statistics.median(g):.2f} ({min(g):.2f} to {max(g):.2f})" for g in (gains[t] for t in columns))
+        lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+")
-    parser.add_argument("--peers", required=True)
+    parser.add_argument("rows", nargs="*")
+    parser.add_argument("--peers")
+    parser.add_argument("--glance", metavar="PAGE", type=pathlib.Path, help="the table at a glance, from the tables of this page")
     parser.add_argument("--misses", action="store_true", help="only a line for each row behind its peer or target")
     args = parser.parse_args()
+    if args.glance:
+        return print(glance(args.glance.read_text()))
+    if not args.rows or not args.peers:
+        parser.error("rows and --peers, or --glance")
     with open(args.peers) as file:
         peers = {(p["scheme"], p["shape"], p["tokens"]): p for p in json.load(file)}
 

@@ -115,7 +115,7 @@ struct QuantizeStage {
   ActScaleView input_scale;      // of 8-bit input
   const RowMap* rows = nullptr;  // null: rows 0..R-1 of input, all live. Else only live positions
   // rows null: row t goes to the positions slot_row[t * top_k + j] >= 0 instead of row t of output. Asked only of
-  // a backend that scatters_rows(); of 8-bit input with scales by row or group.
+  // a backend that says so (scatters_rows, input_rows); of 8-bit input with scales by row or group.
   const std::int32_t* slot_row = nullptr;
   ListAge list_age = ListAge::kNew;      // of rows; null: of the ids that the next kernel reads
   RowOf source = RowOf::kPosition;       // row of `input` for a position
@@ -211,6 +211,10 @@ class Backend {
   // Where GEMM1 of the standard format wants float inputs: kToken as they are, gathered by the product; kPosition
   // laid out by position, where reading consecutive rows gains more than writing them costs.
   virtual RowOf input_rows(const WeightSpec&, std::int64_t /*slots*/) const { return RowOf::kToken; }
+  // Whether prepare of the batched format reads each row once and writes it to all positions of its slots
+  // (QuantizeStage::slot_row), rows of such scales (kDefault: 16 bit, only moved). A backend whose input_rows is ever
+  // kPosition takes slot_row.
+  virtual bool scatters_rows(ActScale, std::int64_t /*slots*/) const { return false; }
   // Whether GEMM1 writes its rows as GEMM2 reads them, in 8 bit (GemmStage::quantizer): the quantize stage between them
   // is then left out. Not asked where a factor per channel lies between them. kEither: gemm1_quantizes says it of a
   // GEMM1 that is about to run, with its quantizer; that follows from specs, tactic, tile_rows and the weights' strides alone, too.
@@ -240,8 +244,6 @@ class Backend {
   virtual void gemm(const GemmStage& stage, Stream stream) const = 0;
   virtual void activate(const ActivateStage& stage, Stream stream) const = 0;
   virtual void combine(const CombineStage& stage, Stream stream) const = 0;
-  // Whether quantize takes slot_row. A backend whose input_rows is ever kPosition does.
-  virtual bool scatters_rows() const { return false; }
 };
 
 // The backend of a device, made once. Throws kUnsupported when the library was built without it or

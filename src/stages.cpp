@@ -164,14 +164,11 @@ void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   Arena arena(args.workspace.data);
   const PrepareBuffers b = take_prepare(arena, plan, tokens, capacity);
   auto* const slot_row = args.slot_row.defined() ? args.slot_row.as<std::int32_t>() : b.slot_row;
-  // Rows that are the same for all slots of a token are read once and written to all its positions:
-  // nobody needs the lists then. (Scales per tensor are an expert's here; and few rows are
-  // quantized sooner position by position.)
+  // Rows that are the same for all slots of a token may be read once and written to all its
+  // positions: nobody needs the lists then.
   const ActScale granularity = plan.fc1.act_scale;
-  const bool moved = granularity == ActScale::kDefault;
-  const bool of_row = granularity == ActScale::kToken || granularity == ActScale::kGroup;
-  const bool scatter = plan.backend->scatters_rows() && !on_input &&
-                       (moved || (of_row && tokens * config.top_k > 128));
+  const bool scatter =
+      !on_input && plan.backend->scatters_rows(granularity, tokens * config.top_k);
   RowMap rows_of_slots = b.rows;
   if (scatter) rows_of_slots = {.positions = b.rows.positions, .slot_count = b.rows.slot_count};
   plan.backend->align({.topk_ids = args.topk_ids,

@@ -3,6 +3,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +51,10 @@ def test_figures_are_those_of_performance(page, other):
         row = re.search(rf"^\| {shape} \|(.*)\|$", table, re.M)[1]
         theirs = [re.match(r"\s*([\d.]+)", cell)[1] for cell in row.split("|")]
         assert [cell.split("/")[0].strip() for cell in cells.split("|")] == [theirs[i] for i in (0, 2, 3, 4, 5)], (page, shape)
+
+
+def test_the_glance_is_of_the_tables():
+    """The table at a glance is what `bench/compare.py --glance` makes of the full ones."""
+    made = subprocess.run([sys.executable, _DOCS.parent / "bench/compare.py", "--glance", _DOCS / "performance_cuda.md"],
+                          capture_output=True, text=True, check=True).stdout
+    assert made.count("\n") == 6 and made in (_DOCS / "performance.md").read_text()

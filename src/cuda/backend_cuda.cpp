@@ -88,6 +88,12 @@ RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
   const bool pays = rows > (e4m3 ? 128 : 64) && fc1.n >= least;
   return pays ? RowOf::kPosition : RowOf::kToken;
 }
+bool CudaBackend::scatters_rows(ActScale granularity, std::int64_t slots) const {
+  // Few rows are quantized sooner position by position (docs/log_cuda_stages.md).
+  // Scales per tensor are an expert's in the batched format, so a token's rows are not all the same.
+  const bool of_row = granularity == ActScale::kToken || granularity == ActScale::kGroup;
+  return granularity == ActScale::kDefault || (of_row && slots > 128);
+}
 QuantizedBy CudaBackend::hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
                                              const ActivationSpec& activation) const {
   const auto by = family_for(fc1, device_).hidden_quantized_by;

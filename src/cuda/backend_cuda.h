@@ -28,7 +28,7 @@ class CudaBackend final : public Backend {
   DType slot_dtype(const WeightSpec& fc2) const override;
   std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const override;
   RowOf input_rows(const WeightSpec& fc1, std::int64_t slots) const override;
-  bool scatters_rows() const override { return true; }
+  bool scatters_rows(ActScale granularity, std::int64_t slots) const override;
   QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
                                   const ActivationSpec& activation) const override;
   bool gemm1_quantizes(const GemmStage& stage) const override;

@@ -138,15 +138,6 @@ void run_sorted(const Layer& layer, const Batch& batch, const Execution& how, Bu
   sum_slots(s);
 }
 
-// The scheme whose rows are not quantized, for what prepare cannot quantize: static scales and
-// AWQ's factors belong to the weights, which it does not see.
-LayerConfig float_rows(const LayerConfig& config) {
-  LayerConfig plain = config;
-  plain.quant = {.scheme =
-                     intermediate_dtype(config) == DType::kF16 ? Scheme::kF16 : Scheme::kBF16};
-  return plain;
-}
-
 void run_batched(const Layer& layer, const Batch& batch, const Execution& how, Buffers* b,
                  const DeviceTensor& output, std::int64_t* dropped) {
   const LayerConfig& config = layer.config();
@@ -196,8 +187,8 @@ void run_batched(const Layer& layer, const Batch& batch, const Execution& how, B
   e.output = b->output("expert outputs", how.expert_output, {fc1.experts, capacity, config.hidden},
                        b->placement())
                  .view();
-  e.workspace =
-      b->workspace(stage_workspace_bytes(config, {Format::kBatched, tokens, capacity, b->device()}));
+  e.workspace = b->workspace(
+      stage_workspace_bytes(config, {Format::kBatched, tokens, capacity, b->device()}));
   experts(layer, e);
 
   FinalizeArgs f;
@@ -239,6 +230,13 @@ Batch take_tokens(const Batch& batch, std::int64_t first, std::int64_t count) {
   };
   return {take(batch.hidden_states), take(batch.hidden_scale), take(batch.topk_ids),
           take(batch.topk_weights), take(batch.router_logits)};
+}
+
+LayerConfig float_rows(const LayerConfig& config) {
+  LayerConfig plain = config;
+  plain.quant = {.scheme =
+                     intermediate_dtype(config) == DType::kF16 ? Scheme::kF16 : Scheme::kBF16};
+  return plain;
 }
 
 Executed execute(const Layer& layer, const Batch& batch, const Execution& how) {

@@ -34,6 +34,9 @@ Executed execute(const Layer& layer, const Batch& batch, const Execution& how);
 
 // Rows of the fullest local expert: the capacity that holds this routing, at least 1.
 std::int64_t needed_capacity(const LayerConfig& config, const HostTensor& topk_ids);
+// `config` with the scheme whose rows are not quantized, for what prepare cannot quantize: static
+// scales and AWQ's factors belong to the weights, which it does not see.
+LayerConfig float_rows(const LayerConfig& config);
 // Tokens [first, first + count) of a batch.
 Batch take_tokens(const Batch& batch, std::int64_t first, std::int64_t count);
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "backend.h"
+#include "harness/execute.h"
 #include "scheme.h"
 
 namespace moesaic::harness {
@@ -37,8 +38,14 @@ FormatRunner::FormatRunner(const Layer& layer, Format format, std::int64_t token
     align_workspace_ = WorkspaceBuffer(device, align_workspace_bytes(slots, c.experts, device));
     return;
   }
-  workspace_ = WorkspaceBuffer(device, stage_workspace_bytes(c, {format, tokens, capacity_, device}));
-  const WeightSpec fc1 = weight_spec(c, Product::kFc1);
+  const bool float_input = is_float(c.input_dtype);
+  if (float_input && weight_spec(c, Product::kFc1).act_scale == ActScale::kTensorStatic)
+    float_rows_ = float_rows(c);
+  const LayerConfig& prepared = float_rows_ ? *float_rows_ : c;
+  const StageShape shape{format, tokens, capacity_, device};
+  workspace_ = WorkspaceBuffer(
+      device, std::max(stage_workspace_bytes(c, shape), stage_workspace_bytes(prepared, shape)));
+  const WeightSpec fc1 = weight_spec(prepared, Product::kFc1);
   rows_ = DeviceTensor(device, fc1.act_dtype, {local, capacity_, c.hidden});
   if (fc1.act_scale != ActScale::kDefault) {
     const bool tensor =
@@ -108,15 +115,19 @@ void FormatRunner::run_sorted(const FormatInputs& in, Stream stream) const {
 }
 
 void FormatRunner::run_batched(const FormatInputs& in, Stream stream) const {
-  prepare(*layer_, {.hidden_states = in.hidden_states,
-                    .topk_ids = in.topk_ids,
-                    .topk_weights = in.topk_weights,
-                    .rows = rows_.view(),
-                    .row_scale = row_scale_.view(),
-                    .num_tokens = num_tokens_.view(),
-                    .slot_row = slot_row_.view(),
-                    .workspace = workspace_.view(),
-                    .stream = stream});
+  const PrepareArgs prepared{.hidden_states = in.hidden_states,
+                             .topk_ids = in.topk_ids,
+                             .topk_weights = in.topk_weights,
+                             .rows = rows_.view(),
+                             .row_scale = row_scale_.view(),
+                             .num_tokens = num_tokens_.view(),
+                             .slot_row = slot_row_.view(),
+                             .workspace = workspace_.view(),
+                             .stream = stream};
+  if (float_rows_)
+    prepare(*float_rows_, prepared);
+  else
+    prepare(*layer_, prepared);
   experts(*layer_, {.format = Format::kBatched,
                     .rows = rows_.view(),
                     .row_scale = row_scale_.view(),

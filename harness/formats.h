@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "harness/data.h"
@@ -31,6 +32,8 @@ class FormatRunner {
   void run_batched(const FormatInputs& in, Stream stream) const;
 
   const Layer* layer_;
+  // Batched, static activation scales: the layer whose rows prepare makes; experts quantizes them.
+  std::optional<LayerConfig> float_rows_;
   Format format_;
   std::int64_t tokens_, capacity_, block_rows_;
   WorkspaceBuffer workspace_, align_workspace_;

@@ -132,8 +132,7 @@ void for_each_element(const Tensor& view, F f) {
 DeviceTensor::DeviceTensor(Device device, DType dtype, std::vector<std::int64_t> shape,
                            Placement placement)
     : shape_(std::move(shape)) {
-  view_ =
-      Tensor::contiguous(nullptr, dtype, shape_, device);
+  view_ = Tensor::contiguous(nullptr, dtype, shape_, device);
   if (placement == Placement::kStrided && view_.rank > 1) {
     std::int64_t stride = shape_.back() + kRowGap;
     for (int d = view_.rank - 2; d >= 0; --d) {
@@ -181,11 +180,16 @@ void DeviceTensor::poison() {
   const std::vector<std::byte> bytes(std::min<std::size_t>(all, std::size_t{4} << 20), kPoison);
   for (std::size_t at = 0; at < all; at += bytes.size())
     backend(view_.device)
-        .copy(static_cast<std::byte*>(block_) + at, bytes.data(),
-              std::min(bytes.size(), all - at), {});
+        .copy(static_cast<std::byte*>(block_) + at, bytes.data(), std::min(bytes.size(), all - at),
+              {});
 }
 
 void DeviceTensor::assign(const Tensor& host) {
+  if (host.is_contiguous() && view_.is_contiguous()) {  // gigabytes: not by the element
+    const std::size_t bytes = static_cast<std::size_t>(host.numel()) * size_of(view_.dtype);
+    if (bytes > 0) backend(view_.device).copy(view_.data, host.data, bytes, {});
+    return;
+  }
   std::vector<std::byte> bytes(block_bytes(), kPoison);
   const std::size_t size = size_of(view_.dtype);
   std::vector<std::int64_t> from(static_cast<std::size_t>(host.numel()));
@@ -202,9 +206,14 @@ void DeviceTensor::assign(const Tensor& host) {
 
 HostTensor DeviceTensor::to_host() const {
   if (block_ == nullptr) return {};
+  HostTensor out(view_.dtype, shape_);
+  if (view_.is_contiguous()) {
+    if (!out.bytes().empty())
+      backend(view_.device).copy(out.bytes().data(), view_.data, out.bytes().size(), {});
+    return out;
+  }
   std::vector<std::byte> bytes(block_bytes());
   backend(view_.device).copy(bytes.data(), block_, bytes.size(), {});
-  HostTensor out(view_.dtype, shape_);
   const std::size_t size = size_of(view_.dtype);
   for_each_element(view_, [&](std::int64_t i, std::int64_t at) {
     std::memcpy(out.bytes().data() + static_cast<std::size_t>(i) * size,

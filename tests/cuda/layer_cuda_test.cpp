@@ -13,6 +13,7 @@
 #include "experts.h"
 #include "forward.h"
 #include "harness/execute.h"
+#include "harness/formats.h"
 #include "harness/verify.h"
 #include "layer_impl.h"
 
@@ -123,6 +124,56 @@ TEST_P(OnCuda, TokenChunksUnderACapGiveTheSameBits) {
   }
 }
 
+// What a captured call is made of: kernels, and memsets at most. No allocation, no copy, nothing on
+// the host.
+void expect_kernels_alone(cudaGraph_t graph) {
+  std::size_t count = 0;
+  ASSERT_EQ(cudaGraphGetNodes(graph, nullptr, &count), cudaSuccess);
+  ASSERT_GT(count, 0u);
+  std::vector<cudaGraphNode_t> nodes(count);
+  ASSERT_EQ(cudaGraphGetNodes(graph, nodes.data(), &count), cudaSuccess);
+  for (const cudaGraphNode_t node : nodes) {
+    cudaGraphNodeType type{};
+    ASSERT_EQ(cudaGraphNodeGetType(node, &type), cudaSuccess);
+    EXPECT_TRUE(type == cudaGraphNodeTypeKernel || type == cudaGraphNodeTypeMemset)
+        << "a node of type " << static_cast<int>(type);
+  }
+}
+
+// The stages of the other formats are captured as a forward is; the routers' kernels, too.
+TEST_P(OnCuda, EveryFormatIsKernelsAlone) {
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  for (const Variant& variant : variants())
+    for (const Format format : {Format::kStandard, Format::kSorted, Format::kBatched})
+      for (const std::int64_t tokens : {1, 40, 700}) {
+        const Case c = small_case(variant, tokens);
+        if (!supported(c, kGpu).supported || !is_float(variant.input) ||
+            variant.extras != Extras::kNone)
+          continue;
+        SCOPED_TRACE(name(c) + " " + std::string(name(format)));
+        const Loaded loaded(c);
+        const Call call(loaded, loaded.batch);
+        const DeviceTensor logits = DeviceTensor::from(loaded.batch.router_logits, kGpu);
+        const FormatRunner runner(loaded.layer, format, tokens);
+        for (const bool routes : {false, true}) {
+          if (routes && format != Format::kStandard) continue;
+          cudaGraph_t graph = nullptr;
+          ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+          runner.run({.hidden_states = call.x.view(),
+                      .topk_ids = call.ids.view(),
+                      .topk_weights = call.weights.view(),
+                      .router_logits = routes ? logits.view() : Tensor{},
+                      .output = call.y.view()},
+                     {stream});
+          ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+          expect_kernels_alone(graph);
+          cudaGraphDestroy(graph);
+        }
+      }
+  cudaStreamDestroy(stream);
+}
+
 // Captured once, replayed with other routings and inputs of the same T: the bits of a plain
 // forward.
 TEST_P(OnCuda, GraphsReplayWithOtherRoutings) {
@@ -140,6 +191,7 @@ TEST_P(OnCuda, GraphsReplayWithOtherRoutings) {
       ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
       loaded.layer.forward(call.args({stream}));
       ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      expect_kernels_alone(graph);
       ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
       for (const std::uint64_t seed : {1, 2, 3}) {
         c.seed = seed;
@@ -264,9 +316,8 @@ TEST_P(OnCuda, FewSlotsGiveTheBitsOfListedOnes) {
           EXPECT_EQ(found, listed.y.to_host().bytes());
         }
     }
-  for (const std::string_view name :
-       {"bf16", "f16", "fp8_channel", "fp8_w8a16", "fp8_w8a16+f16", "int8_w8a16",
-        "int4_w4a16", "int4_w4a16+g128+zp"})
+  for (const std::string_view name : {"bf16", "f16", "fp8_channel", "fp8_w8a16", "fp8_w8a16+f16",
+                                      "int8_w8a16", "int4_w4a16", "int4_w4a16+g128+zp"})
     EXPECT_EQ(unlisted[name] > 0, GetParam() == "sm90a") << name;
 }
 

@@ -89,25 +89,38 @@ TEST_P(OnGpu, SeededFaultsAreNoticed) {
   }
 }
 
-TEST_P(OnGpu, GroupedGemm) {
-  int ran = 0;
-  const auto expect_right = [&](const GroupedCase& c) {
-    const std::string which = c.variant.name + " k " + std::to_string(c.k);
+// The bare product. What it refuses is outside the CUDA matrix, and refused by name.
+class Products {
+ public:
+  ~Products() { EXPECT_GT(ran_, 0); }
+  void expect_right(const GroupedCase& c, const std::string& what) {
+    const std::string which = c.variant.name + " k " + std::to_string(c.k) + " " + what;
     try {
       EXPECT_EQ(check_grouped(c, kGpu), "") << which;
-      ++ran;
-    } catch (const Error& error) {  // outside the CUDA matrix: by name
+      ++ran_;
+    } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::kUnsupported) << which << ": " << error.what();
     }
-  };
-  for (const Variant& variant : variants()) {
-    for (const Format format : {Format::kSorted, Format::kBatched}) {
+  }
+  static GroupedCase base(const Variant& variant) {
+    GroupedCase c;
+    c.variant = variant;
+    c.variant.extras = Extras::kNone;
+    c.a = variant.input;
+    c.c = variant.output;
+    return c;
+  }
+
+ private:
+  int ran_ = 0;
+};
+
+TEST_P(OnGpu, GroupedGemm) {
+  Products products;
+  for (const Variant& variant : variants())
+    for (const Format format : {Format::kSorted, Format::kBatched})
       for (const RowOrder c_order : {RowOrder::kSlot, RowOrder::kSorted}) {
-        GroupedCase c;
-        c.variant = variant;
-        c.variant.extras = Extras::kNone;
-        c.a = variant.input;
-        c.c = variant.output;
+        GroupedCase c = Products::base(variant);
         c.format = format;
         c.c_order = c_order;
         c.bias = Biases::kAll;
@@ -115,12 +128,54 @@ TEST_P(OnGpu, GroupedGemm) {
         // Rows of weights that are no multiple of 16 bytes, and rows that TMA can fetch.
         for (const std::int64_t k : {136, 256}) {
           c.k = k;
-          expect_right(c);
+          products.expect_right(c, "");
         }
       }
-    }
+}
+
+// Experts that live elsewhere are blocks of expert -1: their rows become zero, in either order.
+TEST_P(OnGpu, GroupedGemmOfFilteredBlocks) {
+  Products products;
+  for (const Variant& variant : variants()) {
+    if (variant.quant.act_scale == ActScale::kTensorDynamic) continue;  // one scale for all rows
+    for (const RowOrder c_order : {RowOrder::kSlot, RowOrder::kSorted})
+      for (const std::int64_t k : {136, 256}) {
+        GroupedCase c = Products::base(variant);
+        c.variant.static_scales = StaticScales::kShared;
+        c.local = {1, 3};
+        c.c_order = c_order;
+        c.k = k;
+        products.expect_right(c, "local");
+        c.load = Load::kRemote;
+        products.expect_right(c, "local, remote ids");
+        c.a_order = RowOrder::kSorted;
+        products.expect_right(c, "local, rows of A sorted");
+      }
   }
-  EXPECT_GT(ran, 0);
+}
+
+// Lists and tensors that a layer of its own never makes.
+TEST_P(OnGpu, GroupedGemmOfOtherLists) {
+  Products products;
+  for (const Variant& variant : variants())
+    for (const std::int64_t k : {136, 256}) {
+      GroupedCase c = Products::base(variant);
+      c.k = k;
+      c.bias = Biases::kAll;
+      c.placement = Placement::kStrided;
+      c.k_padding = 128;
+      products.expect_right(c, "padded K, strided");
+      c.load = Load::kDuplicates;
+      c.block_rows = 64;
+      products.expect_right(c, "blocks of 64");
+      c.load = Load::kOne;
+      c.tokens = 70;
+      products.expect_right(c, "blocks of 64, one expert");
+      c.tokens = 1;
+      products.expect_right(c, "one token");
+      c.tokens = 0;
+      products.expect_right(c, "no token");
+    }
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, OnGpu, testing::Values("sm80", "sm90a"),

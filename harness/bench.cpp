@@ -140,8 +140,7 @@ class Bench {
     for (const std::int64_t tokens : spec_.tokens) add_rows(tokens);
     m.after = watch_->products();
     m.after.read_gbytes_s = watch_->read_gbytes_s();
-    m.invalid = invalid_because(m.before, m.reference, spec_.device.type);
-    if (m.invalid.empty()) m.invalid = invalid_because(m.after, m.reference, spec_.device.type);
+    judge(&result_, spec_.device.type);
     return std::move(result_);
   }
 
@@ -262,9 +261,6 @@ class Bench {
     r.fraction_of_roof = r.ms_median > 0 ? r.floor_ms / r.ms_median : 0;
     r.gflops = floor.operations / r.ms_median * 1e-6;
     r.gbytes_s = r.weight_bytes / r.ms_median * 1e-6;
-    if (m.reference && read_rate < 0.9 * m.reference->read_gbytes_s)
-      r.invalid = fmt::format("memory read probe {:.0f} GB/s is under 90% of {:.0f}", read_rate,
-                              m.reference->read_gbytes_s);
     return r;
   }
 
@@ -313,6 +309,19 @@ Floor layer_floor(const LayerConfig& config, Biases bias, const FloorInputs& in)
   floor.ms = std::max(bytes_ms, product_ms);
   floor.bound = bytes_ms >= product_ms ? "bytes" : "operations";
   return floor;
+}
+
+void judge(BenchResult* result, DeviceType type) {
+  BenchMachine& m = result->machine;
+  std::string product = low_product(m.before, m.reference, type);
+  if (product.empty()) product = low_product(m.after, m.reference, type);
+  for (BenchRow& row : result->rows) {
+    row.invalid = low_read(row.read_gbytes_s, m.reference);
+    if (row.invalid.empty()) row.invalid = product;
+  }
+  m.invalid = low_read(m.before.read_gbytes_s, m.reference);
+  if (m.invalid.empty()) m.invalid = low_read(m.after.read_gbytes_s, m.reference);
+  if (m.invalid.empty()) m.invalid = product;
 }
 
 nlohmann::json to_json(const BenchResult& result) {

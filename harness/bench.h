@@ -72,6 +72,9 @@ struct BenchResult {
   std::vector<BenchRow> rows;
 };
 nlohmann::json to_json(const BenchResult& result);
+// Says which rows do not count: those with a low read probe around them; all of them where a
+// product probe before or after was low.
+void judge(BenchResult* result, DeviceType type);
 
 // Bytes of one local expert's weights, scales, zero points and biases, as the caller holds them.
 double expert_bytes(const LayerConfig& config, Biases bias);

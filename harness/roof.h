@@ -49,8 +49,8 @@ double product_rate(const Roof& roof, Scheme scheme, DeviceType type);
 // was busy with other work.
 std::optional<Roof> reference_cpu(int threads);
 std::optional<Roof> reference_gpu(std::string_view device_name);
-// Empty when the probe is good; otherwise what is wrong.
-std::string invalid_because(const Roof& probe, const std::optional<Roof>& reference,
-                            DeviceType type);
+// Empty when the probe is good or no reference is on record; otherwise what is wrong.
+std::string low_read(double gbytes_s, const std::optional<Roof>& reference);
+std::string low_product(const Roof& probe, const std::optional<Roof>& reference, DeviceType type);
 
 }  // namespace moesaic::harness

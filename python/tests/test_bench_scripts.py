@@ -2,6 +2,7 @@
 """The parts of the scripts under bench/ that need no GPU: what they conclude from rows, and what they compute."""
 
 import importlib
+import json
 import pathlib
 import sys
 
@@ -60,6 +61,21 @@ def test_an_invalid_row_is_told(script):
     assert rows.device_of([_row(1, 1.0), _row(1, 1.0, valid=False)]) == "d; 1 of 2 rows INVALID"
     assert rows.middle([_row(1, 1.0), _row(1, 3.0), _row(2, 9.0)], tokens=1) == 2.0
     assert rows.middle([_row(1, 1.0)], tokens=2) is None
+
+
+def test_compare_marks_invalid_rows_before_it_looks_at_ratios(script, tmp_path, monkeypatch, capsys):
+    compare = script("compare")
+    peer = {"scheme": "bf16", "shape": "s", "peer": "P", "ratio": 1.2, "target": 1.0}
+    marks = {1: (True, 1.0, "+"), 2: (True, 1.1, "="), 4: (True, 1.3, "-"), 8: (False, 1.0, "!")}
+    rows = [_row(t, 1.0, valid=v, ratio_to_floor=r, format="standard", load="uniform") for t, (v, r, _) in marks.items()]
+    assert [compare.verdict(row, peer) for row in rows] == [m for _, _, m in marks.values()]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "peers.json").write_text(json.dumps([dict(peer, tokens=t) for t in marks]))
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "rows.json"), "--peers", str(tmp_path / "peers.json")])
+    compare.main()
+    out = capsys.readouterr().out
+    assert "1 1.00! (P 1.20 -> 1.00)" in out
+    assert "1 at the target, 1 between peer and target, 1 behind the peer, 1 invalid" in out
 
 
 # --- bench/python_cuda_peers.py

@@ -3,6 +3,7 @@
 // the machine sets: bytes over its read rate, or operations over its product rate, probed beside.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -21,6 +22,7 @@ struct BenchSpec {
   std::vector<std::int64_t> tokens;
   Variant variant;  // scheme with its options
   Format format = Format::kStandard;
+  bool experts_only = false;  // sorted, batched: their stage `experts` alone, on lists made before
   RoutingSource source = RoutingSource::kIds;  // kLogits: standard format only
   std::int64_t capacity = 0;                   // batched: rows per expert; 0: as many as are needed
   ActivationSpec activation{};
@@ -32,6 +34,7 @@ struct BenchSpec {
   // Each is a row of its own; all of one number of tokens share buffers and routings, one behind
   // the other. Rows behind the first that would take three times as long as it have one sample.
   std::vector<TacticPair> tactics{{}};
+  std::chrono::steady_clock::time_point process_start = std::chrono::steady_clock::now();
 };
 
 struct BenchRow {
@@ -51,7 +54,7 @@ struct BenchRow {
   double host_us = 0;        // of one call that the host does not wait for
   double clock_mhz = 0;      // of the device, behind the last sample
   std::string activation;
-  bool bias = false;
+  bool bias = false, experts_only = false;
   TacticPair tactics{};  // what was forced; -1: the policy chose
   std::string invalid;   // why this row does not count; empty: it does
 };
@@ -62,9 +65,9 @@ struct BenchMachine {
   Roof before, after;  // probes; read rates: first and last of the run
   std::optional<Roof> reference;
   std::string invalid;
-  // Start-up: until the device could be used at all; and what this library adds before the first
-  // forward of the process has finished, its weights apart.
-  double context_ms = 0, first_forward_ms = 0;
+  // Start-up: until the device could be used at all; what the process takes besides until its first
+  // forward has finished, without probes, weights and inputs; and that forward's part of it.
+  double context_ms = 0, start_ms = 0, first_forward_ms = 0;
 };
 
 struct BenchResult {

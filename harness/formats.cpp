@@ -59,62 +59,23 @@ FormatRunner::FormatRunner(const Layer& layer, Format format, std::int64_t token
   expert_outputs_ = DeviceTensor(device, slot_dtype, {local, capacity_, c.hidden});
 }
 
-void FormatRunner::run(const FormatInputs& in, Stream stream) const {
-  switch (format_) {
-    case Format::kStandard:
-      layer_->forward({.hidden_states = in.hidden_states,
-                       .hidden_scale = in.hidden_scale,
-                       .topk_ids = in.router_logits.defined() ? Tensor{} : in.topk_ids,
-                       .topk_weights = in.router_logits.defined() ? Tensor{} : in.topk_weights,
-                       .router_logits = in.router_logits,
-                       .output = in.output,
-                       .workspace = workspace_.view(),
-                       .stream = stream});
-      return;
-    case Format::kSorted:
-      return run_sorted(in, stream);
-    case Format::kBatched:
-      return run_batched(in, stream);
-  }
+SortedRows FormatRunner::sorted() const {
+  return {.slots = slots_.view(),
+          .block_experts = block_experts_.view(),
+          .num_padded = num_padded_.view(),
+          .block_rows = block_rows_};
 }
 
-void FormatRunner::run_sorted(const FormatInputs& in, Stream stream) const {
+void FormatRunner::before(const FormatInputs& in, Stream stream) const {
   const LayerConfig& c = layer_->config();
-  const SortedRows sorted{.slots = slots_.view(),
-                          .block_experts = block_experts_.view(),
-                          .num_padded = num_padded_.view(),
-                          .block_rows = block_rows_};
-  align({.topk_ids = in.topk_ids,
-         .experts = c.experts,
-         .local = c.local,
-         .rows = sorted,
-         .workspace = align_workspace_.view(),
-         .stream = stream});
-  Tensor by_slot = slot_outputs_.view();  // [T, k, H] -> [T * k, H]
-  by_slot.rank = 2;
-  by_slot.shape = {tokens_ * c.top_k, c.hidden};
-  by_slot.strides = {c.hidden, 1};
-  Tensor weights = in.topk_weights;
-  weights.rank = 1;
-  weights.shape = {tokens_ * c.top_k};
-  weights.strides = {1};
-  // The routing weight belongs to the sum, as inside the layer; Llama-4's multiplies the input.
-  const bool on_input = c.weight_on == WeightOn::kInput;
-  experts(*layer_, {.format = Format::kSorted,
-                    .rows = in.hidden_states,
-                    .sorted = sorted,
-                    .row_weights = on_input ? weights : Tensor{},
-                    .output = by_slot,
-                    .workspace = workspace_.view(),
-                    .stream = stream});
-  sum_slots({.input = slot_outputs_.view(),
-             .topk_weights = on_input ? Tensor{} : in.topk_weights,
-             .topk_ids = in.topk_ids,
-             .output = in.output,
-             .stream = stream});
-}
-
-void FormatRunner::run_batched(const FormatInputs& in, Stream stream) const {
+  if (format_ == Format::kSorted)
+    align({.topk_ids = in.topk_ids,
+           .experts = c.experts,
+           .local = c.local,
+           .rows = sorted(),
+           .workspace = align_workspace_.view(),
+           .stream = stream});
+  if (format_ != Format::kBatched) return;
   const PrepareArgs prepared{.hidden_states = in.hidden_states,
                              .topk_ids = in.topk_ids,
                              .topk_weights = in.topk_weights,
@@ -128,21 +89,67 @@ void FormatRunner::run_batched(const FormatInputs& in, Stream stream) const {
     prepare(*float_rows_, prepared);
   else
     prepare(*layer_, prepared);
-  experts(*layer_, {.format = Format::kBatched,
-                    .rows = rows_.view(),
-                    .row_scale = row_scale_.view(),
-                    .batched = {.num_tokens = num_tokens_.view()},
-                    .output = expert_outputs_.view(),
-                    .expected_tokens = tokens_,
-                    .workspace = workspace_.view(),
-                    .stream = stream});
-  finalize(*layer_, {.expert_output = expert_outputs_.view(),
-                     .topk_ids = in.topk_ids,
-                     .topk_weights = in.topk_weights,
-                     .slot_row = slot_row_.view(),
+}
+
+void FormatRunner::products(const FormatInputs& in, Stream stream) const {
+  const LayerConfig& c = layer_->config();
+  if (format_ == Format::kStandard) {
+    layer_->forward({.hidden_states = in.hidden_states,
+                     .hidden_scale = in.hidden_scale,
+                     .topk_ids = in.router_logits.defined() ? Tensor{} : in.topk_ids,
+                     .topk_weights = in.router_logits.defined() ? Tensor{} : in.topk_weights,
+                     .router_logits = in.router_logits,
                      .output = in.output,
                      .workspace = workspace_.view(),
                      .stream = stream});
+    return;
+  }
+  if (format_ == Format::kBatched) {
+    experts(*layer_, {.format = Format::kBatched,
+                      .rows = rows_.view(),
+                      .row_scale = row_scale_.view(),
+                      .batched = {.num_tokens = num_tokens_.view()},
+                      .output = expert_outputs_.view(),
+                      .expected_tokens = tokens_,
+                      .workspace = workspace_.view(),
+                      .stream = stream});
+    return;
+  }
+  Tensor by_slot = slot_outputs_.view();  // [T, k, H] -> [T * k, H]
+  by_slot.rank = 2;
+  by_slot.shape = {tokens_ * c.top_k, c.hidden};
+  by_slot.strides = {c.hidden, 1};
+  Tensor weights = in.topk_weights;
+  weights.rank = 1;
+  weights.shape = {tokens_ * c.top_k};
+  weights.strides = {1};
+  // The routing weight belongs to the sum, as inside the layer; Llama-4's multiplies the input.
+  const bool on_input = c.weight_on == WeightOn::kInput;
+  experts(*layer_, {.format = Format::kSorted,
+                    .rows = in.hidden_states,
+                    .sorted = sorted(),
+                    .row_weights = on_input ? weights : Tensor{},
+                    .output = by_slot,
+                    .workspace = workspace_.view(),
+                    .stream = stream});
+}
+
+void FormatRunner::after(const FormatInputs& in, Stream stream) const {
+  const bool on_input = layer_->config().weight_on == WeightOn::kInput;
+  if (format_ == Format::kSorted)
+    sum_slots({.input = slot_outputs_.view(),
+               .topk_weights = on_input ? Tensor{} : in.topk_weights,
+               .topk_ids = in.topk_ids,
+               .output = in.output,
+               .stream = stream});
+  if (format_ == Format::kBatched)
+    finalize(*layer_, {.expert_output = expert_outputs_.view(),
+                       .topk_ids = in.topk_ids,
+                       .topk_weights = in.topk_weights,
+                       .slot_row = slot_row_.view(),
+                       .output = in.output,
+                       .workspace = workspace_.view(),
+                       .stream = stream});
 }
 
 }  // namespace moesaic::harness

@@ -25,11 +25,18 @@ class FormatRunner {
  public:
   // `capacity`: rows per expert of the batched format; 0: whatever any routing can need, T * k.
   FormatRunner(const Layer& layer, Format format, std::int64_t tokens, std::int64_t capacity = 0);
-  void run(const FormatInputs& in, Stream stream) const;
+  void run(const FormatInputs& in, Stream stream) const {
+    before(in, stream);
+    products(in, stream);
+    after(in, stream);
+  }
+  // The three stages of `run`. Standard: everything is in `products`.
+  void before(const FormatInputs& in, Stream stream) const;
+  void products(const FormatInputs& in, Stream stream) const;
+  void after(const FormatInputs& in, Stream stream) const;
 
  private:
-  void run_sorted(const FormatInputs& in, Stream stream) const;
-  void run_batched(const FormatInputs& in, Stream stream) const;
+  SortedRows sorted() const;
 
   const Layer* layer_;
   // Batched, static activation scales: the layer whose rows prepare makes; experts quantizes them.

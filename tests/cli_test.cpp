@@ -225,7 +225,13 @@ TEST_F(Cli, EveryFormatCanBeTimed) {
         format);
     EXPECT_EQ(bench["rows"][0]["format"], format);
     EXPECT_EQ(bench["rows"][0]["load"], "zipf");
+    const json alone = run_json(
+        std::string("bench --shape 4,64,64,2 --tokens 5 --seconds 0.01 --experts-only --format ") +
+        format);
+    EXPECT_EQ(alone["rows"][0]["experts_only"], true);
+    EXPECT_GE(alone["machine"]["start_ms"], alone["machine"]["first_forward_ms"]);
   }
+  expect_usage("bench --shape 4,64,64,2 --tokens 1 --experts-only", "one call");
 }
 
 }  // namespace

@@ -14,6 +14,11 @@
 
 namespace moesaic::tool {
 
+std::chrono::steady_clock::time_point process_start() {
+  static const auto start = std::chrono::steady_clock::now();
+  return start;
+}
+
 void Output::line(std::string_view text) const {
   if (this->text()) fmt::print("{}\n", text);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -23,6 +24,9 @@ class UsageError : public std::runtime_error {
 };
 
 inline constexpr std::int64_t kMaxCount = 1'000'000'000;  // what a count on the command line may be
+
+// When main began: it calls this first.
+std::chrono::steady_clock::time_point process_start();
 
 struct Common {
   std::string backend = "cpu";

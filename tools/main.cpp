@@ -89,6 +89,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   using namespace moesaic;
+  tool::process_start();
   try {
     return tool::run(argc, argv);
   } catch (const tool::UsageError& error) {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of the scripts under bench/ that need no GPU: what they conclude from rows, and what they compute."""
 
+import argparse
 import importlib
 import json
 import pathlib
@@ -54,6 +55,52 @@ def test_promises_compare_medians_and_mark_what_is_over(script, capsys):
     run.line("broken", {1: 1.0, 8: 1.11}, 1.1)
     out = capsys.readouterr().out
     assert not run.kept and "8:1.11!" in out and "8:1.10!" not in out
+
+
+def _answering(promises, monkeypatch, answer, **args):
+    """A Run whose benches are answered by `answer`(shape, scheme, tokens, format) in ms, and what was asked."""
+    asked = []
+
+    def bench(command, *flags, env=None):
+        flags = [str(f) for f in flags]
+        lists = {name: next(iter(flags[flags.index(name) + 1:]), "").split(",") for name in ("--scheme", "--tokens")}
+        shapes = flags[flags.index("--shape") + 1:flags.index("--scheme")]
+        formats = flags[flags.index("--format") + 1].split(",") if "--format" in flags else ["standard"]
+        asked.append(flags)
+        return [_row(int(t), answer(shape, scheme, int(t), form), variant=scheme, shape=shape, format=form,
+                     ratio_to_floor=answer(shape, scheme, int(t), form), weight_bytes=1e6 * float(shape.split(",")[2]) if "," in shape else 0)
+                for scheme in lists["--scheme"] for shape in shapes for form in formats for t in lists["--tokens"]]
+    monkeypatch.setattr(promises, "bench", bench)
+    options = dict(moesaic="m", backend="cuda", seconds="1", shape=None, scheme=None, tokens=None, json=None)
+    return promises.Run(argparse.Namespace(**{**options, **args})), asked
+
+
+def test_promises_of_schemes_hold_one_against_the_other(script, monkeypatch, capsys):
+    promises = script("promises")
+    run, asked = _answering(promises, monkeypatch, lambda shape, scheme, t, form: {"fp8_channel": 1.06 if t == 128 else 1.04}.get(scheme, 1.0),
+                            scheme="bf16", shape=["qwen3-30b-a3b"], tokens="1,128")
+    promises.channel(run)  # its schemes are the promise's, whatever --scheme says
+    out = capsys.readouterr().out
+    assert not run.kept and "1:1.04 128:1.06!" in out and len(out.splitlines()) == 1 and "fp8_tensor+static,fp8_channel,fp8_channel,fp8_tensor+static" in asked[0]
+    run, asked = _answering(promises, monkeypatch, lambda shape, scheme, t, form: 1.01 if scheme in ("f16", "int8_w8a16") else 1.0)
+    promises.siblings(run)
+    assert run.kept and len(asked) == 2 and len(capsys.readouterr().out.splitlines()) == 12
+
+
+def test_promises_of_formats_and_widths(script, monkeypatch, capsys):
+    promises = script("promises")
+    run, asked = _answering(promises, monkeypatch, lambda shape, scheme, t, form: 1.06 if (form, t) == ("batched", 1) else 1.0, scheme="bf16")
+    promises.experts(run)
+    out = capsys.readouterr().out
+    assert not run.kept and "1:1.06! 16:1.00" in out and "--experts-only" in asked[0]
+    # A time that grows with the weights is as it should be; one that is the larger neighbour's is not.
+    width = lambda shape: float(shape.split(",")[2])
+    run, asked = _answering(promises, monkeypatch, lambda shape, scheme, t, form: 10 + width(shape), scheme="bf16", shape=["128,2048,192,8"])
+    promises.neighbours(run)
+    assert run.kept and len(asked) == 1 and "128,2048,192,8 / between" in capsys.readouterr().out
+    run, asked = _answering(promises, monkeypatch, lambda shape, scheme, t, form: 256.0 if width(shape) == 192 else width(shape), scheme="bf16")
+    promises.neighbours(run)
+    assert not run.kept and f"1:{256 / 192:.2f}!" in capsys.readouterr().out and len(asked) == 2
 
 
 def test_an_invalid_row_is_told(script):

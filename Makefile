@@ -4,6 +4,7 @@
 #   make test    build and run every test that a machine without a GPU can run
 #   make build   the library and the command only: build/cpu/moesaic
 #   make cuda    compile everything CUDA (needs nvcc 13, no GPU)
+#   make cuda-test    the tests of that build that need no GPU
 #   make asan | tsan    the tests under AddressSanitizer + UBSan | ThreadSanitizer
 #   make fuzz    every libFuzzer target for FUZZ_SECONDS (30) each
 #   make install PREFIX=/usr/local
@@ -17,7 +18,7 @@ NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin
 export CCACHE_BASEDIR ?= $(CURDIR)
 export CCACHE_NOHASHDIR ?= 1
 
-.PHONY: demo test build cuda asan tsan fuzz install clean deps
+.PHONY: demo test build cuda cuda-test asan tsan fuzz install clean deps
 .DEFAULT_GOAL := build
 
 deps:
@@ -45,6 +46,10 @@ cuda: | deps
 	CUDA toolkit 13, or name its compiler: make cuda NVCC=/path/to/nvcc" >&2; exit 2; }
 	@$(MAKE) --no-print-directory build/cuda/build.ninja
 	@cmake --build --preset cuda -j $(JOBS)
+cuda-test: cuda
+	@ctest --preset cuda -L no_gpu -V --output-log build/cuda/Testing/no_gpu.log >/dev/null || \
+	{ cat build/cuda/Testing/no_gpu.log; exit 1; }
+	@grep -E 'tests passed|kernels for|[0-9] MB$$|^ *[0-9]+/[0-9]+ Test' build/cuda/Testing/no_gpu.log
 
 asan: build/asan/build.ninja
 	@cmake --build --preset asan -j $(JOBS)

@@ -1,5 +1,6 @@
 # tests/<stem>_test.cpp is one executable and one ctest of that name. tests/cuda/ needs a device and
-# carries the label `cuda`: without one each test skips and says so.
+# carries the label `cuda`: without one each test skips and says so. The label `no_gpu` is on what says something of a
+# CUDA build on any machine: `make cuda-test`.
 find_package(GTest REQUIRED)
 # Tests that compare with PyTorch and transformers run this interpreter (the environment variable
 # MOESAIC_PYTHON); where it does not exist they skip and say so.
@@ -28,8 +29,13 @@ if(MOESAIC_CUDA)
     get_filename_component(stem ${source} NAME_WE)
     set_tests_properties(${stem} PROPERTIES LABELS cuda)
   endforeach()
+  set_tests_properties(gemm_views_test PROPERTIES LABELS "cuda;no_gpu")
+  set_tests_properties(shared_grants_test layering_test workspace_test PROPERTIES LABELS no_gpu)
   if(TARGET sass_test)  # reads the library as it is shipped; skips where there is no cuobjdump
-    find_program(MOESAIC_CUOBJDUMP cuobjdump HINTS ${CUDAToolkit_BIN_DIR})
+    set_tests_properties(sass_test PROPERTIES LABELS "cuda;no_gpu")
+    get_filename_component(compiler_folder ${CMAKE_CUDA_COMPILER} DIRECTORY)
+    file(GLOB from_pypi .venv/lib/python3*/site-packages/nvidia/cu*/bin)
+    find_program(MOESAIC_CUOBJDUMP cuobjdump HINTS ${compiler_folder} ${CUDAToolkit_BIN_DIR} ${from_pypi})
     string(REPLACE ";" "," architectures "${CMAKE_CUDA_ARCHITECTURES}")  # a list would come apart
     target_compile_definitions(sass_test PRIVATE MOESAIC_LIBRARY="$<TARGET_FILE:moesaic>"
       MOESAIC_CUOBJDUMP="${MOESAIC_CUOBJDUMP}" MOESAIC_ARCHITECTURES="${architectures}")

@@ -145,32 +145,32 @@ TEST_P(OnCuda, EveryFormatIsKernelsAlone) {
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
   for (const Variant& variant : variants())
-    for (const Format format : {Format::kStandard, Format::kSorted, Format::kBatched})
-      for (const std::int64_t tokens : {1, 40, 700}) {
-        const Case c = small_case(variant, tokens);
-        if (!supported(c, kGpu).supported || !is_float(variant.input) ||
-            variant.extras != Extras::kNone)
-          continue;
-        SCOPED_TRACE(name(c) + " " + std::string(name(format)));
-        const Loaded loaded(c);
-        const Call call(loaded, loaded.batch);
-        const DeviceTensor logits = DeviceTensor::from(loaded.batch.router_logits, kGpu);
-        const FormatRunner runner(loaded.layer, format, tokens);
-        for (const bool routes : {false, true}) {
-          if (routes && format != Format::kStandard) continue;
-          cudaGraph_t graph = nullptr;
-          ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-          runner.run({.hidden_states = call.x.view(),
+    for (const std::int64_t tokens : {1, 700}) {
+      const Case c = small_case(variant, tokens);
+      if (!supported(c, kGpu).supported || !is_float(variant.input) ||
+          variant.extras != Extras::kNone)
+        continue;
+      const Loaded loaded(c);
+      const Call call(loaded, loaded.batch);
+      const DeviceTensor logits = DeviceTensor::from(loaded.batch.router_logits, kGpu);
+      FormatInputs in{.hidden_states = call.x.view(),
                       .topk_ids = call.ids.view(),
                       .topk_weights = call.weights.view(),
-                      .router_logits = routes ? logits.view() : Tensor{},
-                      .output = call.y.view()},
-                     {stream});
+                      .output = call.y.view()};
+      for (const Format format : {Format::kStandard, Format::kSorted, Format::kBatched})
+        for (const bool routes : {false, true}) {
+          if (routes && format != Format::kStandard) continue;
+          SCOPED_TRACE(name(c) + " " + std::string(name(format)));
+          const FormatRunner runner(loaded.layer, format, tokens);
+          in.router_logits = routes ? logits.view() : Tensor{};
+          cudaGraph_t graph = nullptr;
+          ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+          runner.run(in, {stream});
           ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
           expect_kernels_alone(graph);
           cudaGraphDestroy(graph);
         }
-      }
+    }
   cudaStreamDestroy(stream);
 }
 

@@ -29,7 +29,7 @@ if(MOESAIC_CUDA)
     get_filename_component(stem ${source} NAME_WE)
     set_tests_properties(${stem} PROPERTIES LABELS cuda)
   endforeach()
-  set_tests_properties(gemm_views_test PROPERTIES LABELS "cuda;no_gpu")
+  set_tests_properties(gemm_views_test workspace_plan_test PROPERTIES LABELS "cuda;no_gpu")
   set_tests_properties(shared_grants_test layering_test workspace_test PROPERTIES LABELS no_gpu)
   if(TARGET sass_test)  # reads the library as it is shipped; skips where there is no cuobjdump
     set_tests_properties(sass_test PROPERTIES LABELS "cuda;no_gpu")

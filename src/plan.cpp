@@ -79,7 +79,11 @@ void check_routing(const RoutingSpec& r, std::int64_t experts, std::int64_t top_
                     top_k));
 }
 
-LayerPlan make_plan(const LayerConfig& given, Device device) {
+LayerPlan make_plan(const LayerConfig& config, Device device) {
+  return make_plan(config, backend(device), device);
+}
+
+LayerPlan make_plan(const LayerConfig& given, const Backend& backend, Device device) {
   LayerConfig config = given;
   check_range("experts", config.experts, 1, kMaxExperts);
   check_range("hidden", config.hidden, 1, INT64_C(1) << 24);
@@ -96,7 +100,7 @@ LayerPlan make_plan(const LayerConfig& given, Device device) {
   check_range("shared_intermediate", config.shared_intermediate, 0, INT64_C(1) << 24);
   check_dtypes(config);
 
-  LayerPlan plan{.config = config, .backend = &backend(device), .device = device};
+  LayerPlan plan{.config = config, .backend = &backend, .device = device};
   plan.fc1 = weight_spec(config, Product::kFc1);
   plan.fc2 = weight_spec(config, Product::kFc2);
   if (config.workspace_cap > 0 && plan.fc1.act_scale == ActScale::kTensorDynamic)

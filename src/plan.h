@@ -52,6 +52,8 @@ struct LayerPlan {
 };
 // Checks the configuration (throws), resolves defaults, asks the backend.
 LayerPlan make_plan(const LayerConfig& config, Device device);
+// For a backend that need not be that of any device here.
+LayerPlan make_plan(const LayerConfig& config, const Backend& backend, Device device);
 // Options that contradict each other or the number of experts (throws).
 void check_routing(const RoutingSpec& spec, std::int64_t experts, std::int64_t top_k);
 // The same layer's shared experts, as a layer of one expert that every token visits.

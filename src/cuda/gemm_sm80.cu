@@ -2,12 +2,14 @@
 // The SM80 family on the host: which operand serves a scheme, which tile a shape gets, and the
 // translation of a stage into the kernel's argument.
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "check.h"
 #include "cuda/gemm.h"
 #include "cuda/gemm_sm80.h"
 #include "cuda/weights.h"
+#include "divide.h"
 
 namespace moesaic::cuda {
 namespace {
@@ -67,6 +69,12 @@ std::string obstacle(const WeightSpec& spec) {
 
 bool supports(const WeightSpec& spec) { return obstacle(spec).empty(); }
 
+// The kernels of small tiles do (gemm_sm80_walk.h): every operand has them for eight tokens.
+constexpr std::int64_t kSmallTokens = 8;
+bool makes_tiles(const WeightSpec&, const RowMap& rows, const DeviceTraits&) {
+  return rows.tile_rows <= kSmallTokens;
+}
+
 // --- policy --------------------------------------------------------------------------------------
 // Rows per tile from the mean of live rows per active expert. Tiles a little above the mean: at
 // decode rows are free (bytes are the bound) and a second tile would read the weights again, from
@@ -94,22 +102,53 @@ std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits& device) 
   return out;
 }
 
-// The tile that fits the rows of a Tile; of several, the widest that still gives every SM two CTAs'
-// work.
-const Sm80Kernel& choose(std::span<const Sm80Kernel> list, std::int64_t rows_per_tile,
-                         std::int64_t max_tiles, std::int64_t weight_rows,
+// The experts that evenly loaded slots are likely to meet: each token goes to top_k of them.
+double active_experts(std::int64_t slots, std::int64_t top_k, std::int64_t experts) {
+  const auto all = static_cast<double>(experts), share = static_cast<double>(top_k) / all;
+  const double tokens = static_cast<double>(slots) / static_cast<double>(top_k);
+  return share < 1 ? all * (1 - std::pow(1 - share, tokens)) : all;
+}
+
+// CTAs that an SM holds: its memory is 1 KiB more than a CTA may have, and each costs 1 KiB more
+// than it asks for.
+std::int64_t resident(const Sm80Kernel& kernel, const DeviceTraits& device) {
+  const auto room =
+      static_cast<std::int64_t>((device.shared_per_block + 1024) / (kernel.shared_bytes + 1024));
+  return std::min<std::int64_t>(kernel.ctas_per_sm, room);
+}
+
+// The tile that fits the rows of a Tile. Of several, in decode, the one whose last wave leaves the
+// least of the machine idle (qwen3-30b-a3b at T = 4 in int4: 350 tiles of 128 weight rows are one
+// wave, 22 us, 700 of 64 one and a third, 25; mixtral at T = 1 448 and 896: 74 and 61). Else, or
+// of equals, the widest that still gives every SM two CTAs' work.
+const Sm80Kernel& choose(std::span<const Sm80Kernel> list, const GemmStage& stage,
                          const DeviceTraits& device) {
+  const WeightSpec& spec = stage.b->spec;
+  const RowMap& rows = stage.rows;
   const auto fits = [&](const Sm80Kernel& k) { return k.shared_bytes <= device.shared_per_block; };
   std::int64_t tokens = 0;
   for (const Sm80Kernel& k : list) {
-    if (fits(k) && tokens < rows_per_tile) tokens = std::max<std::int64_t>(tokens, k.tokens);
+    if (fits(k) && tokens < rows.tile_rows) tokens = std::max<std::int64_t>(tokens, k.tokens);
   }
+  const std::int64_t top_k = std::max<std::int64_t>(stage.top_k, 1);
+  const double likely = std::min<double>(static_cast<double>(rows.max_tiles),
+                                         active_experts(rows.slot_count, top_k, spec.experts));
   const Sm80Kernel* best = nullptr;
+  double best_cost = 0;
   for (const Sm80Kernel& k : list) {
     if (!fits(k) || k.tokens != tokens) continue;
-    const std::int64_t parts = (rows_per_tile + k.tokens - 1) / k.tokens;
-    const std::int64_t work = max_tiles * parts * ((weight_rows + k.rows - 1) / k.rows);
-    if (best == nullptr || (k.rows > best->rows && work >= 2 * device.sm_count)) best = &k;
+    const std::int64_t columns = ceil_div(spec.n, k.rows);
+    const std::int64_t work = rows.max_tiles * ceil_div(rows.tile_rows, k.tokens) * columns;
+    const auto at_once = static_cast<double>(resident(k, device) * device.sm_count);
+    const double cost =
+        tokens > kSmallTokens
+            ? 0
+            : std::ceil(likely * static_cast<double>(columns) / at_once) * at_once * k.rows;
+    const bool wider = k.rows > (best ? best->rows : 0) && work >= 2 * device.sm_count;
+    if (best == nullptr || cost < best_cost || (cost == best_cost && wider)) {
+      best = &k;
+      best_cost = cost;
+    }
   }
   if (best == nullptr) unsupported("this GPU has too little shared memory for the SM80 kernels");
   return *best;
@@ -159,7 +198,10 @@ std::int64_t bits_of(WeightFormat format) {
 void set_rows(Sm80Params& p, const GemmStage& stage) {
   p.tiles = stage.rows.tiles;
   p.num_tiles = stage.rows.num_tiles;
-  p.row_slot = stage.rows.row_slot;
+  p.row_slot = stage.unlisted.ids != nullptr ? nullptr : stage.rows.row_slot;  // position = slot
+  p.unlisted = stage.unlisted;
+  p.tile_rows = static_cast<std::int32_t>(stage.rows.tile_rows);
+  p.settled = stage.list_age == ListAge::kSettled;
   p.max_tiles = static_cast<std::int32_t>(stage.rows.max_tiles);
   p.slot_count = static_cast<std::uint32_t>(stage.rows.slot_count);
   p.top_k = static_cast<std::uint32_t>(std::max<std::int64_t>(stage.top_k, 1));
@@ -332,9 +374,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const auto list = kernels_of(spec);
   const bool forced = stage.tactic >= 0 && stage.tactic < static_cast<int>(list.size()) &&
                       list[stage.tactic].shared_bytes <= device.shared_per_block;
-  const Sm80Kernel& kernel =
-      forced ? list[stage.tactic]
-             : choose(list, stage.rows.tile_rows, stage.rows.max_tiles, spec.n, device);
+  const Sm80Kernel& kernel = forced ? list[stage.tactic] : choose(list, stage, device);
   const std::int64_t columns = kernel.rows / (p.gated ? 2 : 1);
   p.parts = static_cast<std::int32_t>((stage.rows.tile_rows + kernel.tokens - 1) / kernel.tokens);
   p.column_tiles = static_cast<std::int32_t>((p.n_out + columns - 1) / columns);
@@ -342,11 +382,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   if (work > 0x7fffffff || stage.rows.positions > 0x7fffffff) {
     unsupported("rows: more than 2^31 tiles or positions; run in token chunks (workspace_cap)");
   }
-  // An SM holds 1 KiB more than a CTA may have, and every CTA costs 1 KiB more than it asks for.
-  const auto resident =
-      static_cast<std::int64_t>((device.shared_per_block + 1024) / (kernel.shared_bytes + 1024));
-  const std::int64_t ctas = std::min<std::int64_t>(
-      work, std::min<std::int64_t>(kernel.ctas_per_sm, resident) * device.sm_count);
+  const std::int64_t ctas = std::min(work, resident(kernel, device) * device.sm_count);
   launch("gemm (sm80)", kernel.kernel,
          {.grid = dim3(static_cast<unsigned>(ctas)),
           .block = dim3(static_cast<unsigned>(kernel.threads)),
@@ -358,8 +394,11 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
 }  // namespace
 
 const GemmFamily& family_sm80() {
-  static constexpr GemmFamily kFamily{
-      .supports = supports, .tile_rows = tile_rows, .tactics = tactics, .run = run};
+  static constexpr GemmFamily kFamily{.supports = supports,
+                                      .tile_rows = tile_rows,
+                                      .tactics = tactics,
+                                      .run = run,
+                                      .makes_tiles = makes_tiles};
   return kFamily;
 }
 

@@ -33,6 +33,10 @@ struct Sm80Params {
   std::int32_t parts = 1;  // token tiles of the kernel per Tile
   std::uint32_t slot_count = 0, top_k = 1;
   std::int32_t experts = 0;
+  // In place of tiles and num_tiles, small tiles only: see gemm_sm80_walk.h.
+  UnlistedRows unlisted;
+  std::int32_t tile_rows = 0;  // of unlisted blocks
+  std::int32_t settled = 0;    // the lists are older than the kernel in front: ListAge::kSettled
 
   // The product: C [rows, n_out], n_out = n or, behind a gated activation, n / 2.
   std::int32_t n_out = 0, k = 0;

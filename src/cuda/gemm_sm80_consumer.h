@@ -52,9 +52,9 @@ class Sm80Consumer : public Sm80Place<T> {
     }
   }
 
-  // Large tiles copy between the two halves of a stage, or behind it: the tensor cores then have
-  // work in hand while the addresses are computed. Small ones copy first: their bytes must be on
-  // the way early.
+  // Where the multiplying warps copy, too: large tiles between the two halves of a stage, or behind
+  // it: the tensor cores then have work in hand while the addresses are computed. Smaller ones copy
+  // first: their bytes must be on the way early.
   __device__ __forceinline__ void consume(std::uint32_t stage, int k, Loader& loader) {
     if constexpr (kM * kN >= 16) {
       int row = -1;
@@ -66,22 +66,25 @@ class Sm80Consumer : public Sm80Place<T> {
       if constexpr (kBlocks == kPart) loader.issue();  // there is no middle
     } else {
       loader.issue();
-      if constexpr (T::kScales) {
-        int row = -1;
-        if (p_.group_blocks % T::kGroups !=
-            0) {  // several groups in a stage, or one that ends within
-#pragma unroll 1
-          for (int block = 0; block < kBlocks; block += kPart) multiply_part(stage, k, block, row);
-          return;
-        }
-        if (p_.group_blocks != 0) {
-          advance_group(stage, k, row);
-          in_group_ += T::kGroups - 1;
-        }
-      }
-#pragma unroll
-      for (int block = 0; block < kBlocks; block += kPart) multiply<kPart>(stage, block, 0);
+      consume(stage, k);
     }
+  }
+  __device__ __forceinline__ void consume(std::uint32_t stage, int k) {
+    if constexpr (T::kScales) {
+      int row = -1;
+      if (p_.group_blocks % T::kGroups !=
+          0) {  // several groups in a stage, or one that ends within
+#pragma unroll 1
+        for (int block = 0; block < kBlocks; block += kPart) multiply_part(stage, k, block, row);
+        return;
+      }
+      if (p_.group_blocks != 0) {
+        advance_group(stage, k, row);
+        in_group_ += T::kGroups - 1;
+      }
+    }
+#pragma unroll
+    for (int block = 0; block < kBlocks; block += kPart) multiply<kPart>(stage, block, 0);
   }
 
  private:

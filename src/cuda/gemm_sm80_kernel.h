@@ -12,6 +12,7 @@
 // with neighbouring columns of C (16-byte stores without a detour through shared memory), and,
 // behind a gated activation, with a gate and its up in the same lane.
 //
+// Tiles of 8 tokens (_small.h) and of 128 (_large.h) have kernels of their own.
 // In the order of the data: _tile.h (a CTA's share), _loader.h, _operand.h and _consumer.h,
 // _epilogue.h, and here who calls whom.
 #pragma once
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     }
     Sm80Table<T>& table = tables[parity];  // two: a slow warp may still read the last one
     parity ^= 1;
-    fill_table<T>(p, work, table, [&](int i) { return slot_of(p, work.first + i); });
+    fill_table<T>(p, work, table,
+                  [&](int i) { return Sm80Row{work.first + i, slot_of(p, work.first + i)}; });
     sums.begin(work);
 #pragma unroll 1
     for (int k = 0; k < p.k; k += T::kDepth) {

@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     if (work.rows == 0) break;
     Sm80Table<typename T::Base>& table = board.tables[tile % 2];
     if (!T::prepares(p)) {
-      fill_table<typename T::Base>(p, work, table,
-                                   [&](int i) { return slot_of(p, work.first + i); });
+      fill_table<typename T::Base>(p, work, table, [&](int i) {
+        return Sm80Row{work.first + i, slot_of(p, work.first + i)};
+      });
     }
     if constexpr (kAhead) {
       sums.begin(loader);

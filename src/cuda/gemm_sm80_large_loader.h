@@ -20,7 +20,7 @@ class Sm80LargeLoader {
     const int tid = threadIdx.x;
     weight_dst_ = stages + WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks);
     act_dst_ = stages + T::kActOffset + ActSwizzle::offset(tid / kActChunks, tid % kActChunks);
-    if constexpr (T::kScales) scales_.place(stages);
+    if constexpr (T::kScales) scales_.place(stages, threadIdx.x);
   }
 
   // The next stage's copies, as one group (empty behind the end, so that the count of groups
@@ -136,8 +136,10 @@ class Sm80LargeLoader {
       board_.act[parity][row % kActStep * kActCount + row / kActStep] = at;
     }
     if (T::prepares(p_)) {
-      fill_table<typename T::Base>(p_, work, board_.tables[parity],
-                                   [&](int i) { return slot_at(i, work.first + i); });
+      fill_table<typename T::Base>(p_, work, board_.tables[parity], [&](int i) {
+        const std::int64_t position = work.first + i;
+        return Sm80Row{position, slot_at(i, position)};
+      });
     }
   }
 

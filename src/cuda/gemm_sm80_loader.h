@@ -18,7 +18,7 @@ class Sm80Loader {
     stages_ = stages;
     weight_dst_ = stages + WeightSwizzle::offset(tid / kWeightChunks, tid % kWeightChunks);
     act_dst_ = stages + T::kActOffset + ActSwizzle::offset(tid / kActChunks, tid % kActChunks);
-    if constexpr (T::kScales) scales_.place(stages);
+    if constexpr (T::kScales) scales_.place(stages, threadIdx.x);
     k_ = p.k;  // "a tile has ended": the first issue looks for one
     index_ -= gridDim.x;
   }

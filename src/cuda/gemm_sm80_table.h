@@ -29,10 +29,10 @@ struct Sm80Table {
   ColumnEntry columns[T::kRows];
 };
 
-// slot_at(i): the slot of the work's i-th position.
-template <typename T, typename SlotAt>
+// row_at(i): the position and slot of the work's i-th row.
+template <typename T, typename RowAt>
 __device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& work,
-                                           Sm80Table<T>& table, const SlotAt& slot_at) {
+                                           Sm80Table<T>& table, const RowAt& row_at) {
   static_assert(sizeof(Sm80Table<T>) == T::kTableBytes);
   for (int i = threadIdx.x; i < T::kRows; i += T::kThreads) {
     int half;
@@ -41,8 +41,10 @@ __device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& 
     ColumnEntry entry{p.alpha ? p.alpha[work.expert * p.alpha_stride] : 1.0f, 0.0f};
     if (column < p.n_out) {
       if (p.scale && p.group_blocks == 0) {
-        entry.factor = __fmul_rn(
-            entry.factor, p.scale[work.expert * p.scale_expert + n / p.scale_rows * p.scale_row]);
+        const std::int64_t cell =
+            static_cast<std::uint32_t>(n) / static_cast<std::uint32_t>(p.scale_rows);
+        entry.factor =
+            __fmul_rn(entry.factor, p.scale[work.expert * p.scale_expert + cell * p.scale_row]);
       }
       if (p.bias)
         entry.bias =
@@ -53,8 +55,7 @@ __device__ __forceinline__ void fill_table(const Sm80Params& p, const Sm80Work& 
   for (int i = threadIdx.x; i < T::kTokens; i += T::kThreads) {
     TokenEntry entry{-1, 1.0f, 1.0f};
     if (i < work.rows) {
-      const std::int64_t position = work.first + i;
-      const std::uint32_t slot = slot_at(i);
+      const auto [position, slot] = row_at(i);
       if (!is_padding(p, slot)) {
         entry.c_row = p.c_rows(row_of(p.c_row, position, slot, p.top_k));
         if (p.row_weights) entry.weight = p.row_weights[slot];

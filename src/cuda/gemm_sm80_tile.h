@@ -39,6 +39,15 @@ struct Sm80Tile {
   static_assert(kCtas * (kSharedBytes + 1024) <= 228 * 1024);  // of an SM90; others hold fewer CTAs
 };
 
+// Small tiles, those of decode: two warps more, which copy. What a stage costs the others is the
+// products alone, and the copies are ahead of them by the whole ring.
+template <typename Op_, int kWarps, int kMFrags, int kNFrags, int kDepth, int kStages, int kCtas>
+struct Sm80SmallTile : Sm80Tile<Op_, kWarps, 1, kMFrags, kNFrags, kDepth, kStages, kCtas> {
+  using Base = Sm80Tile<Op_, kWarps, 1, kMFrags, kNFrags, kDepth, kStages, kCtas>;
+  static constexpr int kAllThreads = Base::kThreads + 64;
+  static_assert(Base::kTokens <= 32, "a lane per token");
+};
+
 // How much there is to do. In shared memory: read once per tile, no register kept.
 struct Sm80Extent {
   std::uint32_t token_tiles, total;
@@ -48,6 +57,12 @@ struct Sm80Extent {
 struct Sm80Work {
   std::int64_t first;
   std::int32_t expert, rows, column_tile;
+};
+
+// A row of it.
+struct Sm80Row {
+  std::int64_t position;
+  std::uint32_t slot;
 };
 
 // Work is counted in strips of 16 token tiles x all columns, token tiles fastest: the CTAs that run

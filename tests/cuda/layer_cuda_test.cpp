@@ -318,7 +318,7 @@ TEST_P(OnCuda, FewSlotsGiveTheBitsOfListedOnes) {
     }
   for (const std::string_view name : {"bf16", "f16", "fp8_channel", "fp8_w8a16", "fp8_w8a16+f16",
                                       "int8_w8a16", "int4_w4a16", "int4_w4a16+g128+zp"})
-    EXPECT_EQ(unlisted[name] > 0, GetParam() == "sm90a") << name;
+    EXPECT_GT(unlisted[name], 0) << name;
 }
 
 // A GEMM1 that quantizes hidden itself gives the bits of the stage that it replaces.

@@ -4,16 +4,18 @@
 
 #include "cuda/gemm_sm80_kernel.h"
 #include "cuda/gemm_sm80_large.h"
+#include "cuda/gemm_sm80_small.h"
 
 namespace moesaic::cuda {
 
-//                      warps M x N, fragments M x N, K per stage, stages, CTAs per SM
+//                      warps M x N, fragments M x N, K per stage, stages, CTAs per SM; small:
+//                      without warps N
 template <typename T>
 std::span<const Sm80Kernel> natural_kernels() {
   using Op = Natural16<T>;
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 2, 1, 1, 1, 128, 6, 3>>(),                    //   8 x  32
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 4, 3>>(),                    //   8 x  64
+      sm80_small_kernel<Sm80SmallTile<Op, 2, 1, 1, 128, 6, 3>>(),            //   8 x  32
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 1, 1, 128, 4, 3>>(),            //   8 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 4, 2>>(),                    //  16 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 4, 128, 4, 2>>(),                    //  32 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 64, 4, 2>>(),                     //  32 x 128

@@ -5,16 +5,18 @@
 
 #include "cuda/gemm_sm80_kernel.h"
 #include "cuda/gemm_sm80_large.h"
+#include "cuda/gemm_sm80_small.h"
 
 namespace moesaic::cuda {
 
-//                  warps M x N, fragments M x N, K per stage, stages, CTAs per SM
+//                  warps M x N, fragments M x N, K per stage, stages, CTAs per SM; small: without
+//                  warps N
 // 4-bit weights, 16-bit activations.
 template <typename Op>
 std::span<const Sm80Kernel> narrow_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 5>>(),             //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 4>>(),             //  8 x 128
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 1, 1, 128, 5, 4>>(),     //  8 x  64
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 2, 1, 128, 4, 3>>(),     //  8 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 5, 4>>(),             // 16 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 3>>(),             // 16 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),             // 32 x 128
@@ -28,8 +30,8 @@ std::span<const Sm80Kernel> narrow_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> wide_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),             //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),             //  8 x 128
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 1, 1, 128, 4, 4>>(),     //  8 x  64
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 2, 1, 128, 4, 2>>(),     //  8 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 1, 2, 128, 4, 3>>(),             // 16 x  64
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),             // 16 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 3, 2>>(),             // 32 x 128
@@ -43,8 +45,8 @@ std::span<const Sm80Kernel> wide_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> byte_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),             //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),             //  8 x 128
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 1, 1, 128, 4, 4>>(),     //  8 x  64
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 2, 1, 128, 4, 2>>(),     //  8 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),             // 16 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),             // 32 x 128
       sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 2>>(),              //  64 x 128
@@ -60,11 +62,11 @@ std::span<const Sm80Kernel> byte_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> widened_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 128, 5, 3>>(),  //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 1, 128, 3, 3>>(),  //  8 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),  // 16 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),  // 32 x 128
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 3>>(),   // 64 x 128
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 1, 1, 128, 4, 4>>(),  //  8 x  64
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 2, 1, 128, 4, 2>>(),  //  8 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 2, 128, 4, 2>>(),          // 16 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 4, 128, 4, 2>>(),          // 32 x 128
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 64, 4, 3>>(),           // 64 x 128
   };
   return kKernels;
 }
@@ -72,9 +74,9 @@ std::span<const Sm80Kernel> widened_kernels() {
 template <typename Op>
 std::span<const Sm80Kernel> f32_kernels() {
   static constexpr Sm80Kernel kKernels[] = {
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 1, 64, 3, 3>>(),  //  8 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 4, 32, 4, 2>>(),  // 32 x  64
-      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 32, 4, 2>>(),  // 64 x 128
+      sm80_small_kernel<Sm80SmallTile<Op, 4, 1, 1, 64, 3, 3>>(),  //  8 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 1, 4, 32, 4, 2>>(),          // 32 x  64
+      sm80_kernel<Sm80Tile<Op, 4, 1, 2, 8, 32, 4, 2>>(),          // 64 x 128
   };
   return kKernels;
 }

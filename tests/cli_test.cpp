@@ -164,6 +164,20 @@ TEST_F(Cli, VerifyListsItsCases) {
   EXPECT_EQ(verified["failed"], 0);
 }
 
+TEST_F(Cli, VerifyPartsAreTheWholeList) {
+  const std::string list = "verify --scheme int8_channel --limit 5";
+  std::vector<std::string> whole, parts;
+  for (const json& c : run_json(list)["cases"]) whole.push_back(c["name"]);
+  for (const char* part : {"1/3", "2/3", "3/3"})
+    for (const json& c : run_json(list + " --part " + part)["cases"]) parts.push_back(c["name"]);
+  std::sort(whole.begin(), whole.end());
+  std::sort(parts.begin(), parts.end());
+  EXPECT_EQ(parts, whole);
+  for (const char* wrong : {"0/3", "4/3", "1", "1/", "1/0", "1/3x", "-1/3"})
+    expect_usage(list + " --part " + wrong, "--part");
+  expect_usage(list + " --part 6/6", "5 cases");
+}
+
 TEST_F(Cli, BenchRowsHoldEveryField) {
   const json bench =
       run_json("bench --shape 4,64,64,2 --tokens 1,3 --seconds 0.01 --scheme int8_channel");

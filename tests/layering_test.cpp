@@ -119,4 +119,37 @@ TEST(Layering, ExamplesUsePublicHeadersOnly) {
     EXPECT_TRUE(!include.quoted) << include.from << " includes \"" << include.name << "\"";
 }
 
+// Kernels of this project alone: no product, template or compiler of NVIDIA's on any path.
+TEST(Layering, NoForeignKernels) {
+  for (const std::string folder : {"include", "src"})
+    for (const Include& include : includes(folder))
+      for (const char* foreign : {"cublas", "cudnn", "cutlass", "cute/", "nvrtc", "curand"})
+        EXPECT_FALSE(include.name.starts_with(foreign)) << include.from << " includes " << include.name;
+}
+
+// forward allocates nothing and waits for nothing: what does stands where weights are loaded and in
+// the backend's own memory functions.
+TEST(Layering, OnlyLoadingAllocatesAndWaits) {
+  const std::set<std::string> may{"src/cuda/weights.cu", "src/cuda/backend_cuda.cpp"};
+  const char* const words[] = {"cudaMalloc", "cudaFree",     "cudaMemcpy",     "cudaMemset",
+                               "cudaHost",   "Synchronize(", "cudaMemGetInfo", "cudaEventCreate"};
+  std::set<std::string> seen;
+  for (const auto& entry : fs::recursive_directory_iterator(kRoot / "src")) {
+    if (!entry.is_regular_file()) continue;
+    const std::string path = fs::relative(entry.path(), kRoot).generic_string();
+    std::ifstream file(entry.path());
+    int number = 0;
+    for (std::string line; std::getline(file, line);) {
+      ++number;
+      line = line.substr(0, line.find("//"));
+      for (const char* word : words) {
+        if (line.find(word) == std::string::npos) continue;
+        seen.insert(path);
+        EXPECT_TRUE(may.contains(path)) << path << ":" << number << " has " << word;
+      }
+    }
+  }
+  EXPECT_EQ(seen, may);
+}
+
 }  // namespace

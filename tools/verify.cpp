@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
 #include <chrono>
 
 #include "backend.h"
@@ -17,10 +18,28 @@ using harness::Status;
 using harness::VerifyResult;
 
 struct VerifyFlags {
-  std::string scheme, format, activation, shape, tokens;
+  std::string scheme, format, activation, shape, tokens, part;
   std::int64_t limit = 0;
   bool bits = false;
 };
+
+// "i/n": of n parts the i-th, which has the i-th case of every n, so that all parts take as long.
+std::vector<harness::Case> part_of(std::vector<harness::Case> cases, std::string_view text) {
+  std::size_t part = 0, parts = 0;
+  const char* const end = text.data() + text.size();
+  const auto [slash, error] = std::from_chars(text.data(), end, part);
+  if (error == std::errc{} && slash != end && *slash == '/') {
+    const auto [last, bad] = std::from_chars(slash + 1, end, parts);
+    if (bad != std::errc{} || last != end) parts = 0;
+  }
+  if (part < 1 || part > parts)
+    throw UsageError(fmt::format("--part: expected i/n such as 2/8, got '{}'", text));
+  std::vector<harness::Case> mine;
+  for (std::size_t i = part - 1; i < cases.size(); i += parts) mine.push_back(std::move(cases[i]));
+  if (mine.empty())
+    throw UsageError(fmt::format("--part {}: there are {} cases", text, cases.size()));
+  return mine;
+}
 
 std::vector<harness::Case> wanted(const VerifyFlags& flags) {
   harness::CaseFilter filter;
@@ -47,6 +66,7 @@ std::vector<harness::Case> wanted(const VerifyFlags& flags) {
       sample.push_back(cases[static_cast<std::size_t>(i * count / flags.limit)]);
     cases = std::move(sample);
   }
+  if (!flags.part.empty()) return part_of(std::move(cases), flags.part);
   return cases;
 }
 
@@ -85,7 +105,7 @@ int verify(const VerifyFlags& flags, const Common& common) {
       if (r.status == Status::kFailed) out.line(fmt::format("FAILED {}: {}", r.name, r.reason));
     }
   }
-  if (passed + failed == 0)
+  if (passed + failed == 0 && flags.part.empty())
     throw UsageError(fmt::format("no case could run, the first because of {}",
                                  results[0]["reason"].get<std::string>()));
   const double seconds =
@@ -116,6 +136,8 @@ Command add_verify(CLI::App& parent) {
   app->add_option("--tokens", flags->tokens, "only these token counts, e.g. 1,17");
   app->add_option("--limit", flags->limit, "an even sample of this many cases")
       ->check(CLI::Range(std::int64_t{1}, kMaxCount));
+  app->add_option("--part", flags->part,
+                  "the i-th of n parts, such as 2/8: one process each shares the list");
   app->add_flag("--bits", flags->bits, "check instead that bits depend on the token alone");
   add_common(*app, *common);
   return {app, [common, flags] { return verify(*flags, *common); }};

@@ -34,6 +34,9 @@ struct SideTensors {
   ActivationWeights activation;  // [E] each; fc1 only
 };
 
+// Of a weight that stays where the caller has it: what a vector load and a tensor map ask for.
+inline constexpr std::size_t kInPlaceAlignment = 16;
+
 // A backend's own arrangement of one product's weights, scales and zero points.
 class PackedWeights {
  public:
@@ -203,6 +206,12 @@ class Backend {
   virtual void copy(void* dst, const void* src, std::size_t bytes, Stream stream) const = 0;
 
   virtual std::unique_ptr<PackedWeights> make_packed(const WeightSpec& spec) const = 0;
+  // WeightStorage::kInPlace: all experts' weights, dense on this device, are read where they lie,
+  // and may be rearranged there. Asked only of a backend whose `supports` takes it.
+  virtual std::unique_ptr<PackedWeights> keep_in_place(const WeightSpec&,
+                                                       const GemmWeights& /*all*/) const {
+    return nullptr;
+  }
 
   // Pure functions of their arguments: what the plan is made from.
   // 16-bit slot outputs, or f32: one choice per scheme, whatever T and format.

@@ -18,44 +18,6 @@
 
 namespace moesaic {
 
-// --- one product of a layer ----------------------------------------------------------------------
-
-PackedProduct::PackedProduct(const LayerPlan& plan, const WeightSpec& spec)
-    : backend_(plan.backend), packed_(plan.backend->make_packed(spec)), side_(*plan.backend, spec) {
-  operand_.spec = spec;
-  operand_.packed = packed_.get();
-}
-
-void PackedProduct::load(std::int64_t expert, const GemmWeights& weights,
-                         const ActivationWeights& activation, std::string_view argument) {
-  const GemmWeights one = normalize(operand_.spec, 1, weights, argument);
-  const SideTensors side = side_views(operand_.spec, 1, one, activation, argument);
-  packed_->load(expert, one);
-  side_.load(expert, side, argument);
-}
-
-void PackedProduct::unpack(std::int64_t expert, const Tensor& weight,
-                           std::string_view argument) const {
-  const WeightSpec& spec = operand_.spec;
-  check(argument, weight)
-      .shape({1, spec.n, is_four_bit(spec.format) ? spec.k / 2 : spec.k})
-      .dtype({weight_dtype(spec.format)});
-  packed_->unpack(expert, weight);
-}
-
-void PackedProduct::finish(std::string_view argument) {
-  side_.check_complete(argument);
-  operand_.side = side_.tensors();
-  // The same static scale for every expert (the usual file) is a scalar: x is then quantized once
-  // per token instead of once per slot.
-  Tensor& scale = operand_.side.input_scale;
-  if (scale.defined()) {
-    const std::vector<float> values = to_host_f32(*backend_, scale);
-    if (std::all_of(values.begin(), values.end(), [&](float v) { return v == values[0]; }))
-      scale = scale.slice(0, 1);
-  }
-}
-
 // --- attaching weights ---------------------------------------------------------------------------
 
 namespace {
@@ -85,6 +47,28 @@ void check_leading(std::string_view argument, const Tensor& weight, std::int64_t
     invalid(fmt::format(
         "{}: expected {} local experts in the leading dimension, got {}; load_expert takes one",
         argument, experts, to_string(weight)));
+}
+
+// All weights of a layer, or of its shared experts, before any is attached: a complaint speaks of
+// the tensor the caller passed, and nothing is half loaded. What stays in place is kept here.
+void check_and_keep(const LayerPlan& plan, const LayerWeights& weights, PackedProduct* fc1,
+                    PackedProduct* fc2, const std::string& prefix) {
+  const std::string first = prefix + "fc1", second = prefix + "fc2";
+  check_within(plan.device, weights.fc1, weights.activation, first);
+  check_within(plan.device, weights.fc2, {}, second);
+  const GemmWeights all1 = normalize(plan.fc1, plan.fc1.experts, weights.fc1, first);
+  const GemmWeights all2 = normalize(plan.fc2, plan.fc2.experts, weights.fc2, second);
+  side_views(plan.fc1, plan.fc1.experts, all1, weights.activation, first);
+  if (plan.config.weight_storage == WeightStorage::kCopied) return;
+  if (fc1->operand().packed != nullptr)
+    invalid(
+        fmt::format("{}: weight_storage is in_place, and the layer holds such tensors already; "
+                    "make another layer",
+                    first));
+  check_keepable(plan.device, all1.weight, first + ".weight");
+  check_keepable(plan.device, all2.weight, second + ".weight");
+  fc1->keep(all1);
+  fc2->keep(all2);
 }
 
 }  // namespace
@@ -133,29 +117,31 @@ void Layer::load(const LayerWeights& weights) {
   const std::int64_t experts = impl_->plan.fc1.experts;
   check_leading("fc1.weight", weights.fc1.weight, experts);
   check_leading("fc2.weight", weights.fc2.weight, experts);
-  // Whole-tensor checks first: a complaint speaks of the tensor the caller passed, and nothing is
-  // half loaded.
-  check_within(impl_->plan.device, weights.fc1, weights.activation, "fc1");
-  check_within(impl_->plan.device, weights.fc2, {}, "fc2");
-  side_views(impl_->plan.fc1, experts, normalize(impl_->plan.fc1, experts, weights.fc1, "fc1"),
-             weights.activation, "fc1");
-  normalize(impl_->plan.fc2, experts, weights.fc2, "fc2");
+  check_and_keep(impl_->plan, weights, &impl_->fc1, &impl_->fc2, "");
   for (std::int64_t e = 0; e < experts; ++e)
-    load_expert(e, {.fc1 = expert_of(weights.fc1, e),
-                    .fc2 = expert_of(weights.fc2, e),
-                    .activation = expert_of(weights.activation, e)});
+    impl_->attach(e, {.fc1 = expert_of(weights.fc1, e),
+                      .fc2 = expert_of(weights.fc2, e),
+                      .activation = expert_of(weights.activation, e)});
 }
 
 void Layer::load_expert(std::int64_t local_expert, const LayerWeights& weights) {
   Impl& self = *impl_;
+  if (self.plan.config.weight_storage == WeightStorage::kInPlace)
+    unsupported(
+        "load_expert: weight_storage is in_place, which takes all experts as one tensor; call "
+        "load");
   check_range("local_expert", local_expert, 0, self.plan.fc1.experts - 1);
   check_within(self.plan.device, weights.fc1, weights.activation, "fc1");
   check_within(self.plan.device, weights.fc2, {}, "fc2");
-  self.fc1.load(local_expert, weights.fc1, weights.activation, "fc1");
-  self.fc2.load(local_expert, weights.fc2, {}, "fc2");
-  const std::lock_guard lock(self.mutex);
-  self.loaded[static_cast<std::size_t>(local_expert)] = true;
-  self.finish_if_complete();
+  self.attach(local_expert, weights);
+}
+
+void Layer::Impl::attach(std::int64_t local_expert, const LayerWeights& weights) {
+  fc1.load(local_expert, weights.fc1, weights.activation, "fc1");
+  fc2.load(local_expert, weights.fc2, {}, "fc2");
+  const std::lock_guard lock(mutex);
+  loaded[static_cast<std::size_t>(local_expert)] = true;
+  finish_if_complete();
 }
 
 void Layer::unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Tensor& fc2) const {
@@ -191,9 +177,8 @@ void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
         .shape({1, self.plan.config.hidden})
         .dtype({DType::kF32, DType::kF16, DType::kBF16});
   }
-  check_within(self.plan.device, weights.fc1, weights.activation, "shared.fc1");
-  check_within(self.plan.device, weights.fc2, {}, "shared.fc2");
   if (gate.defined()) check("shared.gate", gate).within(self.plan.device);
+  check_and_keep(self.shared->plan, weights, &self.shared->fc1, &self.shared->fc2, "shared.");
   self.shared->fc1.load(0, weights.fc1, weights.activation, "shared.fc1");
   self.shared->fc2.load(0, weights.fc2, {}, "shared.fc2");
   if (gate.defined()) self.shared->gate = self.keep(row, {1, self.plan.config.hidden});

@@ -20,14 +20,18 @@ class PackedProduct {
   PackedProduct(const LayerPlan& plan, const WeightSpec& spec);
   void load(std::int64_t expert, const GemmWeights& weights, const ActivationWeights& activation,
             std::string_view argument);
+  // In place: all experts' normalized weights, in front of load, which then attaches the small
+  // tensors alone.
+  void keep(const GemmWeights& all);
   void unpack(std::int64_t expert, const Tensor& weight, std::string_view argument) const;
   void finish(std::string_view argument);
   const WeightOperand& operand() const { return operand_; }
-  std::size_t bytes() const { return packed_->bytes() + side_.bytes(); }
+  std::size_t bytes() const { return (packed_ ? packed_->bytes() : 0) + side_.bytes(); }
 
  private:
   const Backend* backend_;
-  std::unique_ptr<PackedWeights> packed_;
+  WeightStorage storage_;
+  std::unique_ptr<PackedWeights> packed_;  // in place: from `keep` on
   SideStore side_;
   WeightOperand operand_;
 };
@@ -56,6 +60,7 @@ struct Layer::Impl {
 
   // A dense copy on the layer's device that lives as long as the layer; f32 unless already dense.
   Tensor keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape);
+  void attach(std::int64_t local_expert, const LayerWeights& weights);  // checked
   void finish_if_complete();
   LoadedLayer loaded_layer() const;
 };

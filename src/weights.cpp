@@ -163,6 +163,16 @@ void check_in_place(Device device, const GemmWeights& given, const ActivationWei
   dense("activation.limit", activation.limit);
 }
 
+void check_keepable(Device device, const Tensor& weight, std::string_view argument) {
+  check(argument, weight).on(device).contiguous();
+  const auto beyond = reinterpret_cast<std::uintptr_t>(weight.data) % kInPlaceAlignment;
+  if (beyond != 0)
+    invalid(fmt::format(
+        "{}: weight_storage is in_place, which needs data aligned to {} bytes, got {} bytes behind "
+        "that; pass an aligned copy",
+        argument, kInPlaceAlignment, beyond));
+}
+
 SideTensors side_views(const WeightSpec& spec, std::int64_t experts, const GemmWeights& w,
                        const ActivationWeights& activation, std::string_view argument) {
   SideTensors side{.bias = w.bias,

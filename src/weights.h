@@ -22,6 +22,8 @@ void check_within(Device device, const GemmWeights& given, const ActivationWeigh
 // What weights that are used in place need beyond that: all of them on the device, the small ones dense.
 void check_in_place(Device device, const GemmWeights& given, const ActivationWeights& activation,
                     std::string_view argument);
+// What WeightStorage::kInPlace asks of the weight besides.
+void check_keepable(Device device, const Tensor& weight, std::string_view argument);
 // The small tensors of a caller's own weights, checked; `activation` for fc1 only.
 SideTensors side_views(const WeightSpec& spec, std::int64_t experts, const GemmWeights& normalized,
                        const ActivationWeights& activation, std::string_view argument);

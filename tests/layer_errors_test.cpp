@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "harness/fixture.h"
+#include "weights.h"
 
 namespace moesaic::harness {
 namespace {
@@ -46,9 +47,8 @@ TEST(LayerErrors, NameTheArgumentAndSayWhatCame) {
   expect("topk_weights", "", [&](ForwardArgs* a) { a->topk_weights = {}; });
   expect("output", "f32", [&](ForwardArgs* a) { a->output = wrong.view(); });
   expect("workspace", "", [&](ForwardArgs* a) { a->workspace.bytes = 1; });
-  expect("hidden_states", "cuda", [&](ForwardArgs* a) {
-    a->hidden_states.device = {DeviceType::kCuda, 0};
-  });
+  expect("hidden_states", "cuda",
+         [&](ForwardArgs* a) { a->hidden_states.device = {DeviceType::kCuda, 0}; });
   expect("router", "", [&](ForwardArgs* a) { a->topk_ids = a->topk_weights = {}; });
 }
 
@@ -64,6 +64,30 @@ TEST(LayerErrors, OfferAWayOut) {
   says("topk_ids: expected dtype i32 or i64, got f32[8, 2] on cpu; convert it",
        [&](ForwardArgs* a) { a->topk_ids = call.batch.topk_weights.view(); });
   says("output: is required and was not given; pass it", [&](ForwardArgs* a) { a->output = {}; });
+}
+
+// What of a caller's memory a layer could keep (tests/cuda/in_place_cuda_test.cpp has such layers).
+TEST(LayerErrors, WhatCannotStayInPlaceIsRefused) {
+  LayerConfig config = small_config();
+  config.weight_storage = WeightStorage::kInPlace;
+  EXPECT_FALSE(supports(config, Format::kStandard).supported);
+  EXPECT_EQ(complaint([&] { Layer layer(config); }).find("weight_storage: in_place is for CUDA"),
+            0u);
+  alignas(64) std::byte memory[1024];
+  const auto says = [&](std::string_view text, std::size_t at, Device device, auto change) {
+    Tensor w = Tensor::contiguous(memory + at, DType::kBF16, {2, 8, 16});
+    change(&w);
+    const std::string said = complaint([&] { check_keepable(device, w, "fc1.weight"); });
+    EXPECT_EQ(said.substr(0, text.size()), text) << said;
+    EXPECT_EQ(said.empty(), text.empty()) << said;
+  };
+  const auto as_it_is = [](Tensor*) {};
+  says("", 16, {}, as_it_is);
+  says("fc1.weight: expected on cuda:0", 0, {DeviceType::kCuda, 0}, as_it_is);
+  says("fc1.weight: weight_storage is in_place, which needs data aligned to 16 bytes, got 8", 8, {},
+       as_it_is);
+  says("fc1.weight: must be contiguous", 0, {}, [](Tensor* w) { w->strides = {128, 1, 8}; });
+  says("fc1.weight: must be contiguous", 0, {}, [](Tensor* w) { w->shape[2] = 8; });
 }
 
 // The gate reads the layer's input as a router does: both must be floats.

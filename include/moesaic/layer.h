@@ -19,6 +19,10 @@ namespace moesaic {
 // Where the routing weight multiplies: the expert's output (usual) or its input (Llama-4).
 enum class WeightOn : std::uint8_t { kOutput, kInput };
 
+// Where a layer's weights lie: in memory of its own, packed for the device; or where the caller has
+// them, so that they are never held twice (see Layer::load).
+enum class WeightStorage : std::uint8_t { kCopied, kInPlace };
+
 // What a layer is. Everything a Layer allocates or plans follows from this alone.
 struct LayerConfig {
   std::int64_t experts = 0;       // of the whole model
@@ -40,6 +44,7 @@ struct LayerConfig {
   std::size_t workspace_cap = 0;      // bytes; above it forward runs in token chunks with the same
                                       // bits (not for ActScale::kTensorDynamic). One that max_tokens
                                       // cannot keep, one at a time, is refused. 0: no cap
+  WeightStorage weight_storage = WeightStorage::kCopied;  // kInPlace: on CUDA
 };
 
 // fc1: N = intermediate, or 2 * intermediate when gated; K = hidden. fc2: N = hidden, K = intermediate.
@@ -77,7 +82,7 @@ struct TacticPair {
 class MOESAIC_API Layer {
  public:
   // Checks the configuration (throws kInvalidArgument), refuses by name what the device cannot do
-  // (kUnsupported). Allocates packed storage (kOutOfMemory).
+  // (kUnsupported). Allocates packed storage (kOutOfMemory), unless weights stay in place.
   explicit Layer(const LayerConfig& config, Device device = {});
   ~Layer();
   Layer(Layer&&) noexcept;
@@ -88,8 +93,14 @@ class MOESAIC_API Layer {
 
   // Attach weights. They are copied and packed; the caller's tensors, host or device memory, may go
   // away afterwards. Throws kInvalidArgument for tensors that do not fit, kOutOfMemory.
+  // WeightStorage::kInPlace: the weights, dense on the layer's device and 16-byte aligned, are the
+  // layer's from the call on, until it is gone: they outlive it, nobody else writes them, and for
+  // some kernels each 16 bytes of 4-bit ones are rearranged where they lie (unpack_expert has the
+  // caller's order; the destructor restores nothing). The same holds of scales (f32, e8m0) and zero
+  // points, which are only read; those that are not dense and aligned, and all smaller tensors, are
+  // copied. Once for a layer.
   void load(const LayerWeights& weights);  // every local expert, leading extent E_local
-  // One expert (leading extent 1): nothing larger than one expert is ever held twice.
+  // One expert (leading extent 1): nothing larger than one expert is ever held twice. Not in place.
   void load_expert(std::int64_t local_expert, const LayerWeights& weights);
   // The way back, bit for bit: fc1 and fc2 are the caller's [1, N, K], any strides. For callers that drop
   // their copy after load. Refused on the CPU for weights of four bits, on CUDA for an inner stride other than 1.
@@ -100,7 +111,7 @@ class MOESAIC_API Layer {
   // Copied, too. Throws kInvalidArgument for shapes and dtypes. Not while a forward runs.
   void set_router(const RouterWeights& router);
   bool ready() const;                // every local expert, and the shared ones, have weights
-  std::size_t weight_bytes() const;  // packed, on the device
+  std::size_t weight_bytes() const;  // packed, on the device; not what lies in place
 
   // Bytes: a pure function of the configuration and T (0 <= T <= max_tokens), never above
   // workspace_cap.

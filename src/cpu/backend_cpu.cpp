@@ -36,7 +36,13 @@ DeviceInfo CpuBackend::info() const {
 }
 
 // Every scheme, format, activation and routing method has a body on the CPU.
-Support CpuBackend::supports(const LayerConfig&, Format) const {
+Support CpuBackend::supports(const LayerConfig& config, Format) const {
+  if (config.weight_storage == WeightStorage::kInPlace)
+    return {.supported = false,
+            .reason =
+                "weight_storage: in_place is for CUDA; the CPU reads weights packed in tiles. Take "
+                "copied (load_expert never holds more than one expert twice), or pass your own "
+                "weights to the stages"};
   return {.supported = true, .reason = {}};
 }
 

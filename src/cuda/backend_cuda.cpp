@@ -59,11 +59,20 @@ void CudaBackend::copy(void* dst, const void* src, std::size_t bytes, Stream str
   if (stream.handle == nullptr) check_cuda(cudaStreamSynchronize(nullptr), "copy");
 }
 
+namespace {
+Arrangement arrangement_for(const WeightSpec& spec, const DeviceTraits& device) {
+  const GemmFamily& family = family_for(spec, device);  // refuses by name what no kernel will read
+  return family.rearranges_u4 && spec.format == WeightFormat::kU4 ? Arrangement::kRearranged
+                                                                  : Arrangement::kPlain;
+}
+}  // namespace
+
 std::unique_ptr<PackedWeights> CudaBackend::make_packed(const WeightSpec& spec) const {
-  const GemmFamily& family = family_for(spec, device_);  // refuses by name what no kernel will read
-  const bool rearranged = family.rearranges_u4 && spec.format == WeightFormat::kU4;
-  return make_cuda_weights(spec, device_,
-                           rearranged ? Arrangement::kRearranged : Arrangement::kPlain);
+  return make_cuda_weights(spec, device_, arrangement_for(spec, device_));
+}
+std::unique_ptr<PackedWeights> CudaBackend::keep_in_place(const WeightSpec& spec,
+                                                          const GemmWeights& all) const {
+  return keep_cuda_weights(spec, device_, arrangement_for(spec, device_), all);
 }
 
 // --- what the plan is made from ------------------------------------------------------------------
@@ -90,7 +99,8 @@ RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
 }
 bool CudaBackend::scatters_rows(ActScale granularity, std::int64_t slots) const {
   // Few rows are quantized sooner position by position (docs/log_cuda_stages.md).
-  // Scales per tensor are an expert's in the batched format, so a token's rows are not all the same.
+  // Scales per tensor are an expert's in the batched format, so a token's rows are not all the
+  // same.
   const bool of_row = granularity == ActScale::kToken || granularity == ActScale::kGroup;
   return granularity == ActScale::kDefault || (of_row && slots > 128);
 }

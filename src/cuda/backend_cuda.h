@@ -24,6 +24,8 @@ class CudaBackend final : public Backend {
   void copy(void* dst, const void* src, std::size_t bytes, Stream stream) const override;
 
   std::unique_ptr<PackedWeights> make_packed(const WeightSpec& spec) const override;
+  std::unique_ptr<PackedWeights> keep_in_place(const WeightSpec& spec,
+                                               const GemmWeights& all) const override;
 
   DType slot_dtype(const WeightSpec& fc2) const override;
   std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const override;

@@ -181,20 +181,33 @@ class DenseWeights final : public CudaWeights {
  public:
   DenseWeights(const WeightSpec& spec, const DeviceTraits& device, Arrangement arrangement)
       : CudaWeights(arrangement), spec_(spec), device_(device) {
-    if (arrangement == Arrangement::kRearranged &&
-        (spec.format != WeightFormat::kU4 || spec.k % 32 != 0)) {
-      unsupported("weight: only 4-bit integers in rows of a multiple of 32 can be rearranged");
-    }
+    check_arrangement();
     const DeviceGuard guard(device.index);
     view_.weight = take(weight_memory_, weight_dtype(spec.format), spec.n,
                         is_four_bit(spec.format) ? spec.k / 2 : spec.k);
-    if (spec.scale.has_scale)
-      view_.scale = take(scale_memory_, spec.e8m0_scales ? DType::kE8M0 : DType::kF32,
-                         spec.scale.grid_n, spec.scale.grid_k);
-    if (spec.zero_points)
-      view_.zero_point =
-          take(zero_memory_, DType::kU8, spec.format == WeightFormat::kU4 ? spec.n / 2 : spec.n,
-               spec.scale.grid_k);
+    if (spec.scale.has_scale) take_scale();
+    if (spec.zero_points) take_zero_point();
+  }
+
+  DenseWeights(const WeightSpec& spec, const DeviceTraits& device, Arrangement arrangement,
+               const GemmWeights& all)
+      : CudaWeights(arrangement), spec_(spec), device_(device) {
+    check_arrangement();
+    const DeviceGuard guard(device.index);
+    if (spec.scale.has_scale && !keep(all.scale, scale_dtype(), &view_.scale)) {
+      take_scale();
+      for (std::int64_t e = 0; e < spec.experts; ++e) load_scale(e, all.scale.slice(e, 1));
+    }
+    if (spec.zero_points && !keep(all.zero_point, DType::kU8, &view_.zero_point)) {
+      take_zero_point();
+      for (std::int64_t e = 0; e < spec.experts; ++e) load_zero(e, all.zero_point.slice(e, 1));
+    }
+    view_.weight =
+        dense(all.weight.data, all.weight.dtype, all.weight.shape[1], all.weight.shape[2]);
+    if (arrangement == Arrangement::kRearranged)  // last: what throws above has written nothing
+      Loader(device).rearrange(Way::kRearrange, view_.weight.data, view_.weight.data,
+                               spec.experts * expert_bytes());
+    check_cuda(cudaStreamSynchronize(nullptr), "weights: keep");
   }
 
   void unpack(std::int64_t local_expert, const Tensor& weight) const override {
@@ -224,15 +237,8 @@ class DenseWeights final : public CudaWeights {
     loader.copy(one.weight, weight);
     if (arrangement() == Arrangement::kRearranged)
       loader.rearrange(Way::kRearrange, weight, weight, expert_bytes());
-    if (spec_.scale.has_scale) {
-      void* scale = view_.scale.slice(local_expert, 1).data;
-      if (spec_.e8m0_scales)
-        loader.copy(one.scale, scale);
-      else
-        loader.convert(one.scale, static_cast<float*>(scale));
-    }
-    if (spec_.zero_points)
-      loader.copy(one.zero_point, view_.zero_point.slice(local_expert, 1).data);
+    if (spec_.scale.has_scale) load_scale(local_expert, one.scale);
+    if (spec_.zero_points) load_zero(local_expert, one.zero_point);
     // The caller's tensors may go away, and forward may run on any stream.
     check_cuda(cudaStreamSynchronize(nullptr), "weights: load");
   }
@@ -260,11 +266,47 @@ class DenseWeights final : public CudaWeights {
                           width, static_cast<std::size_t>(to.shape[1]), cudaMemcpyDefault, nullptr),
         "cudaMemcpy2D (unpack)");
   }
+  void check_arrangement() const {
+    if (arrangement() == Arrangement::kRearranged &&
+        (spec_.format != WeightFormat::kU4 || spec_.k % 32 != 0))
+      unsupported("weight: only 4-bit integers in rows of a multiple of 32 can be rearranged");
+  }
+  DType scale_dtype() const { return spec_.e8m0_scales ? DType::kE8M0 : DType::kF32; }
+  void take_scale() {
+    view_.scale = take(scale_memory_, scale_dtype(), spec_.scale.grid_n, spec_.scale.grid_k);
+  }
+  void take_zero_point() {
+    view_.zero_point =
+        take(zero_memory_, DType::kU8, spec_.format == WeightFormat::kU4 ? spec_.n / 2 : spec_.n,
+             spec_.scale.grid_k);
+  }
+  void load_scale(std::int64_t local_expert, const Tensor& one) const {
+    void* const scale = view_.scale.slice(local_expert, 1).data;
+    if (spec_.e8m0_scales)
+      Loader(device_).copy(one, scale);
+    else
+      Loader(device_).convert(one, static_cast<float*>(scale));
+  }
+  void load_zero(std::int64_t local_expert, const Tensor& one) const {
+    Loader(device_).copy(one, view_.zero_point.slice(local_expert, 1).data);
+  }
+  // Whether `given` can be read where it lies as what load would make of it; then `view` is it.
+  bool keep(const Tensor& given, DType dtype, Tensor* view) const {
+    const bool same = size_of(given.dtype) == size_of(dtype);  // e8m0 comes as u8, too
+    if (!same || given.device.type != DeviceType::kCuda || !given.is_contiguous() ||
+        reinterpret_cast<std::uintptr_t>(given.data) % kInPlaceAlignment != 0)
+      return false;
+    *view = dense(given.data, dtype, given.shape[1], given.shape[2]);
+    return true;
+  }
+  Tensor dense(void* data, DType dtype, std::int64_t rows, std::int64_t columns) const {
+    return Tensor::contiguous(data, dtype, {spec_.experts, rows, columns},
+                              {DeviceType::kCuda, device_.index});
+  }
   Tensor take(DeviceMemory& memory, DType dtype, std::int64_t rows, std::int64_t columns) {
     memory =
         DeviceMemory(static_cast<std::size_t>(spec_.experts * rows * columns) * size_of(dtype));
-    return Tensor::contiguous(memory.data(), dtype, {spec_.experts, rows, columns},
-                              {DeviceType::kCuda, device_.index});
+    return dense(memory.data(), dtype, rows, columns);
   }
 
   WeightSpec spec_;
@@ -277,6 +319,10 @@ class DenseWeights final : public CudaWeights {
 std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device,
                                                Arrangement arrangement) {
   return std::make_unique<DenseWeights>(spec, device, arrangement);
+}
+std::unique_ptr<CudaWeights> keep_cuda_weights(const WeightSpec& spec, const DeviceTraits& device,
+                                               Arrangement arrangement, const GemmWeights& all) {
+  return std::make_unique<DenseWeights>(spec, device, arrangement, all);
 }
 
 }  // namespace moesaic::cuda

@@ -27,6 +27,10 @@ class CudaWeights : public PackedWeights {
 // integers whose rows are whole pieces of 16 bytes.
 std::unique_ptr<CudaWeights> make_cuda_weights(const WeightSpec& spec, const DeviceTraits& device,
                                                Arrangement arrangement);
+// The caller's memory, not owned: every 16 bytes of it rearranged, where asked for. Scales and zero
+// points that are not dense and aligned, or not of the kernels' dtype, are copied.
+std::unique_ptr<CudaWeights> keep_cuda_weights(const WeightSpec& spec, const DeviceTraits& device,
+                                               Arrangement arrangement, const GemmWeights& all);
 
 // The weights a stage reads, packed or the caller's.
 inline const GemmWeights& weights_of(const WeightOperand& b) {

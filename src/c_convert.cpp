@@ -69,6 +69,7 @@ static_assert(static_cast<int>(Format::kBatched) == MOESAIC_BATCHED &&
               static_cast<int>(Accumulate::kAdd) == MOESAIC_ADD &&
               static_cast<int>(RowOrder::kSorted) == MOESAIC_BY_POSITION &&
               static_cast<int>(WeightOn::kInput) == MOESAIC_WEIGHT_ON_INPUT &&
+              static_cast<int>(WeightStorage::kInPlace) == MOESAIC_WEIGHTS_IN_PLACE &&
               static_cast<int>(GateOrder::kUpFirst) == MOESAIC_UP_FIRST &&
               static_cast<int>(GateLayout::kInterleaved) == MOESAIC_INTERLEAVED &&
               static_cast<int>(Int8Rounding::kTruncate) == MOESAIC_INT8_TRUNCATE &&
@@ -218,7 +219,8 @@ LayerConfig to_config(const moesaic_layer_config* given) {
           .output_dtype = to_dtype("config.output_dtype", c.output_dtype),
           .shared_experts = c.shared_experts,
           .shared_intermediate = c.shared_intermediate,
-          .workspace_cap = c.workspace_cap};
+          .workspace_cap = c.workspace_cap,
+          .weight_storage = to_enum<WeightStorage>("config.weight_storage", c.weight_storage, 2)};
 }
 
 SortedRows to_sorted(const char* argument, const moesaic_sorted_rows* given) {

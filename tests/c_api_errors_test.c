@@ -65,6 +65,12 @@ static void test_errors(void) {
   EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_UNSUPPORTED);
   EXPECT_OK(moesaic_supports(&wrong, MOESAIC_STANDARD, kCpu, &supported));
   EXPECT(supported == 0 && strstr(moesaic_last_error(), "input_dtype") != NULL);
+  wrong = config;
+  wrong.weight_storage = MOESAIC_WEIGHTS_IN_PLACE;
+  EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_UNSUPPORTED);
+  EXPECT(strstr(moesaic_last_error(), "weight_storage") != NULL);
+  wrong.weight_storage = 2;
+  EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_INVALID_ARGUMENT);
   EXPECT_OK(moesaic_supports(&config, MOESAIC_BATCHED, kCpu, &supported));
   EXPECT(supported == 1);
   bad.rank = 7;

@@ -21,7 +21,7 @@ typedef struct moesaic_layer_config {
   const moesaic_routing_spec* routing;          /* NULL: renormalize */
   int32_t weight_on;                            /* moesaic_weight_on */
   int32_t input_dtype, output_dtype;            /* moesaic_dtype */
-  int32_t reserved;                             /* 0 */
+  int32_t weight_storage;                       /* moesaic_weight_storage */
   int64_t shared_experts, shared_intermediate;  /* joint width; 0: shared_experts * intermediate */
   size_t workspace_cap;                         /* bytes; 0: none */
 } moesaic_layer_config;
@@ -58,7 +58,8 @@ MOESAIC_C_API moesaic_status moesaic_layer_create(const moesaic_layer_config* co
                                                   moesaic_device device, moesaic_layer** out);
 MOESAIC_C_API void moesaic_layer_destroy(moesaic_layer* layer); /* NULL is fine */
 /* Weights are copied and packed: the tensors may go away afterwards. All local experts at once ...
- */
+ * MOESAIC_WEIGHTS_IN_PLACE: the weights are the layer's from the call on; see Layer::load in
+ * layer.h. */
 MOESAIC_C_API moesaic_status moesaic_layer_load(moesaic_layer* layer,
                                                 const moesaic_layer_weights* weights);
 /* ... or one by one (leading extent 1), which never holds more than one expert twice. */

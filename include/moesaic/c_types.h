@@ -140,6 +140,10 @@ typedef enum moesaic_weight_on {
   MOESAIC_WEIGHT_ON_OUTPUT,
   MOESAIC_WEIGHT_ON_INPUT
 } moesaic_weight_on;
+typedef enum moesaic_weight_storage {
+  MOESAIC_WEIGHTS_COPIED,
+  MOESAIC_WEIGHTS_IN_PLACE
+} moesaic_weight_storage;
 typedef enum moesaic_accumulate { MOESAIC_OVERWRITE, MOESAIC_ADD } moesaic_accumulate;
 typedef enum moesaic_format { MOESAIC_STANDARD, MOESAIC_SORTED, MOESAIC_BATCHED } moesaic_format;
 typedef enum moesaic_row_order { MOESAIC_BY_SLOT, MOESAIC_BY_POSITION } moesaic_row_order;

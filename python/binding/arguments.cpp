@@ -19,6 +19,7 @@ constexpr Choice<GateOrder> kOrders[] = {{"gate_first", GateOrder::kGateFirst}, 
 constexpr Choice<GateLayout> kLayouts[] = {{"halves", GateLayout::kHalves}, {"interleaved", GateLayout::kInterleaved}};
 constexpr Choice<Renormalize> kRenormalize[] = {
     {"default", Renormalize::kDefault}, {"never", Renormalize::kNever}, {"always", Renormalize::kAlways}};
+constexpr Choice<WeightStorage> kWeightStorage[] = {{"copied", WeightStorage::kCopied}, {"in_place", WeightStorage::kInPlace}};
 constexpr Choice<WeightOn> kWeightOn[] = {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}};
 
 class Writer {
@@ -94,6 +95,7 @@ void fields(V& v, LayerConfig& c) {
   v.inner("activation", c.activation);
   v.inner("routing", c.routing);
   v.choice("weight_on", kWeightOn, c.weight_on);
+  v.choice("weight_storage", kWeightStorage, c.weight_storage);
   v.name("input_dtype", parse_dtype, c.input_dtype);
   v.name("output_dtype", parse_dtype, c.output_dtype);
   v.integer("shared_experts", c.shared_experts);

@@ -63,6 +63,7 @@ class Layer:
     input_dtype, output_dtype : str, "bf16", "f16", "f32", "fp8_e4m3", "i8"
     local_first, local_count : the experts held here (default: all)
     weight_on : "output" or "input" (Llama-4)
+    weight_storage : "copied", or "in_place": on CUDA, `load` keeps the arrays given instead of copies
     shared_experts, shared_intermediate, workspace_cap : int
     device : "cpu" or "cuda:N"
 
@@ -75,7 +76,7 @@ class Layer:
                  routing: Union[str, dict] = "renormalize", input_dtype: Optional[str] = None,
                  output_dtype: Optional[str] = None, local_first: int = 0, local_count: int = 0,
                  weight_on: str = "output", shared_experts: int = 0, shared_intermediate: int = 0,
-                 workspace_cap: int = 0, device: str = "cpu") -> None:
+                 workspace_cap: int = 0, weight_storage: str = "copied", device: str = "cpu") -> None:
         if not isinstance(scheme, str):
             raise TypeError(f"scheme: expected a name (moesaic.schemes() lists them), got {type(scheme).__name__}")
         if not isinstance(quant, (dict, type(None))):
@@ -91,22 +92,28 @@ class Layer:
             activation=_spec(activation, "activation", "kind"), routing=_spec(routing, "routing", "method"),
             weight_on=weight_on, input_dtype=dtype_text(input_dtype), output_dtype=dtype_text(output_dtype),
             shared_experts=shared_experts, shared_intermediate=shared_intermediate,
-            workspace_cap=workspace_cap)
+            workspace_cap=workspace_cap, weight_storage=weight_storage)
         device = str(device)  # a torch.device, too
         self._attach(lib.layer_new(self.config, device), self.config, device)
 
     def _attach(self, handle, config: dict, device: str) -> None:
         self._handle, self.config, self.device = handle, config, device
         self._output_dtype = config["output_dtype"]
+        self._kept: list = []  # what lies in place
 
     def load(self, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None, beta: Optional[Array] = None,
              limit: Optional[Array] = None) -> "Layer":
         """Packs the weights of every local expert; the arrays may go away afterwards.
 
+        With weight_storage "in_place" they are the layer's from the call on: dense arrays on its device, not to be
+        written by anybody else, of which `unpack_expert` has the values (4-bit weights may be rearranged where they lie).
+        The layer holds a reference to them.
+
         fc1, fc2 : dict(weight=[E, N, K], scale=, zero_point=, bias=[E, N], input_scale=, prequant=, alpha=)
         alpha, beta, limit : f32 [E], per-expert parameters of the activation
         """
         lib.layer_load(self._handle, _settled(dict(fc1=fc1, fc2=fc2, alpha=alpha, beta=beta, limit=limit)))
+        self._keep(fc1, fc2)
         return self
 
     def load_expert(self, expert: int, fc1: dict, fc2: dict, *, alpha: Optional[Array] = None,
@@ -119,6 +126,11 @@ class Layer:
         """Shared experts (leading extent 1); `gate` [H]: multiplied by sigmoid(x . gate)."""
         _ffi.settle(dict(gate=gate))
         lib.layer_load_shared(self._handle, _settled(dict(fc1=fc1, fc2=fc2)), arg(gate, "gate"))
+        self._keep(fc1, fc2)
+
+    def _keep(self, *products: dict) -> None:
+        if self.config["weight_storage"] == "in_place":
+            self._kept += [product.get(name) for product in products for name in ("weight", "scale", "zero_point")]
 
     def set_router(self, weight: Optional[Array] = None, bias: Optional[Array] = None,
                    selection_bias: Optional[Array] = None) -> None:

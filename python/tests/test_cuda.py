@@ -51,6 +51,19 @@ def test_layer_on_the_device(dtype, tolerance):
     assert_close(y, truth_of(x, w1, w2, ids, weights), tolerance)
 
 
+def test_weights_stay_in_place():
+    x, w1, w2, ids, weights = problem(torch.bfloat16)
+    expected = make_layer(w1, w2)(x, ids, weights)
+    layer = make_layer(w1, w2, weight_storage="in_place")
+    assert layer.weight_bytes == 0 and torch.equal(layer(x, ids, weights), expected)
+    shapes = w1.shape, w2.shape
+    del w1, w2  # the layer holds them: these are others
+    others = [torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
+    assert torch.equal(layer(x, ids, weights), expected)
+    with pytest.raises(ValueError, match="fc1.weight: expected on cuda:0"):
+        make_layer(*(other.cpu() for other in others), weight_storage="in_place")
+
+
 def test_the_frameworks_stream_is_used():
     x, w1, w2, ids, weights = problem(torch.bfloat16)
     layer = make_layer(w1, w2)

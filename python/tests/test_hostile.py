@@ -139,7 +139,8 @@ def test_an_output_may_be_the_input_or_apart_from_it():
     ("activation", "swish", ValueError), ("activation", None, TypeError), ("activation", dict(kind="swiglu", alpha="x"), TypeError),
     ("routing", "foo", ValueError), ("routing", 3, TypeError), ("routing", dict(method="renormalize", groups=1 << 40), ValueError),
     ("device", "mps", ValueError), ("device", None, ValueError), ("input_dtype", "f8", ValueError), ("workspace_cap", -1, ValueError),
-    ("workspace_cap", 10, ValueError), ("weight_on", "both", ValueError)])
+    ("workspace_cap", 10, ValueError), ("weight_on", "both", ValueError),
+    ("weight_storage", "both", ValueError), ("weight_storage", "in_place", ValueError)])
 def test_layer_names_what_is_wrong(name, value, error):
     said = {"input_dtype": "dtype"}.get(name, name)
     with pytest.raises(error, match=rf"^(config\.)?{said}.*: .{{12,}}"):

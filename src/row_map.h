@@ -6,8 +6,8 @@
 
 namespace moesaic {
 
-// `rows` consecutive positions, from `first` on, that belong to one local expert. expert < 0: a
-// filtered block whose output rows are zero.
+// `rows` consecutive positions (none: no work), from `first` on, that belong to one local expert.
+// expert < 0: a filtered block whose output rows are zero.
 struct Tile {
   std::int32_t expert = 0;
   std::int32_t rows = 0;
@@ -30,7 +30,7 @@ struct RowMap {
                                          // a list (batched) what the caller expects, for policies alone
 };
 
-// So few rows that a product makes their tiles itself (Backend::makes_tiles): then nobody has written
+// Rows of which a product makes the tiles itself (Backend::makes_tiles): then nobody has written
 // RowMap's tiles and num_tiles. One of these says which rows there are.
 struct UnlistedRows {
   const std::int32_t* ids = nullptr;  // [slot_count]: the slots' experts; position = slot, no row_slot

@@ -130,10 +130,14 @@ bool products_make_tiles(const ExpertsRun& run) {
   const SideTensors& hidden = run.fc2->side;
   const bool one_scale = !hidden.input_scale.defined() || hidden.input_scale.shape[0] == 1 ||
                          plan.hidden_quantized_by == QuantizedBy::kGemm1;
-  // A maximum of all rows must not see those of no slot.
+  // A maximum of all rows must not see those of no slot. Nor is it worth quantizing many of them.
   const bool shared_maximum = plan.fc2.act_scale == ActScale::kTensorDynamic;
+  constexpr std::int64_t kFewPositions = 512;
+  const bool staged =
+      plan.quantizes_hidden() && plan.hidden_quantized_by != QuantizedBy::kGemm1;
+  const bool spare_rows = staged && run.rows.positions > kFewPositions;
   return !must_expand(plan, &run.fc1->side) && !hidden.prequant.defined() && one_scale &&
-         !shared_maximum && run.tactics.gemm1 < 0 && run.tactics.gemm2 < 0 &&
+         !shared_maximum && !spare_rows && run.tactics.gemm1 < 0 && run.tactics.gemm2 < 0 &&
          plan.backend->makes_tiles(plan.fc1, run.rows, run.unlisted) &&
          plan.backend->makes_tiles(plan.fc2, run.rows, run.unlisted);
 }

@@ -205,7 +205,7 @@ Buffers take_buffers(Arena& arena, const Resolved& r) {
   return b;
 }
 
-// Few blocks are tiles already, where small tiles are wanted anyway (one weight row then passes by
+// Blocks are tiles already, where small tiles are wanted anyway (one weight row then passes by
 // an expert's blocks one by one) and rows are not laid out by them first.
 UnlistedRows blocks_as_tiles(const Resolved& r, const WeightOperand& b, const GroupedGemmArgs& args,
                              const RowMap& rows) {

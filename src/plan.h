@@ -117,7 +117,7 @@ RowMap take_row_map(Arena& arena, std::int64_t positions, std::int64_t experts, 
 void set_tile_rows(RowMap& rows, std::int64_t experts, std::int64_t tile_rows);
 // The same for a caller's blocks, which may each be a tile of their own (or several).
 void set_tile_rows_of_blocks(RowMap& rows, const SortedRows& sorted, std::int64_t tile_rows);
-// A caller's few blocks as they are, for products that make their tiles themselves (Backend::makes_tiles): none where
+// A caller's blocks as they are, for products that make their tiles themselves (Backend::makes_tiles): none where
 // the tiles wanted (`rows`) are smaller than a block. And the same rows with a tile for each block.
 UnlistedRows unlisted_blocks(const RowMap& rows, const SortedRows& sorted);
 RowMap tiles_of_blocks(const RowMap& rows, const SortedRows& sorted);

@@ -279,7 +279,7 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
                             plan.backend->tile_rows(plan.fc1, b.rows.slot_count));
   }
   ExpertsRun run{.plan = &plan, .fc1 = &fc1, .fc2 = &fc2, .rows = b.rows, .tactics = tactics};
-  // Few blocks are tiles already, where small tiles are wanted anyway.
+  // Blocks are tiles already, where small tiles are wanted anyway.
   if (!batched) run.unlisted = unlisted_blocks(b.rows, args.sorted);
   if (products_make_tiles(run)) {
     run.rows = tiles_of_blocks(b.rows, args.sorted);

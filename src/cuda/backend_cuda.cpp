@@ -114,10 +114,16 @@ bool CudaBackend::gemm1_quantizes(const GemmStage& stage) const {
 }
 bool CudaBackend::makes_tiles(const WeightSpec& spec, const RowMap& rows,
                               const UnlistedRows& unlisted) const {
+  const GemmFamily& family = family_for(spec, device_);
+  if (family.makes_tiles == nullptr || !unlisted.any()) return false;
+  constexpr std::int64_t kLanes = 32;
   const std::int64_t lanes = unlisted.ids != nullptr ? rows.slot_count : rows.max_tiles;
-  const auto can = family_for(spec, device_).makes_tiles;
-  return can != nullptr && unlisted.any() && rows.slot_count > 0 && lanes <= 32 &&
-         rows.tile_rows <= 16 && can(spec, rows, device_);
+  // More blocks than lanes only as large as tiles are wanted: of smaller ones an expert has
+  // several.
+  const bool blocks = unlisted.ids == nullptr && rows.max_tiles <= family.most_blocks &&
+                      rows.max_tiles == ceil_div(rows.positions, rows.tile_rows);
+  return rows.slot_count > 0 && (lanes <= kLanes || blocks) && rows.tile_rows <= 16 &&
+         family.makes_tiles(spec, rows, device_);
 }
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);

@@ -24,10 +24,12 @@ struct GemmFamily {
   QuantizedBy (*hidden_quantized_by)(const WeightSpec& fc1, const WeightSpec& fc2,
                                      const ActivationSpec& activation) = nullptr;
   bool (*gemm1_quantizes)(const GemmStage& stage, const DeviceTraits& device) = nullptr;
-  // Whether a product, of tiles of up to 16 rows that are no more than a warp's lanes, makes these
-  // itself: see Backend::makes_tiles. Null: it does not.
+  // Whether a product, of tiles of up to 16 rows that are no more than a warp's lanes, or of so
+  // many blocks of a caller's list that are tiles, makes these itself: see Backend::makes_tiles.
+  // Null: it does not.
   bool (*makes_tiles)(const WeightSpec& spec, const RowMap& rows,
                       const DeviceTraits& device) = nullptr;
+  std::int64_t most_blocks = 0;
   // Packed 4-bit weights are to be as rearrange.h has them.
   bool rearranges_u4 = false;
   // Consecutive rows of A come by TMA, whole boxes at once: see CudaBackend::input_rows.

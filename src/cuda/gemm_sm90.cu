@@ -324,6 +324,7 @@ const GemmFamily& family_sm90() {
                                       .hidden_quantized_by = hidden_quantized_by,
                                       .gemm1_quantizes = gemm1_quantizes,
                                       .makes_tiles = makes_tiles,
+                                      .most_blocks = 1024,  // as far as was measured
                                       .boxes = true};
   return kFamily;
 }

@@ -30,10 +30,11 @@ inline constexpr int kSpreadBytes = 113 * 1024 + 128;
 // kAlongK: a kernel without scales along K needs none of what they take (registers of the loading
 // warps and the exchange of the sides above all), and has room for a few more tokens.
 enum class ScalesAlongK : unsigned char { kPossible, kNever };
-// kMade: of few rows, without a list of tiles, which the kernel makes of what the caller gave
-// (Backend::makes_tiles). Kernels of their own: that code beside the other's cost decode up to 1%
-// in 16 bit and 6% in int4, although it did not run.
-enum class Tiles : unsigned char { kListed, kMade };
+// kFew, kMade: of few rows, without a list of tiles, which the kernel makes of what the caller gave
+// (Backend::makes_tiles): as many as a warp has lanes, or any number of a caller's blocks. Kernels
+// of their own: that code beside the other's cost decode up to 1% in 16 bit and 6% in int4,
+// although it did not run.
+enum class Tiles : unsigned char { kListed, kFew, kMade };
 // kFullFirst: of kernels that multiply blocks of 64 tokens (gemm_sm90_upright.h), where a tile of
 // one block for each CTA takes 0.64 of the time of one of two, however many rows they have. Where K
 // is long, and a wave of tasks so a large part of the whole, an expert's rows are divided into as
@@ -195,7 +196,7 @@ struct Params {
   CUtensorMap weights;  // {K, rows, halves, units of rows, E} or the like: see set_weights
   union {
     CUtensorMap tokens;     // {K, positions}, TokenLoad::kTma only
-    UnlistedRows unlisted;  // Tiles::kMade only, whose tokens are gathered
+    UnlistedRows unlisted;  // not Tiles::kListed, whose tokens are gathered
   };
 
   RowMap rows;

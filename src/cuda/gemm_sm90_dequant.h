@@ -108,7 +108,7 @@ using DequantTwinRuns = DequantShape<W, E, kSteps,   16,  2,    1,           128
 // Few rows, which have no list of tiles: see Tiles.
 template <typename W, Element E, int kSteps>
 struct DequantNarrowFew : DequantNarrow<W, E, kSteps> {
-  static constexpr Tiles kTiles = Tiles::kMade;
+  static constexpr Tiles kTiles = Tiles::kFew;
 };
 // Not for every scheme, for the library's size: each of these kernels is 0.1 MB.
 template <typename W, int kSteps>

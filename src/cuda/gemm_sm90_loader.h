@@ -70,7 +70,15 @@ class TokenLoader {
   // multiplying warps need nearly all registers they come from shared memory each time (and rows by
   // TMA as a rule).
   static constexpr bool kInRegisters = !(S::kHasBlockScales && S::kBlocks == 2);
-  static constexpr bool kPadded = !kInRegisters || S::kHasBlockScales;  // rows has no kNone
+  // A caller's blocks taken as tiles have padding in them, 15 rows of 16 where tokens are few: it
+  // is not read at all. (As row 0 it was, by every CTA at the same time: 3 us of a product at T
+  // = 1.)
+  static constexpr bool kSkipsPadding = S::kTiles != Tiles::kListed;
+  // Factors of rows are copied like the first stage's tokens, and have landed with it: with so few
+  // tasks a trip to memory in front of the first one shows. (But in int4 the code cost a layer 2%.)
+  static constexpr bool kCopiesFactors = S::kTiles == Tiles::kMade;
+  static constexpr bool kPadded =
+      !kSkipsPadding && (!kInRegisters || S::kHasBlockScales);  // rows has no kNone
   static constexpr bool kKeepsThread = S::kSmall && S::kWarpgroups == 1;
   __device__ static int thread() { return thread_index<kKeepsThread>(); }
   __device__ static int me() { return thread() - 32; }
@@ -86,7 +94,7 @@ class TokenLoader {
 
   // Whether tasks have a mask of slots: see Schedule::make_tiles.
   __device__ bool has_mask() const {
-    return S::kTiles == Tiles::kMade && p_.unlisted.ids != nullptr;
+    return S::kTiles != Tiles::kListed && p_.unlisted.ids != nullptr;
   }
   // The slot of the task's row `token`, of which it may have fewer.
   __device__ static std::int32_t slot_in_mask(const Task& task, int token) {
@@ -114,6 +122,7 @@ class TokenLoader {
       if constexpr (S::kHasBlockScales) scale_[i] = kNone;
       std::uint32_t c_row = kNoRow;
       float2 factor{1.0f, 1.0f};
+      const float *scale = nullptr, *weight = nullptr;  // kCopiesFactors: in place of `factor`
       const std::int32_t slot = has_mask() ? slot_in_mask(task, token) : slot_[i];
       if (is_live(p_, slot) && token < task.rows) {
         const std::int64_t position = has_mask() ? slot : task.first + token;
@@ -124,20 +133,41 @@ class TokenLoader {
           const std::int64_t at = a_row * p_.a_scale_row + task.expert * p_.a_scale_expert;
           if (block_scales())
             scale_[i] = static_cast<std::uint32_t>(at);
+          else if constexpr (kCopiesFactors)
+            scale = p_.a_scale + at;
           else
             factor.x = p_.a_scale[at];
         }
-        if (p_.row_weights) factor.y = p_.row_weights[slot];
+        if (p_.row_weights) {
+          if constexpr (kCopiesFactors)
+            weight = p_.row_weights + slot;
+          else
+            factor.y = p_.row_weights[slot];
+        }
       }
-      // Padding reads row 0, whose sums nobody stores.
+      // Elsewhere padding reads row 0, whose sums nobody stores.
       rows[row_in_pass() * S::kPassRoom + pass] = row == kNone && kPadded ? 0 : row;
       if (token < S::kTokens) {
         token_rows<S>(table)[token] = c_row;
-        token_factors<S>(table)[token] = factor;
+        if constexpr (kCopiesFactors)
+          copy_factors(token_factors<S>(table)[token], scale, weight);
+        else
+          token_factors<S>(table)[token] = factor;
       }
     }
     find_weight_scale(task.expert, task.row_task);
     __syncwarp();
+  }
+
+  __device__ static void copy_factors(float2& to, const float* scale, const float* weight) {
+    copy_factor(to.x, scale);
+    copy_factor(to.y, weight);
+  }
+  __device__ static void copy_factor(float& to, const float* from) {
+    if (from != nullptr)
+      ptx::copy_async_4(ptx::shared_address(&to), from);
+    else
+      to = 1.0f;
   }
 
   // Cells begin at multiples of eight rows, so one scale serves eight of them.
@@ -165,7 +195,7 @@ class TokenLoader {
       }
 #pragma unroll
       for (int i = 0; i < S::kPassRoom; ++i) {
-        if (!kPadded && rows[i] == kNone) rows[i] = 0;  // padding reads row 0, see prepare
+        if (!kPadded && !kSkipsPadding && rows[i] == kNone) rows[i] = 0;  // see prepare
       }
     }
     if constexpr (S::kHasBlockScales && S::kBlocks == 2) {
@@ -204,7 +234,7 @@ class TokenLoader {
       const std::uint32_t bytes = inside ? 16 : 0;
 #pragma unroll
       for (int i = 0; i < S::kPasses; ++i) {
-        if (i * S::kPassRows + lead < live) {
+        if (kSkipsPadding ? rows[i] != kNone : i * S::kPassRows + lead < live) {
           const std::uint32_t dst =
               (i % 2 ? odd : even) + c * S::kTokenBytes + i * S::kPassRows * 128;
           const char* const row = from + std::uint64_t{rows[i]} * 16;

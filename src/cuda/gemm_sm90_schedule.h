@@ -58,11 +58,11 @@ template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded, Tiles kTiles = Ti
 class Schedule : private SecondWalk<kOrder> {
  public:
   __device__ explicit Schedule(const Params& p) : p_(p), rotation_(blockIdx.x / kPair) {
-    if constexpr (kTiles == Tiles::kMade) {
+    if constexpr (kTiles != Tiles::kListed) {
       if (p.unlisted.ids != nullptr)
         make_tiles();
       else
-        take_blocks();
+        take_blocks(0);
     } else {
       const int here = lane();
       const int capacity = static_cast<int>(p.rows.max_tiles);
@@ -96,11 +96,13 @@ class Schedule : private SecondWalk<kOrder> {
           base_ += tasks();
           first_ += size_;
         }
-        if constexpr (kTiles == Tiles::kMade) {
+        if constexpr (kTiles == Tiles::kListed) {
+          tile_ = kHow == Walk::kAhead ? arrived() : load_from(first_);
+        } else if (kTiles == Tiles::kFew || p_.unlisted.ids != nullptr) {
           tile_ = {__shfl_down_sync(~0u, tile_.x, size_), __shfl_down_sync(~0u, tile_.y, size_),
                    __shfl_down_sync(~0u, tile_.z, size_), 0};
         } else {
-          tile_ = kHow == Walk::kAhead ? arrived() : load_from(first_);
+          take_blocks(first_);
         }
         measure();
         ask_ahead();
@@ -128,10 +130,11 @@ class Schedule : private SecondWalk<kOrder> {
 
  private:
   __device__ static int lane() { return ptx::thread_index() % 32; }
-  // --- of few rows: all tiles are in the window, lane l holds tile first_ + l
-  // What align would do, by every warp that walks the tiles, a slot per lane. Nothing is sorted,
-  // for this is cold code in front of the first product: a position is a slot, a tile's rows are
-  // the slots of a mask (Task::first), and tiles come in the order of their first slots.
+  // --- of few rows, or blocks
+  // All tiles are in the window: lane l holds tile first_ + l. What align would do, by every warp
+  // that walks the tiles, a slot per lane. Nothing is sorted, for this is cold code in front of the
+  // first product: a position is a slot, a tile's rows are the slots of a mask (Task::first), and
+  // tiles come in the order of their first slots.
   __device__ void make_tiles() {
     const int here = lane();
     unsigned expert = ~0u;
@@ -161,15 +164,15 @@ class Schedule : private SecondWalk<kOrder> {
     }
     return (__ffs(static_cast<int>(holders)) - 1) & 31;
   }
-  // A caller's blocks: a tile for each, up to where its list ends.
-  __device__ void take_blocks() {
-    const int here = lane(), capacity = static_cast<int>(p_.rows.max_tiles);
+  // A caller's blocks from `first` on: a tile for each, up to where its list ends.
+  __device__ void take_blocks(int first) {
+    const int index = first + lane(), capacity = static_cast<int>(p_.rows.max_tiles);
     const int rows = static_cast<int>(p_.rows.tile_rows);
-    const int expert = here < capacity ? __ldcg(p_.unlisted.block_experts + here) : -1;
+    const int expert = index < capacity ? __ldcg(p_.unlisted.block_experts + index) : -1;
     const int listed = __ldcg(p_.unlisted.num_padded), padded = listed > 0 ? listed : 0;
-    const int left = padded - here * rows;  // not positive: no task
+    const int left = padded - index * rows;  // not positive: no task
     num_tiles_ = padded < capacity * rows ? (padded + rows - 1) / rows : capacity;
-    tile_ = {expert, left < rows ? left : rows, here * rows, 0};
+    tile_ = {expert, left < rows ? left : rows, index * rows, 0};
   }
 
   // --- of a list

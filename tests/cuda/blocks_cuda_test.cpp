@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_gemm on few blocks, which a product on Hopper takes as tiles as they are, against the
-// same blocks at the head of a list so long that its tiles are listed first: the same bits,
-// whatever the lists say, in every scheme that has kernels for few blocks.
+// grouped_gemm on blocks that a product on Hopper takes as tiles as they are, against the same
+// blocks at the head of a list so long that its tiles are listed first: the same bits, whatever the
+// lists say, in every scheme that has kernels for it.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -23,17 +23,23 @@ namespace {
 
 constexpr Device kGpu{DeviceType::kCuda, 0};
 // So few slots that tiles of 16 rows are wanted: else blocks are not taken as tiles.
-constexpr std::int64_t kExperts = 8, kN = 64, kK = 256, kTokens = 24, kTopK = 3, kBlockRows = 16;
-constexpr int kSlots = kTokens * kTopK, kFewBlocks = 20, kManyBlocks = 40;
+constexpr std::int64_t kExperts = 8, kK = 256, kTokens = 24, kTopK = 3, kBlockRows = 16;
+// The first are as many as a warp has lanes, the second more; the third are too many.
+constexpr int kSlots = kTokens * kTopK, kFewBlocks = 20, kMoreBlocks = 75, kManyBlocks = 1040;
 
 struct BlocksCase {
   std::string name;
   QuantSpec quant;
   DType dtype;  // of A and C
+  std::int64_t n = 64;
+  int more_blocks = kMoreBlocks;
 };
 std::vector<BlocksCase> blocks_cases() {
-  std::vector<BlocksCase> cases = {{"bf16", {.scheme = Scheme::kBF16}, DType::kBF16},
-                                   {"f16", {.scheme = Scheme::kF16}, DType::kF16}};
+  std::vector<BlocksCase> cases = {
+      {"bf16", {.scheme = Scheme::kBF16}, DType::kBF16},
+      {"f16", {.scheme = Scheme::kF16}, DType::kF16},
+      // So many that their weight rows are walked in runs.
+      {"bf16_in_runs", {.scheme = Scheme::kBF16}, DType::kBF16, 256, 1000}};
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     const std::string suffix = dtype == DType::kBF16 ? "_bf16" : "_f16";
     const QuantSpec int4{.scheme = Scheme::kInt4W4A16, .weight_scale = WeightScale::kGroup};
@@ -75,32 +81,35 @@ class Blocks : public ::testing::TestWithParam<BlocksCase> {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
       GTEST_SKIP() << "no CUDA device";
-    const WeightSpec spec = weight_spec(GetParam().quant, kExperts, kN, kK, dtype(), dtype());
+    const WeightSpec spec =
+        weight_spec(GetParam().quant, kExperts, GetParam().n, kK, dtype(), dtype());
     a_ = upload(random_halves(random_, kTokens * kK));
     const auto keep = [&](Buffer data, DType of, std::vector<std::int64_t> shape) {
       buffers_.push_back(std::move(data));
       return Tensor::contiguous(buffers_.back()->data(), of, shape, kGpu);
     };
     const bool four = is_four_bit(spec.format);
-    const std::int64_t stored = four ? kK / 2 : kK, count = kExperts * kN * stored;
+    const std::int64_t stored = four ? kK / 2 : kK, count = kExperts * GetParam().n * stored;
     const DType of = weight_dtype(spec.format);
     b_.weight = keep(
         is_16bit(of) ? upload(random_halves(random_, count)) : upload(random_bytes(random_, count)),
-        of, {kExperts, kN, stored});
+        of, {kExperts, GetParam().n, stored});
     if (spec.scale.has_scale) {
       const std::int64_t groups = spec.scale.grid_k;
-      std::vector<float> scale(static_cast<std::size_t>(kExperts * kN * groups));
+      std::vector<float> scale(static_cast<std::size_t>(kExperts * GetParam().n * groups));
       for (float& s : scale) s = 0.001f * static_cast<float>(1 + random_() % 16);
-      std::vector<std::int64_t> shape = {kExperts, kN};
+      std::vector<std::int64_t> shape = {kExperts, GetParam().n};
       if (four) shape.push_back(groups);
       b_.scale = keep(upload(scale), DType::kF32, shape);
       if (spec.zero_points) {
-        b_.zero_point = keep(upload(random_bytes(random_, kExperts * kN / 2 * groups)), DType::kU8,
-                             {kExperts, kN / 2, groups});
+        b_.zero_point = keep(upload(random_bytes(random_, kExperts * GetParam().n / 2 * groups)),
+                             DType::kU8, {kExperts, GetParam().n / 2, groups});
       }
     }
     const std::string kernels = level();
     EXPECT_EQ(are_tiles(spec, kFewBlocks), kernels == "sm90a") << kernels;
+    EXPECT_EQ(are_tiles(spec, GetParam().more_blocks), kernels == "sm90a" && is_16bit(of))
+        << kernels;
     EXPECT_FALSE(are_tiles(spec, kManyBlocks));
   }
   static DType dtype() { return GetParam().dtype; }
@@ -121,18 +130,20 @@ class Blocks : public ::testing::TestWithParam<BlocksCase> {
     set_tile_rows_of_blocks(rows, sorted, gpu.tile_rows(spec, kSlots));
     return gpu.makes_tiles(spec, rows, unlisted_blocks(rows, sorted));
   }
-  // C, which is poisoned before. `empty`: no tokens, and an A without memory.
-  std::vector<std::uint8_t> run(Lists lists, int blocks, RowOrder c_order,
+  // The first `compared` blocks' part of C, which is poisoned before. `empty`: no tokens, and an A
+  // without memory.
+  std::vector<std::uint8_t> run(Lists lists, int blocks, int compared, RowOrder c_order,
                                 bool empty = false) const {
     lists.slots.resize(static_cast<std::size_t>(blocks * kBlockRows), kSlots);
     lists.experts.resize(static_cast<std::size_t>(blocks), -1);
     const Buffer slots = upload(lists.slots), experts = upload(lists.experts);
     const Buffer padded = upload(std::vector<std::int32_t>{lists.num_padded});
     const std::int64_t rows = empty ? 0 : kTokens;
-    const std::int64_t c_rows = c_order == RowOrder::kSorted ? kFewBlocks * kBlockRows : kSlots;
+    const std::int64_t c_rows = c_order == RowOrder::kSorted ? compared * kBlockRows : kSlots;
     const std::int64_t all_rows = c_order == RowOrder::kSorted ? blocks * kBlockRows : rows * kTopK;
     const Buffer c = upload(std::vector<std::uint8_t>(
-        static_cast<std::size_t>(std::max<std::int64_t>(blocks * kBlockRows, kSlots) * kN * 2),
+        static_cast<std::size_t>(std::max<std::int64_t>(blocks * kBlockRows, kSlots) *
+                                 GetParam().n * 2),
         0xdb));
     GroupedGemmArgs args{
         .quant = GetParam().quant,
@@ -146,13 +157,13 @@ class Blocks : public ::testing::TestWithParam<BlocksCase> {
                    .block_rows = kBlockRows},
         .top_k = kTopK,
         .c_order = c_order,
-        .c = Tensor::contiguous(c->data(), dtype(), {all_rows, kN}, kGpu)};
+        .c = Tensor::contiguous(c->data(), dtype(), {all_rows, GetParam().n}, kGpu)};
     const DeviceBuffer workspace(grouped_gemm_workspace_bytes(args));
     args.workspace = {workspace.data(), grouped_gemm_workspace_bytes(args)};
     grouped_gemm(args);
     cuda_ok(cudaDeviceSynchronize());
     std::vector<std::uint8_t> bytes = c->read();
-    bytes.resize(static_cast<std::size_t>(c_rows * kN * 2));  // what both have
+    bytes.resize(static_cast<std::size_t>(c_rows * GetParam().n * 2));
     return bytes;
   }
 
@@ -166,6 +177,7 @@ TEST_P(Blocks, TakenAsTilesGiveTheBitsOfListedOnes) {
   constexpr std::int32_t kIds[] = {INT_MIN, -2, -1, kExperts, INT_MAX};
   bool computed = false;  // neither 0 nor poison
   for (int round = 0; round < 8; ++round) {
+    const int blocks = round < 4 ? kFewBlocks : GetParam().more_blocks;
     Lists lists;
     lists.slots.resize(kSlots);
     std::iota(lists.slots.begin(), lists.slots.end(), 0);
@@ -174,20 +186,19 @@ TEST_P(Blocks, TakenAsTilesGiveTheBitsOfListedOnes) {
     // few blocks, or lie scattered over all.
     for (auto& slot : lists.slots)
       if (random_() % 4 == 0) slot = random_() % 2 ? kSlots : -1;
-    lists.slots.resize(kFewBlocks * kBlockRows, kSlots);
+    lists.slots.resize(static_cast<std::size_t>(blocks * kBlockRows), kSlots);
     if (round % 2) std::shuffle(lists.slots.begin(), lists.slots.end(), random_);
     std::fill_n(lists.slots.begin() + 2 * kBlockRows, kBlockRows, kSlots);
-    for (int i = 0; i < kFewBlocks; ++i) {
+    for (int i = 0; i < blocks; ++i) {
       const auto hostile = static_cast<int>(random_() % 12);
       lists.experts.push_back(hostile < 5 ? kIds[hostile]
                                           : static_cast<std::int32_t>(random_() % kExperts));
     }
-    for (const std::int32_t padded :
-         {-5, 0, 16, 17, 150, kFewBlocks * 16 - 1, kFewBlocks * 16, INT_MAX}) {
+    for (const std::int32_t padded : {-5, 0, 16, 17, 150, blocks * 16 - 1, blocks * 16, INT_MAX}) {
       lists.num_padded = padded;
       for (const RowOrder order : {RowOrder::kSlot, RowOrder::kSorted}) {
-        const std::vector<std::uint8_t> taken = run(lists, kFewBlocks, order);
-        EXPECT_TRUE(taken == run(lists, kManyBlocks, order))
+        const std::vector<std::uint8_t> taken = run(lists, blocks, blocks, order);
+        EXPECT_TRUE(taken == run(lists, kManyBlocks, blocks, order))
             << "round " << round << ", num_padded " << padded << ", c_order "
             << static_cast<int>(order);
         computed = computed || std::any_of(taken.begin(), taken.end(),
@@ -201,7 +212,7 @@ TEST_P(Blocks, TakenAsTilesGiveTheBitsOfListedOnes) {
 TEST_P(Blocks, ListsOfPaddingReadNoRowsThatAreNotThere) {
   const Lists lists{
       .slots = std::vector<std::int32_t>(kBlockRows, 0), .experts = {0}, .num_padded = 16};
-  const std::vector<std::uint8_t> c = run(lists, 1, RowOrder::kSlot, true);
+  const std::vector<std::uint8_t> c = run(lists, 1, 1, RowOrder::kSlot, true);
   EXPECT_TRUE(std::all_of(c.begin(), c.end(), [](std::uint8_t b) { return b == 0xdb; }));
 }
 

@@ -178,6 +178,17 @@ TEST_F(Cli, VerifyPartsAreTheWholeList) {
   expect_usage(list + " --part 6/6", "5 cases");
 }
 
+// Static activation scales belong to the weights, which prepare does not see: experts quantizes.
+TEST_F(Cli, BenchTimesEveryFormatOfStaticScales) {
+  for (const char* format : {"standard", "sorted", "batched"})
+    EXPECT_EQ(run_json(std::string("bench --shape 4,64,64,2 --tokens 3 --seconds 0.01 "
+                                   "--scheme fp8_tensor+static --format ") +
+                       format)["rows"]
+                  .size(),
+              1u)
+        << format;
+}
+
 TEST_F(Cli, BenchRowsHoldEveryField) {
   const json bench =
       run_json("bench --shape 4,64,64,2 --tokens 1,3 --seconds 0.01 --scheme int8_channel");

@@ -177,13 +177,12 @@ bool lie_directly(const GemmStage& stage) {
 // A static scale is known before the first sum: every kernel applies it on the way out. A group of
 // 128 is what a pair's CTA makes of a gated row at a time; other kernels make less, and the pairs
 // without scales along K do without: a scheme has groups in both products or in none. (Whole rows,
-// or all of them, nobody has at once.) Groups leave directly only, behind two activations.
+// or all of them, nobody has at once.) Groups leave directly only, behind gated activations.
 QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
                                 const ActivationSpec& activation) {
   if (fc1.format != WeightFormat::kE4M3 || fc2.act != ActFormat::kE4M3) return QuantizedBy::kStage;
   if (fc2.act_scale == ActScale::kTensorStatic) return QuantizedBy::kGemm1;
-  const bool directly = activation.kind == Activation::kSwiglu || has_terms(activation.kind);
-  return block_scaled(fc1) && block_scaled(fc2) && fc2.act_group == 128 && directly
+  return block_scaled(fc1) && block_scaled(fc2) && fc2.act_group == 128 && is_gated(activation.kind)
              ? QuantizedBy::kEither
              : QuantizedBy::kStage;
 }
@@ -266,8 +265,7 @@ Direct direct(const Params& p, const GemmStage& stage, const KernelTraits& trait
   }
   const bool even =
       p.row_weights == nullptr && (p.a_scale == nullptr || p.block_scaled || p.a_scale_row == 0);
-  const bool known = p.activates ? kind == Activation::kSwiglu || has_terms(kind)
-                                 : p.quantizer.kind == Quantizes::kNo;
+  const bool known = p.activates ? is_gated(kind) : p.quantizer.kind == Quantizes::kNo;
   return even && known && !p.up_first && p.c_type == plain_type(element_of(stage.b->spec.format))
              ? Direct::kPlain
              : Direct::kAny;

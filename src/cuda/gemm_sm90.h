@@ -123,14 +123,13 @@ struct Shape {
   static_assert(kTokens % kBox == 0);
 };
 
-// Whether rows behind this activation can leave directly. Beside the partial sums of e4m3 there are
-// no registers for an error function.
+// Whether rows behind this activation can leave directly. (Pairs in e4m3 spill beside their partial
+// sums, and each function is a copy of the whole way.)
 template <typename S>
 __host__ __device__ constexpr bool leaves_directly(Activation kind) {
-  const bool erf = kind == Activation::kGelu || kind == Activation::kGeglu;
-  const bool usual =
-      kind == Activation::kIdentity || kind == Activation::kSwiglu || has_terms(kind);
-  return S::kDirect && (S::kHasBlockScales ? usual : !(S::kPromotes && erf));
+  const bool usual = kind == Activation::kIdentity || is_gated(kind);
+  const bool most = !S::kHasBlockScales && !(S::kPromotes && kind == Activation::kGelu);
+  return S::kDirect && (usual || most);
 }
 
 // Element-independent names of the kernels, in the order of their tactics (but NarrowFew).
@@ -184,8 +183,7 @@ struct QuantizerView {
 };
 // Rows of C that leave without shared memory. Plain is what layers ask for, and takes half of the
 // instructions: no token has a factor of its own (what all have is in the rows' terms), gate comes
-// first, C has the type that the operands suggest, and the activation is none, SwiGLU or of
-// its formula (ActivationTerms).
+// first, C has the type that the operands suggest, and the activation is none or gated.
 enum class Direct : unsigned char { kNo, kAny, kPlain };
 constexpr OutType plain_type(Element element) {
   return element == Element::kF16 ? OutType::kF16 : OutType::kBF16;

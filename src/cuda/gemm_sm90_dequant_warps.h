@@ -17,9 +17,7 @@ class WarpEpilogue : public Epilogue<S> {
 
   // Whether this can write C; if not, Epilogue does.
   __device__ static bool can(const Params& p) {
-    return p.store == StorePath::kMatrix &&
-           (!p.activates || p.activation.kind == Activation::kSwiglu ||
-            cuda::has_terms(p.activation.kind));
+    return p.store == StorePath::kMatrix && (!p.activates || is_gated(p.activation.kind));
   }
 
   __device__ void begin(const Task& task) {

@@ -132,7 +132,7 @@ class EpilogueBase {
     if constexpr (S::kDirect) {
       if (p_.activates && has_terms(p_.activation.kind) && thread_ == 126) {
         const ActivationTerms t = p_.activation.terms(task.expert);
-        *activation_terms() = {t.alpha, t.beta, t.gate_limit, t.silu_limit};
+        *activation_terms() = {t.z.of[0], t.beta, t.gate_limit, t.silu_limit};
       }
     }
   }
@@ -246,7 +246,9 @@ class EpilogueBase {
   __device__ ActivationTerms terms_now() const {
     if constexpr (!has_terms(kKind)) return {};
     const float4 t = ptx::load_shared_4(ptx::shared_address(activation_terms()));
-    return {t.x, t.y, t.z, t.w, p_.activation.kind == Activation::kGegluTanh};
+    ActivationTerms terms{p_.activation.z, t.y, t.z, t.w};
+    terms.z.of[0] = t.x;
+    return terms;
   }
   // From something in this warpgroup's memory to the same in the other's.
   __device__ std::ptrdiff_t to_other() const {

@@ -106,7 +106,8 @@ TEST(Sm90, UprightTiles) {
   for (const Scales scales : {Scales::kBlock, Scales::kChannel}) {
     for (const int activation :
          {-1, static_cast<int>(Activation::kSwiglu), static_cast<int>(Activation::kSwigluOai),
-          static_cast<int>(Activation::kGegluTanh), static_cast<int>(Activation::kSwigluStep)}) {
+          static_cast<int>(Activation::kGegluTanh), static_cast<int>(Activation::kGeglu),
+          static_cast<int>(Activation::kSwigluStep)}) {
       for (const std::int64_t tokens : {55, 122, 240}) {  // of the only expert
         expect_right({.dtype = DType::kF8E4M3,
                       .scales = scales,

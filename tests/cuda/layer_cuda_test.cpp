@@ -325,7 +325,7 @@ TEST_P(OnCuda, FewSlotsGiveTheBitsOfListedOnes) {
 TEST_P(OnCuda, FusedAndSeparateQuantizersGiveTheSameBits) {
   int fused = 0;
   for (const Variant& variant : variants())
-    for (const Activation activation : {Activation::kSwiglu, Activation::kGegluTanh})
+    for (const Activation activation : {Activation::kSwiglu, Activation::kGeglu})
       for (const std::int64_t tokens : {1, 16, 150, 300, 600, 1500}) {  // tiles of every size
         Case c = small_case(variant, tokens);
         c.activation.kind = activation;

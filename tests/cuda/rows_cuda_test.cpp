@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activate and combine on the device against the CPU backend: the same bits wherever the contract
 // is element-wise or a sum in a fixed order.
+#include "reference/activation.h"
 #include "tests/cuda/twin_rows.h"
 
 namespace moesaic {
@@ -54,6 +55,53 @@ TEST(ActivateCuda, LikeTheCpu) {
               ASSERT_NEAR(a, b, 2e-5 + 4e-6 * std::abs(a)) << i;
             }
           }
+}
+
+// Everything but the inputs in fp32: what the oracle allows for evaluating a function is all there
+// is.
+TEST(ActivateCuda, WithinTheBoundOfTheOracle) {
+  MOESAIC_NEEDS_CUDA();
+  constexpr std::int64_t kRows = 256, kColumns = 500;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kSpecial[] = {0.0f, -0.0f, 1e-30f, -1e-30f, 1e20f, -1e20f, kInfinity, -kInfinity};
+  std::vector<float> pairs(2 * kRows * kColumns);
+  harness::Rng rng(1);
+  for (std::size_t i = 0; i < pairs.size(); i += 2) {
+    const double reach = i % 3 == 0 ? 0.5 : i % 3 == 1 ? 6.0 : 20.0;
+    pairs[i] = static_cast<float>((2 * rng.uniform() - 1) * reach);
+    pairs[i + 1] = static_cast<float>(2 * rng.uniform() - 1);
+  }
+  for (std::size_t i = 0; i < std::size(kSpecial); ++i) pairs[2 * i] = kSpecial[i];
+  Twin<float> input(pairs), output(static_cast<std::size_t>(kRows * kColumns));
+  for (int kind = 0; kind < kNumActivations; ++kind) {
+    const ActivationSpec spec{.kind = static_cast<Activation>(kind),
+                              .layout = GateLayout::kInterleaved};
+    if (spec.kind == Activation::kRelu2) continue;  // exact, and 1e20 is too large for it
+    SCOPED_TRACE(name(spec.kind));
+    Tensor in = Tensor::contiguous(input.on(kGpu), DType::kF32, {kRows, 2 * kColumns}, kGpu);
+    if (!is_gated(spec.kind)) in.shape[1] = kColumns;
+    of(kGpu).activate(
+        {.spec = spec,
+         .input = in,
+         .output = Tensor::contiguous(output.on(kGpu), DType::kF32, {kRows, kColumns}, kGpu)},
+        {});
+    const std::vector<float> got = output.download();
+    const reference::ActivationParameters parameters{spec.alpha, spec.beta, spec.limit};
+    for (std::int64_t i = 0; i < kRows * kColumns; ++i) {
+      const std::int64_t row = i / kColumns, column = i % kColumns;
+      const std::int64_t at = row * 2 * kColumns + column * (is_gated(spec.kind) ? 2 : 1);
+      const float g = pairs[static_cast<std::size_t>(at)],
+                  u = pairs[static_cast<std::size_t>(at + 1)];
+      const float y = got[static_cast<std::size_t>(i)];
+      const auto [value, error] =
+          reference::activate(spec.kind, parameters, reference::Bounded{g}, reference::Bounded{u});
+      if (std::isfinite(value)) {  // numbers below the smallest normal one may become 0
+        ASSERT_NEAR(y, value, error + 1e-35) << "of " << g << ", " << u;
+      } else {
+        ASSERT_TRUE(std::isnan(value) ? std::isnan(y) : y == value) << "of " << g << ", " << u;
+      }
+    }
+  }
 }
 
 // --- combine -------------------------------------------------------------------------------------

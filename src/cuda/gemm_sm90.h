@@ -81,23 +81,28 @@ struct Shape {
   // Block scales of one stage: of each token, and of each eight weight rows.
   static constexpr int kScales = kTokens + kRows / 8;
   static constexpr int kScaleBytes = kHasBlockScales ? kChunks * kScales * 4 : 0;
+  // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors.
+  // Every task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
+  static constexpr int kTaskBytes = 32;
+  static constexpr int kTableBytes = kTokens * 12;
+  static constexpr int kRing = kStages + 1;
   // Epilogue of one warpgroup: two buffers of some tokens x 64 columns of 16 bits, or both together
   // 16 tokens in fp32 or the largest of tokens' groups; and what it must know of its weight rows
-  // (factor, bias), of this task and of the next.
+  // (factor, bias), of this task and of the next. Where tasks are short, the loading warps bring
+  // these with a task's first stage, ahead as that is: as many places as the ring has, and one
+  // more, for a run's next task is begun before its stage is seen to be free.
+  static constexpr bool kBringsTerms = kPromotes && kTokens <= 16;
+  static constexpr int kTermPlaces = kBringsTerms ? kRing + 1 : 2;
   static constexpr int kPitch =
       144;  // bytes per token: 128 and 16, so that eight rows hit all banks
   static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;
   static constexpr int kBufferBytes = kEpilogueTokens * kPitch;
   // (In e4m3 also by what C is multiplied before it is quantized; and an activation's terms, for
   // which registers are too few beside the sums.)
-  static constexpr int kEpilogueBytes =
-      2 * (kBufferBytes + kBlocks * 64 * 8) + (kPromotes ? 16 : 0) + (kDirect ? 32 : 0);
+  static constexpr int kEpilogueBytes = 2 * kBufferBytes + kTermPlaces * kBlocks * 64 * 8 +
+                                        (kPromotes ? (kTermPlaces + 3) / 4 * 16 : 0) +
+                                        (kDirect ? 32 : 0);
   static_assert(2 * kBufferBytes >= 16 * 68 * 4);
-  // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors.
-  // Every task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
-  static constexpr int kTaskBytes = 32;
-  static constexpr int kTableBytes = kTokens * 12;
-  static constexpr int kRing = kStages + 1;
   // Warps that gather tokens, four rows of each at a time. A copy takes its warp 40 to 57 cycles
   // whoever else copies, so two were not enough for 128 rows in the 1024 cycles of a 16-bit stage.
   // (Pairs with scales along K have rows by TMA as a rule, and registers for two.)

@@ -28,7 +28,7 @@ class Consumer {
     Task task = load_task(ring);
     if constexpr (S::kHasRuns) {
       task.row_task += r;
-      task.flip = (task.flip + r) % 2;
+      task.flip = (task.flip + r) % S::kTermPlaces;
     }
     return task;
   }

@@ -47,6 +47,8 @@ struct DequantShape {
   static constexpr bool kKeepsThread = false;  // see thread_index
   static constexpr bool kHasGroups = false;    // for the epilogue: C is never quantized
   static constexpr bool kDirect = false;
+  static constexpr bool kBringsTerms = false;
+  static constexpr int kTermPlaces = 2;
   static constexpr int kChunks = kStageK / 64, kChunkK = 64;
   static constexpr int kRows = 64 * kBlocks * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);

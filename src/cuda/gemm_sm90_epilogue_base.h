@@ -111,17 +111,16 @@ class EpilogueBase {
   __device__ void begin(const Task& task) {
     if (thread_ < kBlocks * 64) {
       if constexpr (kTermsAhead)
-        fetch_row_terms(task);
+        fetch_row_terms(
+            p_, task.expert, task.row_task, [this] { return warpgroup_ * kBlocks * 64 + thread_; },
+            row_terms() + thread_);
       else
         row_terms()[thread_] = row_terms_of(task);
     }
     if constexpr (S::kPromotes && !kOnlyBlockScales) {
       if (p_.quantizer.kind == Quantizes::kStatic && thread_ == 127) {
-        const float* const scale = p_.quantizer.given + task.expert * p_.quantizer.expert_stride;
-        if constexpr (kTermsAhead)
-          ptx::copy_async_4(ptx::shared_address(inverse_scale()), scale);
-        else
-          *inverse_scale() = inverse_of(*scale);
+        ptx::copy_async_4(ptx::shared_address(inverse_scale()),
+                          p_.quantizer.given + task.expert * p_.quantizer.expert_stride);
       }
     }
     if constexpr (kOneTokenScale) {
@@ -137,15 +136,36 @@ class EpilogueBase {
     }
   }
 
+  // S::kBringsTerms: by a loading warp's thread, to place `flip`, for row i of a task. Where there
+  // are none to bring, all places hold what a row then has (place_terms).
+  __device__ static bool has_terms_to_bring(const Params& p) {
+    return (p.weight_scale != nullptr && !p.block_scaled) || p.bias.data != nullptr ||
+           p.alpha != nullptr;
+  }
+  __device__ static void bring(const Params& p, unsigned char* shared, int expert, int row_task,
+                               int i, int flip) {
+    if (has_terms_to_bring(p))
+      fetch_row_terms(p, expert, row_task, [i] { return i; }, row_terms_at(shared, flip) + i);
+    if (p.quantizer.kind == Quantizes::kStatic && i == 0)
+      ptx::copy_async_4(ptx::shared_address(inverse_scale_at(shared, flip)),
+                        p.quantizer.given + expert * p.quantizer.expert_stride);
+  }
+  // Once a task's first stage is there: behind its sums it would be waited for.
+  __device__ void invert_scale() const {
+    if (p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
+      *inverse_scale() = inverse_of(*inverse_scale());
+  }
+  __device__ static void place_terms(const Params& p, unsigned char* shared, int i) {
+    if (has_terms_to_bring(p) || i >= S::kRows) return;
+    for (int flip = 0; flip < S::kTermPlaces; ++flip) row_terms_at(shared, flip)[i] = {1.0f, 0.0f};
+  }
+
   // The first thing behind the main loop: the terms are there for all, and nobody reads the
   // previous task's buffers any more.
   __device__ __forceinline__ void meet_terms() const {
     if constexpr (kTermsAhead) {
       ptx::copy_async_wait();
-      if constexpr (S::kPromotes && !kOnlyBlockScales) {
-        if (p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
-          *inverse_scale() = inverse_of(*inverse_scale());
-      }
+      if constexpr (S::kPromotes && !kOnlyBlockScales) invert_scale();
     }
     sync();
   }
@@ -157,7 +177,7 @@ class EpilogueBase {
     if (!scaled && p_.bias.data == nullptr) return row;
     const std::int64_t n = weight_row<S>(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
     if (n >= (p_.gated ? 2 * p_.columns : p_.columns)) return row;
-    if (scaled) row.x *= *scale_of_row(task, n);
+    if (scaled) row.x *= *scale_of_row(p_, task.expert, n);
     if (p_.bias.data) {
       row.y = load_small(p_.bias.data, p_.bias.type,
                          task.expert * p_.bias.expert_stride + n * p_.bias.stride);
@@ -183,7 +203,7 @@ class EpilogueBase {
   }
 
  protected:
-  // Kernels for few tokens wait for weights, not for these.
+  // Kernels for few tokens in 16 bit wait for weights, not for these.
   static constexpr bool kTermsAhead = kTokens > 16;
   // Of pairs those that know scales along K know no others (and none of C that is given).
   static constexpr bool kOnlyBlockScales = S::kHasBlockScales && S::kPair == 2;
@@ -194,46 +214,51 @@ class EpilogueBase {
   }
 
   // Where the scale of weight row n lies, without block scales.
-  __device__ const float* scale_of_row(const Task& task, std::int64_t n) const {
-    const float* const scales = p_.weight_scale + task.expert * p_.scale_expert;
-    if (p_.scale_row == 0) return scales;
-    return scales + (p_.scale_group == 1 ? n : n / p_.scale_group) * p_.scale_row;
+  __device__ static const float* scale_of_row(const Params& p, int expert, std::int64_t n) {
+    const float* const scales = p.weight_scale + expert * p.scale_expert;
+    if (p.scale_row == 0) return scales;
+    return scales + (p.scale_group == 1 ? n : n / p.scale_group) * p.scale_row;
   }
-  __device__ void fetch_row_terms(const Task& task) const {
-    float2* const to = row_terms() + thread_;
-    const bool scaled = !kOnlyBlockScales && p_.weight_scale != nullptr && !p_.block_scaled;
-    const bool biased = p_.bias.data != nullptr;
+  // Those of row row() of a task, to shared memory.
+  template <typename Row>
+  __device__ static void fetch_row_terms(const Params& p, int expert, int row_task, Row&& row,
+                                         float2* to) {
+    const bool scaled = !kOnlyBlockScales && p.weight_scale != nullptr && !p.block_scaled;
+    const bool biased = p.bias.data != nullptr;
     if (!scaled && !biased) {
-      *to = {p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
+      *to = {p.alpha ? p.alpha[expert] : 1.0f, 0.0f};
       return;
     }
-    const std::int64_t n = weight_row<S>(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
-    const bool inside = n < (p_.gated ? 2 * p_.columns : p_.columns);
+    const std::int64_t n = weight_row<S>(p, row_task, row());
+    const bool inside = n < (p.gated ? 2 * p.columns : p.columns);
     // (A factor that is a product, and a bias of 16 bits, are waited for: few have them.)
-    if (!inside || !scaled || p_.alpha != nullptr) {
-      const float alpha = p_.alpha ? p_.alpha[task.expert] : 1.0f;
-      to->x = inside && scaled ? alpha * *scale_of_row(task, n) : alpha;
+    if (!inside || !scaled || p.alpha != nullptr) {
+      const float alpha = p.alpha ? p.alpha[expert] : 1.0f;
+      to->x = inside && scaled ? alpha * *scale_of_row(p, expert, n) : alpha;
     } else {
-      ptx::copy_async_4(ptx::shared_address(&to->x), scale_of_row(task, n));
+      ptx::copy_async_4(ptx::shared_address(&to->x), scale_of_row(p, expert, n));
     }
-    const std::int64_t at = task.expert * p_.bias.expert_stride + n * p_.bias.stride;
+    const std::int64_t at = expert * p.bias.expert_stride + n * p.bias.stride;
     if (!inside || !biased)
       to->y = 0.0f;
-    else if (p_.bias.type == OutType::kF32)
-      ptx::copy_async_4(ptx::shared_address(&to->y), static_cast<const float*>(p_.bias.data) + at);
+    else if (p.bias.type == OutType::kF32)
+      ptx::copy_async_4(ptx::shared_address(&to->y), static_cast<const float*>(p.bias.data) + at);
     else
-      to->y = load_small(p_.bias.data, p_.bias.type, at);
+      to->y = load_small(p.bias.data, p.bias.type, at);
   }
 
   // --- shared memory of this warpgroup ---
   __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
-  __device__ float2* row_terms() const {
-    return reinterpret_cast<float2*>(shared_ + 2 * S::kBufferBytes) + flip_ * kBlocks * 64;
+  __device__ static float2* row_terms_at(unsigned char* shared, int flip) {
+    return reinterpret_cast<float2*>(shared + 2 * S::kBufferBytes) + flip * kBlocks * 64;
   }
+  __device__ float2* row_terms() const { return row_terms_at(shared_, flip_); }
   __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.kind != Quantizes::kNo; }
-  __device__ float* inverse_scale() const {  // kStatic: of this task's expert
-    return reinterpret_cast<float*>(shared_ + 2 * S::kBufferBytes + 2 * kBlocks * 64 * 8) + flip_;
+  // kStatic: of this task's expert; as it was given, until all meet.
+  __device__ static float* inverse_scale_at(unsigned char* shared, int flip) {
+    return reinterpret_cast<float*>(row_terms_at(shared, S::kTermPlaces)) + flip;
   }
+  __device__ float* inverse_scale() const { return inverse_scale_at(shared_, flip_); }
   __device__ float* token_scale() const {  // has_one_token_scale: of this task's expert
     return inverse_scale() + 2;
   }

@@ -27,6 +27,8 @@ class Multiplier : private Consumer<S, Params> {
   using Sums = float[S::kBlocks][S::kTokens / 2];
 
   __device__ __forceinline__ void run() {
+    if constexpr (S::kBringsTerms)
+      Epilogue<S>::place_terms(p_, shared_.epilogue(0), static_cast<int>(threadIdx.x) - 128);
     wait_for_earlier_kernels();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
@@ -37,7 +39,12 @@ class Multiplier : private Consumer<S, Params> {
         continue;
       }
       for (int r = 0;; task = load_task_of_run(ring, r)) {
-        epilogue(ring, task).begin(task);
+        if constexpr (!S::kBringsTerms) {
+          epilogue(ring, task).begin(task);
+        } else if (p_.quantizer.kind == Quantizes::kStatic) {
+          ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
+          epilogue(ring, task).invert_scale();
+        }
         Sums sums;
         if constexpr (S::kHasUpright) {
           if (runs_upright(p_, task.rows)) {

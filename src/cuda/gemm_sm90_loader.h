@@ -26,16 +26,20 @@ class TokenLoader {
     fetch_slots(task);
     // So is the table, where it holds nothing but what the lists say.
     bool early = S::kSmall && p_.settled && p_.row_weights == nullptr &&
-                 (p_.a_scale == nullptr || block_scales());
+                 (kLateFactor || p_.a_scale == nullptr || block_scales());
+    int flip = 0;  // of the next task that has products, as the weights' warp counts them
     if (p_.settled && !early) begin_kernel();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       // With its first stage free, its place in the ring is, too.
       ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
       prepare(task, shared_.table(ring));
+      if constexpr (S::kBringsTerms) flip = bring_terms(task.expert, task.row_task, flip);
       if (early) {
         early = false;
+        if constexpr (kLateFactor) ask_for_factor();
         begin_kernel();
       }
+      if constexpr (kLateFactor) fetch_factor(shared_.table(ring));
       // All that is left to know: registers are scarce here, too.
       const Load load{task.expert >= 0 ? task.rows : 0, stages_of<S>(p_, task),
                       static_cast<int>(task.first)};
@@ -54,7 +58,10 @@ class TokenLoader {
         from = to;
         if (to == load.stages) {
           from = 0;
-          if (++r < run.length) find_weight_scale(run.expert, run.row_task + r);
+          if (++r < run.length) {
+            find_weight_scale(run.expert, run.row_task + r);
+            if constexpr (S::kBringsTerms) flip = bring_terms(run.expert, run.row_task + r, flip);
+          }
         }
       }
       if (last) return;
@@ -77,6 +84,8 @@ class TokenLoader {
   // Factors of rows are copied like the first stage's tokens, and have landed with it: with so few
   // tasks a trip to memory in front of the first one shows. (But in int4 the code cost a layer 2%.)
   static constexpr bool kCopiesFactors = S::kTiles == Tiles::kMade;
+  // Nor is it waited for elsewhere, behind the wait for the kernel in front, which may have made it.
+  static constexpr bool kLateFactor = S::kBringsTerms && !kCopiesFactors;
   static constexpr bool kPadded =
       !kSkipsPadding && (!kInRegisters || S::kHasBlockScales);  // rows has no kNone
   static constexpr bool kKeepsThread = S::kSmall && S::kWarpgroups == 1;
@@ -120,6 +129,7 @@ class TokenLoader {
       if (pass >= S::kPassRoom) break;
       std::uint32_t row = kNone;
       if constexpr (S::kHasBlockScales) scale_[i] = kNone;
+      if constexpr (kLateFactor) factor_at_ = nullptr;
       std::uint32_t c_row = kNoRow;
       float2 factor{1.0f, 1.0f};
       const float *scale = nullptr, *weight = nullptr;  // kCopiesFactors: in place of `factor`
@@ -135,6 +145,8 @@ class TokenLoader {
             scale_[i] = static_cast<std::uint32_t>(at);
           else if constexpr (kCopiesFactors)
             scale = p_.a_scale + at;
+          else if constexpr (kLateFactor)
+            factor_at_ = p_.a_scale + at;
           else
             factor.x = p_.a_scale[at];
         }
@@ -151,6 +163,8 @@ class TokenLoader {
         token_rows<S>(table)[token] = c_row;
         if constexpr (kCopiesFactors)
           copy_factors(token_factors<S>(table)[token], scale, weight);
+        else if (kLateFactor && factor_at_ != nullptr)
+          token_factors<S>(table)[token].y = factor.y;  // see fetch_factor
         else
           token_factors<S>(table)[token] = factor;
       }
@@ -168,6 +182,27 @@ class TokenLoader {
       ptx::copy_async_4(ptx::shared_address(&to), from);
     else
       to = 1.0f;
+  }
+
+  // What the epilogue must know of the weight rows of a task that has products, to place `flip`;
+  // returns the next one's. It arrives with the first stage's tokens.
+  __device__ int bring_terms(int expert, int row_task, int flip) {
+    static_assert(!S::kBringsTerms || (S::kRows == kLoaders<S> && S::kBox == S::kTokens));
+    if (expert < 0) return flip;
+    Epilogue<S>::bring(p_, shared_.epilogue(0), expert, row_task, me(), flip);
+    __syncwarp();
+    return flip == S::kTermPlaces - 1 ? 0 : flip + 1;
+  }
+  // Nor is the factor of this thread's token waited for.
+  __device__ void fetch_factor(unsigned char* table) {
+    static_assert(!kLateFactor || kEntries == 1);
+    if (factor_at_ == nullptr) return;
+    const int token = pass_of(0) * S::kPassRows + row_in_pass();
+    ptx::copy_async_4(ptx::shared_address(&token_factors<S>(table)[token].x), factor_at_);
+  }
+  // Given with the weights, it lies in memory as a rule, and its token in L2.
+  __device__ void ask_for_factor() {
+    if (factor_at_ != nullptr) ptx::prefetch_l2(factor_at_);
   }
 
   // Cells begin at multiples of eight rows, so one scale serves eight of them.
@@ -373,6 +408,7 @@ class TokenLoader {
   std::int32_t slot_[kEntries];
   std::uint32_t scale_[kEntries];  // where a token's scales begin
   std::uint32_t weight_scale_ = 0;
+  const float* factor_at_ = nullptr;  // kLateFactor
 };
 
 }  // namespace moesaic::cuda::sm90

@@ -17,7 +17,7 @@ struct Task {
   std::int64_t first;  // position; with UnlistedRows::ids a mask that begins with the rows' slots
   std::int32_t row_task;      // of a run the first
   std::int32_t run;           // how many, at least 1
-  std::int32_t flip, unused;  // flip: 0 and 1 in turn, task by task
+  std::int32_t flip, unused;  // flip: 0 to S::kTermPlaces - 1 in turn, task by task
 };
 static_assert(sizeof(Task) == 32);
 

@@ -46,7 +46,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
     task.flip = flip;
     // Tasks without products (filtered, or without rows in this half of a pair) take no turn: of
     // those that meet for their groups two in succession must differ.
-    if (task.expert >= 0 && task.rows > 0) flip = (flip + loaded_run<S>(task)) % 2;
+    if (task.expert >= 0 && task.rows > 0) flip = (flip + loaded_run<S>(task)) % S::kTermPlaces;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
       for (int r = 0; r < run; ++r) {

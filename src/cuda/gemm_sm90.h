@@ -101,6 +101,7 @@ struct Shape {
   // which registers are too few beside the sums.)
   static constexpr int kEpilogueBytes = 2 * kBufferBytes + kTermPlaces * kBlocks * 64 * 8 +
                                         (kPromotes ? (kTermPlaces + 3) / 4 * 16 : 0) +
+                                        (kBringsTerms ? (kTermPlaces + 3) / 4 * 16 : 0) +
                                         (kDirect ? 32 : 0);
   static_assert(2 * kBufferBytes >= 16 * 68 * 4);
   // Warps that gather tokens, four rows of each at a time. A copy takes its warp 40 to 57 cycles

@@ -142,15 +142,32 @@ class EpilogueBase {
     return (p.weight_scale != nullptr && !p.block_scaled) || p.bias.data != nullptr ||
            p.alpha != nullptr;
   }
+  // One factor for all rows of an expert, and nothing else: it comes once.
+  __device__ static bool has_one_term(const Params& p) {
+    return p.weight_scale != nullptr && !p.block_scaled && p.scale_row == 0 &&
+           p.bias.data == nullptr && p.alpha == nullptr;
+  }
+  __device__ static float* one_term_at(unsigned char* shared, int flip) {
+    return inverse_scale_at(shared, (S::kTermPlaces + 3) / 4 * 4 + flip);
+  }
   __device__ static void bring(const Params& p, unsigned char* shared, int expert, int row_task,
                                int i, int flip) {
-    if (has_terms_to_bring(p))
+    if (has_one_term(p)) {
+      if (i == 32)
+        ptx::copy_async_4(ptx::shared_address(one_term_at(shared, flip)),
+                          p.weight_scale + expert * p.scale_expert);
+    } else if (has_terms_to_bring(p))
       fetch_row_terms(p, expert, row_task, [i] { return i; }, row_terms_at(shared, flip) + i);
     if (p.quantizer.kind == Quantizes::kStatic && i == 0)
       ptx::copy_async_4(ptx::shared_address(inverse_scale_at(shared, flip)),
                         p.quantizer.given + expert * p.quantizer.expert_stride);
   }
   // Once a task's first stage is there: behind its sums it would be waited for.
+  __device__ void spread_terms() const {
+    if (has_one_term(p_) && thread_ < S::kRows)
+      row_terms()[thread_] = {*one_term_at(shared_, flip_), 0.0f};
+    invert_scale();
+  }
   __device__ void invert_scale() const {
     if (p_.quantizer.kind == Quantizes::kStatic && thread_ == 127)
       *inverse_scale() = inverse_of(*inverse_scale());

@@ -41,9 +41,9 @@ class Multiplier : private Consumer<S, Params> {
       for (int r = 0;; task = load_task_of_run(ring, r)) {
         if constexpr (!S::kBringsTerms) {
           epilogue(ring, task).begin(task);
-        } else if (p_.quantizer.kind == Quantizes::kStatic) {
+        } else if (p_.quantizer.kind == Quantizes::kStatic || Epilogue<S>::has_one_term(p_)) {
           ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
-          epilogue(ring, task).invert_scale();
+          epilogue(ring, task).spread_terms();
         }
         Sums sums;
         if constexpr (S::kHasUpright) {

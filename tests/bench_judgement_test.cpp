@@ -63,7 +63,8 @@ TEST_F(Judgement, ALowProductMarksEveryRow) {
     EXPECT_NE(r.rows[0].invalid.find("product"), std::string::npos);
     EXPECT_NE(r.rows[1].invalid.find("read"), std::string::npos);  // its own reason comes first
     EXPECT_NE(r.machine.invalid, "");
-    for (const auto& row : to_json(r)["rows"]) EXPECT_EQ(row["valid"], false);
+    const auto written = to_json(r);
+    for (const auto& row : written["rows"]) EXPECT_EQ(row["valid"], false);
   }
 }
 

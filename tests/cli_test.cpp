@@ -166,10 +166,13 @@ TEST_F(Cli, VerifyListsItsCases) {
 
 TEST_F(Cli, VerifyPartsAreTheWholeList) {
   const std::string list = "verify --scheme int8_channel --limit 5";
+  const auto append_names = [&](const std::string& arguments, std::vector<std::string>* names) {
+    const json verified = run_json(arguments);
+    for (const json& c : verified["cases"]) names->push_back(c["name"]);
+  };
   std::vector<std::string> whole, parts;
-  for (const json& c : run_json(list)["cases"]) whole.push_back(c["name"]);
-  for (const char* part : {"1/3", "2/3", "3/3"})
-    for (const json& c : run_json(list + " --part " + part)["cases"]) parts.push_back(c["name"]);
+  append_names(list, &whole);
+  for (const char* part : {"1/3", "2/3", "3/3"}) append_names(list + " --part " + part, &parts);
   std::sort(whole.begin(), whole.end());
   std::sort(parts.begin(), parts.end());
   EXPECT_EQ(parts, whole);

@@ -130,7 +130,8 @@ bool products_make_tiles(const ExpertsRun& run) {
   const SideTensors& hidden = run.fc2->side;
   const bool one_scale = !hidden.input_scale.defined() || hidden.input_scale.shape[0] == 1 ||
                          plan.hidden_quantized_by == QuantizedBy::kGemm1;
-  // A maximum of all rows must not see those of no slot. Nor is it worth quantizing many of them.
+  // A maximum of all rows must not see those of no slot. Nor is it worth quantizing many of them
+  // (measured on CUDA, the one backend that makes tiles; see docs/log_cuda_stages.md).
   const bool shared_maximum = plan.fc2.act_scale == ActScale::kTensorDynamic;
   constexpr std::int64_t kFewPositions = 512;
   const bool staged =

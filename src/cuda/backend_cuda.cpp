@@ -98,9 +98,8 @@ RowOf CudaBackend::input_rows(const WeightSpec& fc1, std::int64_t slots) const {
   return pays ? RowOf::kPosition : RowOf::kToken;
 }
 bool CudaBackend::scatters_rows(ActScale granularity, std::int64_t slots) const {
-  // Few rows are quantized sooner position by position (docs/log_cuda_stages.md).
-  // Scales per tensor are an expert's in the batched format, so a token's rows are not all the
-  // same.
+  // Few rows are quantized sooner position by position (docs/log_cuda_stages.md). Scales per tensor
+  // are an expert's in the batched format, so a token's rows are not all alike.
   const bool of_row = granularity == ActScale::kToken || granularity == ActScale::kGroup;
   return granularity == ActScale::kDefault || (of_row && slots > 128);
 }

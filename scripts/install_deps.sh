@@ -7,7 +7,7 @@ set -euo pipefail
 
 case "${1:-build}" in
   build)  packages="g++ cmake ninja-build ccache libfmt-dev nlohmann-json3-dev libcli11-dev libgtest-dev" ;;
-  fuzz)   packages="clang" ;;
+  fuzz)   packages="clang libclang-rt-dev" ;;  # the runtime is only recommended by clang
   python) packages="python3 python3-venv" ;;
   *) echo "install_deps.sh: unknown part '$1'; known: build, fuzz, python" >&2; exit 2 ;;
 esac

@@ -233,8 +233,11 @@ class Backend {
   }
   virtual bool gemm1_quantizes(const GemmStage&) const { return false; }
   // Whether a product of these weights makes the tiles of such rows itself: align or tiles are then left out. Not asked
-  // where a tactic is forced.
-  virtual bool makes_tiles(const WeightSpec&, const RowMap&, const UnlistedRows&) const { return false; }
+  // where a tactic is forced. `all_quantized`: a quantize stage between two products then takes all positions, those of
+  // no slot as well.
+  virtual bool makes_tiles(const WeightSpec&, const RowMap&, const UnlistedRows&, bool /*all_quantized*/) const {
+    return false;
+  }
   virtual std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const = 0;
   virtual std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const = 0;
   virtual std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const = 0;

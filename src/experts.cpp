@@ -130,17 +130,13 @@ bool products_make_tiles(const ExpertsRun& run) {
   const SideTensors& hidden = run.fc2->side;
   const bool one_scale = !hidden.input_scale.defined() || hidden.input_scale.shape[0] == 1 ||
                          plan.hidden_quantized_by == QuantizedBy::kGemm1;
-  // A maximum of all rows must not see those of no slot. Nor is it worth quantizing many of them
-  // (measured on CUDA, the one backend that makes tiles; see docs/log_cuda_stages.md).
+  // A maximum of all rows must not see those of no slot.
   const bool shared_maximum = plan.fc2.act_scale == ActScale::kTensorDynamic;
-  constexpr std::int64_t kFewPositions = 512;
-  const bool staged =
-      plan.quantizes_hidden() && plan.hidden_quantized_by != QuantizedBy::kGemm1;
-  const bool spare_rows = staged && run.rows.positions > kFewPositions;
+  const bool staged = plan.quantizes_hidden() && plan.hidden_quantized_by != QuantizedBy::kGemm1;
   return !must_expand(plan, &run.fc1->side) && !hidden.prequant.defined() && one_scale &&
-         !shared_maximum && !spare_rows && run.tactics.gemm1 < 0 && run.tactics.gemm2 < 0 &&
-         plan.backend->makes_tiles(plan.fc1, run.rows, run.unlisted) &&
-         plan.backend->makes_tiles(plan.fc2, run.rows, run.unlisted);
+         !shared_maximum && run.tactics.gemm1 < 0 && run.tactics.gemm2 < 0 &&
+         plan.backend->makes_tiles(plan.fc1, run.rows, run.unlisted, staged) &&
+         plan.backend->makes_tiles(plan.fc2, run.rows, run.unlisted, staged);
 }
 
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {

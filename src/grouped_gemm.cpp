@@ -215,7 +215,8 @@ UnlistedRows blocks_as_tiles(const Resolved& r, const WeightOperand& b, const Gr
                       plan.fc1.act_scale != ActScale::kDefault);
   if (r.batched || moved) return {};
   const UnlistedRows blocks = unlisted_blocks(rows, args.sorted);
-  return plan.backend->makes_tiles(plan.fc1, rows, blocks) ? blocks : UnlistedRows{};
+  const bool makes = plan.backend->makes_tiles(plan.fc1, rows, blocks, /*all_quantized=*/false);
+  return makes ? blocks : UnlistedRows{};
 }
 
 }  // namespace

@@ -10,32 +10,11 @@
 #include "check.h"
 #include "experts.h"
 #include "layer_impl.h"
+#include "stages_check.h"
 #include "weights.h"
 
 namespace moesaic {
 namespace {
-
-// A [E, capacity, K] view as [E * capacity, K] rows, which is how positions address it.
-Tensor flatten_batched(std::string_view argument, const Tensor& t) {
-  check(argument, t).rank(3).inner_contiguous();
-  return as_rows(argument, t);
-}
-
-void check_ids(const LayerConfig& config, const Tensor& ids, std::int64_t tokens, Device device) {
-  check("topk_ids", ids)
-      .shape({tokens, config.top_k})
-      .dtype({DType::kI32, DType::kI64})
-      .contiguous()
-      .on(device);
-}
-void check_expert_map(const LayerConfig& config, const Tensor& map, Device device) {
-  if (map.defined())
-    check("expert_map", map).shape({config.experts}).dtype({DType::kI32}).contiguous().on(device);
-}
-void check_positions(std::int64_t experts, std::int64_t capacity) {
-  check_range("rows: experts x capacity", checked_mul(experts, capacity, "rows"), 0,
-              INT64_C(0x7fffffff));
-}
 
 // --- workspaces: each stage's buffers, and (on an empty arena) their size ------------------------
 
@@ -102,61 +81,8 @@ std::size_t counted(Take&& take) {
 
 void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   const LayerConfig& config = plan.config;
-  const Device device = plan.device;
-  check("hidden_states", args.hidden_states)
-      .shape({kAny, config.hidden})
-      .dtype({config.input_dtype})
-      .inner_contiguous()
-      .on(device);
-  const std::int64_t tokens = args.hidden_states.shape[0];
-  check_activation_scale("hidden_scale", plan.fc1, args.hidden_states, args.hidden_scale, device);
-  check_ids(config, args.topk_ids, tokens, device);
-  check_expert_map(config, args.expert_map, device);
-  const bool on_input = config.weight_on == WeightOn::kInput;
-  if (on_input)
-    check("topk_weights", args.topk_weights)
-        .shape({tokens, config.top_k})
-        .dtype({DType::kF32})
-        .contiguous()
-        .on(device);
-  const std::int64_t experts = plan.fc1.experts;
-  check("rows", args.rows)
-      .shape({experts, kAny, config.hidden})
-      .dtype({plan.fc1.act_dtype})
-      .distinct()
-      .on(device);
-  const std::int64_t capacity = args.rows.shape[1];
-  check_positions(experts, capacity);
-  const Tensor rows = flatten_batched("rows", args.rows);
-  const bool scaled = plan.fc1.act_scale != ActScale::kDefault;
-  if (scaled) {
-    const bool per_tensor = plan.fc1.act_scale == ActScale::kTensorStatic ||
-                            plan.fc1.act_scale == ActScale::kTensorDynamic;
-    const std::int64_t groups = std::max<std::int64_t>(1, scale_row_stride(plan.fc1));
-    check("row_scale", args.row_scale)
-        .shape({experts, per_tensor ? 1 : capacity, groups})
-        .dtype({DType::kF32})
-        .contiguous()
-        .on(device);
-    if (plan.fc1.act_scale == ActScale::kTensorStatic && plan.quantizes_input())
-      unsupported(
-          "prepare: a static activation scale belongs to the weights, which prepare does not see; "
-          "hand "
-          "16-bit rows to experts, or quantize before prepare");
-  }
-  check("num_tokens", args.num_tokens)
-      .shape({experts})
-      .dtype({DType::kI32})
-      .contiguous()
-      .on(device);
-  if (args.slot_row.defined())
-    check("slot_row", args.slot_row)
-        .shape({tokens, config.top_k})
-        .dtype({DType::kI32})
-        .contiguous()
-        .on(device);
-  if (args.status.defined())
-    check("status", args.status).shape({1}).dtype({DType::kI32}).on(device);
+  const BatchedShape shape = check_prepare(plan, args);
+  const std::int64_t tokens = shape.tokens, capacity = shape.capacity;
   check_workspace(args.workspace,
                   counted([&](Arena& a) { take_prepare(a, plan, tokens, capacity); }),
                   "stage_workspace_bytes");
@@ -167,8 +93,8 @@ void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   // Rows that are the same for all slots of a token may be read once and written to all its
   // positions: nobody needs the lists then.
   const ActScale granularity = plan.fc1.act_scale;
-  const bool scatter =
-      !on_input && plan.backend->scatters_rows(granularity, tokens * config.top_k);
+  const bool on_input = config.weight_on == WeightOn::kInput;
+  const bool scatter = !on_input && plan.backend->scatters_rows(granularity, tokens * config.top_k);
   RowMap rows_of_slots = b.rows;
   if (scatter) rows_of_slots = {.positions = b.rows.positions, .slot_count = b.rows.slot_count};
   plan.backend->align({.topk_ids = args.topk_ids,
@@ -195,7 +121,7 @@ void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
                           .group = plan.fc1.act_group,
                           .int8_rounding = plan.fc1.int8_rounding,
                           .per_expert_absmax = true,
-                          .output = rows,
+                          .output = shape.rows,
                           .scale = args.row_scale.as<float>(),
                           .scale_row_stride = scale_row_stride(plan.fc1),
                           .scratch = b.quantize_scratch},
@@ -205,54 +131,10 @@ void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
 void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const WeightOperand& fc2,
                        TacticPair tactics, const ExpertsArgs& args) {
   const LayerConfig& config = plan.config;
-  const Device device = plan.device;
+  const ExpertsShape shape = check_experts(plan, args);
+  const std::int64_t tokens = shape.tokens, capacity = shape.capacity;
   const bool batched = args.format == Format::kBatched;
-  if (args.format == Format::kStandard)
-    invalid("format: experts takes sorted or batched rows; standard is what Layer::forward does");
   const std::int64_t experts = plan.fc1.experts;
-  const Check given = check("rows", args.rows);
-  given.inner_contiguous().on(device);
-  // 8-bit rows with scales, or floats that are quantized here.
-  const DType eight_bit =
-      plan.fc1.act_scale == ActScale::kDefault ? plan.fc1.dtype16 : plan.fc1.act_dtype;
-  given.dtype({plan.fc1.dtype16, eight_bit});
-  check("output", args.output)
-      .dtype({DType::kF32, DType::kF16, DType::kBF16})
-      .distinct()
-      .on(device);
-
-  std::int64_t tokens = 0, capacity = 0;
-  Tensor values = args.rows, output = args.output;
-  if (batched) {
-    given.shape({experts, kAny, config.hidden});
-    capacity = args.rows.shape[1];
-    check_positions(experts, capacity);
-    check("output", args.output).shape({experts, capacity, config.hidden});
-    check("batched.num_tokens", args.batched.num_tokens)
-        .shape({experts})
-        .dtype({DType::kI32})
-        .contiguous()
-        .on(device);
-    if (args.row_weights.defined())
-      unsupported(
-          "row_weights: routing weights are applied by finalize in the batched format; pass them "
-          "there");
-    values = flatten_batched("rows", args.rows);
-    output = flatten_batched("output", args.output);
-  } else {
-    given.shape({kAny, config.hidden});
-    tokens = args.rows.shape[0];
-    capacity = check_sorted_rows(args.sorted, device);
-    check("output", args.output).shape({tokens * config.top_k, config.hidden}).inner_contiguous();
-    if (args.row_weights.defined()) {
-      check("row_weights", args.row_weights).dtype({DType::kF32}).contiguous().on(device);
-      if (args.row_weights.numel() != tokens * config.top_k)
-        invalid(fmt::format(
-            "row_weights: expected {} values (one per slot), got {}; pass a weight for every slot",
-            tokens * config.top_k, to_string(args.row_weights)));
-    }
-  }
-  check_activation_scale("row_scale", plan.fc1, args.rows, args.row_scale, device);
   check_workspace(args.workspace,
                   counted([&](Arena& a) { take_experts(a, plan, args.format, tokens, capacity); }),
                   "stage_workspace_bytes");
@@ -295,7 +177,7 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
   run.input = prepare_input({.plan = &plan,
                              .fc1 = &fc1,
                              .rows = &b.rows,
-                             .input = {.values = values,
+                             .input = {.values = shape.values,
                                        .scale = caller_scale_view(plan.fc1, args.row_scale),
                                        .row = batched ? RowOf::kPosition : RowOf::kToken},
                              .row_weights = on_input ? weights : nullptr,
@@ -303,70 +185,43 @@ void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const We
                             b.input, args.stream);
   run.per_expert_absmax = per_expert;
   run.row_weights = on_input ? nullptr : weights;
-  run.output = output;
+  run.output = shape.output;
   run.output_row = batched ? RowOf::kPosition : RowOf::kSlot;
   run_experts(run, b.experts, args.stream);
 }
 
 void run_finalize(const LayerPlan& plan, const FinalizeArgs& args) {
   const LayerConfig& config = plan.config;
-  const Device device = plan.device;
-  check("output", args.output)
-      .shape({kAny, config.hidden})
-      .dtype({DType::kF32, DType::kF16, DType::kBF16})
-      .inner_contiguous()
-      .distinct()
-      .on(device);
-  const std::int64_t tokens = args.output.shape[0], experts = plan.fc1.experts;
-  check("expert_output", args.expert_output)
-      .shape({experts, kAny, config.hidden})
-      .dtype({DType::kF32, DType::kF16, DType::kBF16})
-      .on(device);
-  const std::int64_t capacity = args.expert_output.shape[1];
-  check_positions(experts, capacity);
-  const Tensor rows = flatten_batched("expert_output", args.expert_output);
-  const bool on_output = config.weight_on == WeightOn::kOutput;
-  if (on_output)
-    check("topk_weights", args.topk_weights)
-        .shape({tokens, config.top_k})
-        .dtype({DType::kF32})
-        .contiguous()
-        .on(device);
+  const BatchedShape shape = check_finalize(plan, args);
+  const std::int64_t tokens = shape.tokens, capacity = shape.capacity;
   const std::int32_t* slot_row = args.slot_row.as<std::int32_t>();
-  if (args.slot_row.defined()) {
-    check("slot_row", args.slot_row)
-        .shape({tokens, config.top_k})
-        .dtype({DType::kI32})
-        .contiguous()
-        .on(device);
-  } else {
-    check_ids(config, args.topk_ids, tokens, device);
-    check_expert_map(config, args.expert_map, device);
+  if (!args.slot_row.defined()) {
     check_workspace(args.workspace, counted([&](Arena& a) { take_finalize(a, plan, tokens); }),
                     "stage_workspace_bytes");
     if (tokens == 0) return;
     Arena arena(args.workspace.data);
     const FinalizeBuffers b = take_finalize(arena, plan, tokens);
-    const std::int64_t slots = tokens * config.top_k;
+    const std::int64_t positions = plan.fc1.experts * capacity, slots = tokens * config.top_k;
     plan.backend->align({.topk_ids = args.topk_ids,
                          .experts = config.experts,
                          .local = config.local,
                          .expert_map = args.expert_map,
                          .capacity = capacity,
-                         .rows = {.positions = experts * capacity, .slot_count = slots},
+                         .rows = {.positions = positions, .slot_count = slots},
                          .slot_row = b.slot_row,
                          .scratch = b.align_scratch},
                         args.stream);
     slot_row = b.slot_row;
   }
   if (tokens == 0) return;
-  plan.backend->combine({.rows = rows,
-                         .slot_row = slot_row,
-                         .weights = on_output ? args.topk_weights.as<float>() : nullptr,
-                         .top_k = config.top_k,
-                         .accumulate = args.accumulate,
-                         .output = args.output},
-                        args.stream);
+  plan.backend->combine(
+      {.rows = shape.rows,
+       .slot_row = slot_row,
+       .weights = config.weight_on == WeightOn::kOutput ? args.topk_weights.as<float>() : nullptr,
+       .top_k = config.top_k,
+       .accumulate = args.accumulate,
+       .output = args.output},
+      args.stream);
 }
 
 }  // namespace

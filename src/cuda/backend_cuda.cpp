@@ -112,9 +112,12 @@ bool CudaBackend::gemm1_quantizes(const GemmStage& stage) const {
   return family_for(stage.b->spec, device_).gemm1_quantizes(stage, device_);
 }
 bool CudaBackend::makes_tiles(const WeightSpec& spec, const RowMap& rows,
-                              const UnlistedRows& unlisted) const {
+                              const UnlistedRows& unlisted, bool all_quantized) const {
   const GemmFamily& family = family_for(spec, device_);
   if (family.makes_tiles == nullptr || !unlisted.any()) return false;
+  // Quantizing many rows of no slot costs more than a list (docs/log_cuda_stages.md).
+  constexpr std::int64_t kFewPositions = 512;
+  if (all_quantized && rows.positions > kFewPositions) return false;
   constexpr std::int64_t kLanes = 32;
   const std::int64_t lanes = unlisted.ids != nullptr ? rows.slot_count : rows.max_tiles;
   // More blocks than lanes only as large as tiles are wanted: of smaller ones an expert has

@@ -34,8 +34,8 @@ class CudaBackend final : public Backend {
   QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
                                   const ActivationSpec& activation) const override;
   bool gemm1_quantizes(const GemmStage& stage) const override;
-  bool makes_tiles(const WeightSpec& spec, const RowMap& rows,
-                   const UnlistedRows& unlisted) const override;
+  bool makes_tiles(const WeightSpec& spec, const RowMap& rows, const UnlistedRows& unlisted,
+                   bool all_quantized) const override;
   std::size_t align_scratch_bytes(std::int64_t slots, std::int64_t experts) const override;
   std::size_t quantize_scratch_bytes(std::int64_t rows, std::int64_t experts) const override;
   std::size_t gemm_scratch_bytes(const WeightSpec& spec, std::int64_t positions) const override;

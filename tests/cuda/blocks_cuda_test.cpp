@@ -128,7 +128,8 @@ class Blocks : public ::testing::TestWithParam<BlocksCase> {
                             .block_rows = kBlockRows};
     RowMap rows{.positions = blocks * kBlockRows, .slot_count = kSlots};
     set_tile_rows_of_blocks(rows, sorted, gpu.tile_rows(spec, kSlots));
-    return gpu.makes_tiles(spec, rows, unlisted_blocks(rows, sorted));
+    return gpu.makes_tiles(spec, rows, unlisted_blocks(rows, sorted),
+                           /*all_quantized=*/false);
   }
   // The first `compared` blocks' part of C, which is poisoned before. `empty`: no tokens, and an A
   // without memory.

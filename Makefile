@@ -7,9 +7,10 @@
 #   make cuda-test    the tests of that build that need no GPU
 #   make asan | tsan    the tests under AddressSanitizer + UBSan | ThreadSanitizer
 #   make fuzz    every libFuzzer target for FUZZ_SECONDS (30) each
-#   make install PREFIX=/usr/local
+#   make install [BUILD=cuda] [PREFIX=/usr/local]
 JOBS ?= $(shell nproc)
 PREFIX ?= /usr/local
+BUILD ?= cpu
 FUZZ_SECONDS ?= 30
 CHECKPOINT := examples/data/qwen3-moe-tiny
 NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
@@ -67,8 +68,8 @@ fuzz: | deps
 	@cmake --build --preset fuzz -j $(JOBS)
 	@scripts/run_fuzzers.sh build/fuzz $(FUZZ_SECONDS)
 
-install: build
-	cmake --install build/cpu --prefix $(PREFIX)
+install: $(if $(filter cuda,$(BUILD)),cuda,build)
+	cmake --install build/$(BUILD) --prefix $(PREFIX)
 
 clean:
 	rm -rf build

@@ -1,6 +1,6 @@
 # libmoesaic. Every .cpp under src/ belongs to it; src/cuda only with MOESAIC_CUDA.
 file(GLOB MOESAIC_SOURCES CONFIGURE_DEPENDS
-     src/*.cpp src/reference/*.cpp src/checkpoint/*.cpp src/parallel/*.cpp src/cpu/*.cpp)
+     src/*.cpp src/reference/*.cpp src/checkpoint/*.cpp src/cpu/*.cpp)
 
 # One translation unit per ISA level: src/cpu/isa/<stem>_<level>.cpp is compiled with that level's
 # flags and entered only after cpuid said so. GCC 12: name the features, not -march=znver4.

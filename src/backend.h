@@ -62,10 +62,9 @@ struct WeightOperand {
 };
 
 // --- stage arguments ----------------------------------------------------------------------------
-// How old the list is that says which rows a stage works on (align: the ids; all others: what align or tiles wrote).
-// kSettled: it was complete before the stage in front of this one began, so that a backend whose kernels overlap may
-// read it, and fetch weights, while that stage still runs. Behind GEMM1 every stage of a layer has it so: align came
-// before GEMM1.
+// Whether a stage may read its list (align: the ids; all others: what align or tiles wrote) before the stage in front
+// of it has ended: CUDA's launches overlap (cuda/overlap.h, rules 2 and 3), the CPU's do not. kSettled: the list was
+// complete before that stage began. Behind GEMM1 every stage of a layer has it so: align came before GEMM1.
 enum class ListAge : std::uint8_t { kNew, kSettled };
 
 // The scale of activation row r (of tile expert e), K group g: data[r*row + g*group + e*expert].
@@ -93,8 +92,8 @@ struct AlignStage {
   Tensor expert_map;            // optional i32 [experts]
   std::int64_t capacity = 0;    // batched: rows per expert; 0: compact
   std::int64_t block_rows = 0;  // padded sorted lists (level 3); 0: compact
-  RowMap rows;                  // out; tiles null: no lists, only the counts below are wanted.
-                                // row_slot may be null when batched. T = 0 needs no scratch
+  RowMap rows;                  // out; tiles null: none are written, the other outputs that are given
+                                // are. row_slot may be null when batched. T = 0 needs no scratch
   std::int32_t* block_experts = nullptr;  // out, block_rows only: [positions / block_rows]
   std::int32_t* num_padded = nullptr;     // out, block_rows only
   std::int32_t* slot_row = nullptr;           // out [T * k]: position or -1; may be null
@@ -120,7 +119,7 @@ struct QuantizeStage {
   // rows null: row t goes to the positions slot_row[t * top_k + j] >= 0 instead of row t of output. Asked only of
   // a backend that says so (scatters_rows, input_rows); of 8-bit input with scales by row or group.
   const std::int32_t* slot_row = nullptr;
-  ListAge list_age = ListAge::kNew;      // of rows; null: of the ids that the next kernel reads
+  ListAge list_age = ListAge::kNew;      // of rows; null: of the ids that the product behind this reads
   RowOf source = RowOf::kPosition;       // row of `input` for a position
   std::int64_t top_k = 1;
   const float* row_weights = nullptr;    // by slot; WeightOn::kInput
@@ -148,7 +147,7 @@ struct GemmQuantizer {
   float* scale = nullptr;            // out, kGroup: [positions, groups], row stride in floats
   std::int64_t scale_row_stride = 0;
 };
-// Who quantizes hidden rows for GEMM2: a stage of its own; GEMM1 with some tactics or tiles; GEMM1 with any.
+// Who quantizes the rows between the products for GEMM2: a stage of its own; GEMM1 with some tactics or tiles; GEMM1 with any.
 enum class QuantizedBy : std::uint8_t { kStage, kEither, kGemm1 };
 
 // The grouped product, with gather before and everything element-wise behind.
@@ -218,7 +217,8 @@ class Backend {
   virtual DType slot_dtype(const WeightSpec& fc2) const = 0;
   virtual std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const = 0;
   // Where GEMM1 of the standard format wants float inputs: kToken as they are, gathered by the product; kPosition
-  // laid out by position, where reading consecutive rows gains more than writing them costs.
+  // laid out by position, where reading consecutive rows gains more than writing them costs. Never kPosition of fewer
+  // slots where more of them give kToken: a chunk's buffers serve a shorter chunk, too.
   virtual RowOf input_rows(const WeightSpec&, std::int64_t /*slots*/) const { return RowOf::kToken; }
   // Whether prepare of the batched format reads each row once and writes it to all positions of its slots
   // (QuantizeStage::slot_row), rows of such scales (kDefault: 16 bit, only moved). A backend whose input_rows is ever
@@ -227,7 +227,7 @@ class Backend {
   // Whether GEMM1 writes its rows as GEMM2 reads them, in 8 bit (GemmStage::quantizer): the quantize stage between them
   // is then left out. Not asked where a factor per channel lies between them. kEither: gemm1_quantizes says it of a
   // GEMM1 that is about to run, with its quantizer; that follows from specs, tactic, tile_rows and the weights' strides alone, too.
-  virtual QuantizedBy hidden_quantized_by(const WeightSpec& /*fc1*/, const WeightSpec& /*fc2*/,
+  virtual QuantizedBy intermediate_quantized_by(const WeightSpec& /*fc1*/, const WeightSpec& /*fc2*/,
                                           const ActivationSpec&) const {
     return QuantizedBy::kStage;
   }

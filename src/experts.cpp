@@ -60,13 +60,14 @@ namespace {
 
 // What GEMM1 left in 16 bit -> rows that GEMM2 reads: as they are, quantized, or multiplied by a
 // factor per channel.
-Rows prepare_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {
+Rows prepare_intermediate(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream) {
   const LayerPlan& plan = *run.plan;
   const SideTensors& side = run.fc2->side;
-  const bool quantizes = plan.quantizes_hidden();
-  if (!quantizes && !side.prequant.defined()) return {.values = buffers.hidden};
+  const bool quantizes = plan.quantizes_intermediate();
+  if (!quantizes && !side.prequant.defined()) return {.values = buffers.intermediate};
   // Without lists the rows are all taken, those of no slot as well: nobody reads them.
-  Tensor output = quantizes ? buffers.hidden_quantized : buffers.hidden, input = buffers.hidden;
+  Tensor output = quantizes ? buffers.intermediate_quantized : buffers.intermediate,
+         input = buffers.intermediate;
   const bool listed = !run.unlisted.any();
   if (!listed) input.shape[0] = output.shape[0] = run.rows.positions;
   QuantizeStage stage{.input = input,
@@ -81,59 +82,61 @@ Rows prepare_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream
     stage.int8_rounding = plan.fc2.int8_rounding;
     stage.static_scale = side.input_scale;
     stage.per_expert_absmax = run.per_expert_absmax;
-    stage.scale = buffers.hidden_scale;
+    stage.scale = buffers.intermediate_scale;
     stage.scale_row_stride = scale_row_stride(plan.fc2);
     stage.scratch = buffers.quantize_scratch;
   }
   plan.backend->quantize(stage, stream);
-  if (!quantizes) return {.values = buffers.hidden};
+  if (!quantizes) return {.values = buffers.intermediate};
   const bool per_expert =
       (plan.fc2.act_scale == ActScale::kTensorDynamic && run.per_expert_absmax) ||
       (plan.fc2.act_scale == ActScale::kTensorStatic && side.input_scale.shape[0] > 1);
-  return {.values = buffers.hidden_quantized,
-          .scale = scale_view(plan.fc2, buffers.hidden_scale, per_expert)};
+  return {.values = buffers.intermediate_quantized,
+          .scale = scale_view(plan.fc2, buffers.intermediate_scale, per_expert)};
 }
 
 // GEMM1 writes 8-bit rows, if the backend does so for this stage.
 bool let_gemm1_quantize(const ExpertsRun& run, const ExpertsBuffers& buffers, GemmStage* gemm1) {
   const LayerPlan& plan = *run.plan;
-  if (plan.hidden_quantized_by == QuantizedBy::kStage) return false;
+  if (plan.intermediate_quantized_by == QuantizedBy::kStage) return false;
   GemmStage stage = *gemm1;
-  stage.c = buffers.hidden_quantized;
+  stage.c = buffers.intermediate_quantized;
   stage.quantizer = {.granularity = plan.fc2.act_scale,
                      .round_to = plan.fc2.dtype16,
                      .static_scale = run.fc2->side.input_scale,
-                     .scale = buffers.hidden_scale,
+                     .scale = buffers.intermediate_scale,
                      .scale_row_stride = scale_row_stride(plan.fc2)};
-  if (plan.hidden_quantized_by == QuantizedBy::kEither && !plan.backend->gemm1_quantizes(stage))
+  if (plan.intermediate_quantized_by == QuantizedBy::kEither &&
+      !plan.backend->gemm1_quantizes(stage))
     return false;
   *gemm1 = stage;
   return true;
 }
 // What it wrote. Static scales came with the weights.
-Rows quantized_hidden(const ExpertsRun& run, const ExpertsBuffers& buffers) {
-  Rows hidden{.values = buffers.hidden_quantized};
+Rows quantized_intermediate(const ExpertsRun& run, const ExpertsBuffers& buffers) {
+  Rows rows{.values = buffers.intermediate_quantized};
   const Tensor& given = run.fc2->side.input_scale;
   if (given.defined()) {
-    hidden.scale = {.data = given.as<float>(),
-                    .expert_stride = given.shape[0] > 1 ? given.strides[0] : 0};
+    rows.scale = {.data = given.as<float>(),
+                  .expert_stride = given.shape[0] > 1 ? given.strides[0] : 0};
   } else {
-    hidden.scale = scale_view(run.plan->fc2, buffers.hidden_scale, /*per_expert=*/false);
+    rows.scale = scale_view(run.plan->fc2, buffers.intermediate_scale, /*per_expert=*/false);
   }
-  return hidden;
+  return rows;
 }
 
 }  // namespace
 
 bool products_make_tiles(const ExpertsRun& run) {
   const LayerPlan& plan = *run.plan;
-  const SideTensors& hidden = run.fc2->side;
-  const bool one_scale = !hidden.input_scale.defined() || hidden.input_scale.shape[0] == 1 ||
-                         plan.hidden_quantized_by == QuantizedBy::kGemm1;
+  const SideTensors& side = run.fc2->side;
+  const bool one_scale = !side.input_scale.defined() || side.input_scale.shape[0] == 1 ||
+                         plan.intermediate_quantized_by == QuantizedBy::kGemm1;
   // A maximum of all rows must not see those of no slot.
   const bool shared_maximum = plan.fc2.act_scale == ActScale::kTensorDynamic;
-  const bool staged = plan.quantizes_hidden() && plan.hidden_quantized_by != QuantizedBy::kGemm1;
-  return !must_expand(plan, &run.fc1->side) && !hidden.prequant.defined() && one_scale &&
+  const bool staged =
+      plan.quantizes_intermediate() && plan.intermediate_quantized_by != QuantizedBy::kGemm1;
+  return !must_expand(plan, &run.fc1->side) && !side.prequant.defined() && one_scale &&
          !shared_maximum && run.tactics.gemm1 < 0 && run.tactics.gemm2 < 0 &&
          plan.backend->makes_tiles(plan.fc1, run.rows, run.unlisted, staged) &&
          plan.backend->makes_tiles(plan.fc2, run.rows, run.unlisted, staged);
@@ -151,18 +154,18 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
                   .top_k = plan.config.top_k,
                   .b = run.fc1,
                   .activation = &plan.config.activation,
-                  .c = buffers.hidden,
+                  .c = buffers.intermediate,
                   .tactic = run.tactics.gemm1,
                   .scratch = buffers.gemm_scratch};
   const bool quantized = let_gemm1_quantize(run, buffers, &gemm1);
   backend.gemm(gemm1, stream);
-  const Rows hidden =
-      quantized ? quantized_hidden(run, buffers) : prepare_hidden(run, buffers, stream);
+  const Rows intermediate =
+      quantized ? quantized_intermediate(run, buffers) : prepare_intermediate(run, buffers, stream);
   backend.gemm({.rows = run.rows,
                 .unlisted = run.unlisted,
                 .list_age = ListAge::kSettled,
-                .a = hidden.values,
-                .a_scale = hidden.scale,
+                .a = intermediate.values,
+                .a_scale = intermediate.scale,
                 .top_k = plan.config.top_k,
                 .b = run.fc2,
                 .row_weights = run.row_weights,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //   logits -> route -> ids, weights -> align -> row map
 //   x -> quantize -> GEMM1 (gather, activation) -> quantize -> GEMM2 (experts.cpp) -> combine -> y
+// for each chunk of tokens that the workspace's cap allows; the shared experts run as a layer of
+// one.
 #include "forward.h"
 
 #include <algorithm>
@@ -103,17 +105,18 @@ void bring_rows(const LoadedLayer& layer, const Chunk& chunk, const RoutedBuffer
   run->input = quantize.rows;
   // Rows that are quantized by token need no list, and align does not need them.
   const bool by_token = !must_expand(plan, &layer.fc1->side) && input_run.layout == RowOf::kToken;
-  run->unlisted = {.ids = chunk.ids.as<std::int32_t>(),
-                   .first_expert = static_cast<std::int32_t>(plan.config.local.first)};
+  ExpertsRun listless = *run;
+  listless.unlisted = {.ids = chunk.ids.as<std::int32_t>(),
+                       .first_expert = static_cast<std::int32_t>(plan.config.local.first)};
+  listless.output_row = RowOf::kSlot;
   if (by_token && chunk.ids.dtype == DType::kI32 && chunk.tokens_per_expert == nullptr &&
-      products_make_tiles(*run)) {
-    run->output_row = RowOf::kSlot;
+      products_make_tiles(listless)) {
+    *run = listless;
     if (!quantize.needed) return;
     run->list_age = ListAge::kSettled;  // the ids are older than this stage
     plan.backend->quantize(quantize.stage, stream);
     return;
   }
-  run->unlisted = {};
   AlignStage align{.topk_ids = chunk.ids,
                    .experts = plan.config.experts,
                    .local = plan.config.local,
@@ -134,12 +137,12 @@ void bring_rows(const LoadedLayer& layer, const Chunk& chunk, const RoutedBuffer
 void run_shared_expert(const LoadedLayer& layer, const Chunk& chunk, const Buffers& b,
                        CombineStage* combine, Stream stream) {
   const LayerPlan& plan = *layer.shared_plan;
-  const Backend& run = *plan.backend;
+  const Backend& backend = *plan.backend;
   const std::int64_t tokens = chunk.x.shape[0];
   RowMap rows = b.shared.rows;
   rows.positions = rows.slot_count = tokens;
-  set_tile_rows(rows, 1, run.tile_rows(plan.fc1, tokens));
-  run.align(
+  set_tile_rows(rows, 1, backend.tile_rows(plan.fc1, tokens));
+  backend.align(
       {.topk_ids = Tensor::contiguous(layer.shared_ids, DType::kI32, {tokens, 1}, plan.device),
        .experts = 1,
        .local = {0, 1},
@@ -153,13 +156,13 @@ void run_shared_expert(const LoadedLayer& layer, const Chunk& chunk, const Buffe
     const auto column = [&](void* data, DType dtype) {
       return Tensor::contiguous(data, dtype, {tokens, 1}, plan.device);
     };
-    run.route({.spec = plan.config.routing,
-               .hidden_states = chunk.x,
-               .router = {.weight = layer.shared_gate},
-               .logits_scratch = column(b.logits, DType::kF32),
-               .topk_ids = column(b.shared.slot_row, DType::kI32),
-               .topk_weights = column(b.shared_weight, DType::kF32)},
-              stream);
+    backend.route({.spec = plan.config.routing,
+                   .hidden_states = chunk.x,
+                   .router = {.weight = layer.shared_gate},
+                   .logits_scratch = column(b.logits, DType::kF32),
+                   .topk_ids = column(b.shared.slot_row, DType::kI32),
+                   .topk_weights = column(b.shared_weight, DType::kF32)},
+                  stream);
     combine->shared_weight = b.shared_weight;
   }
   const Rows x{.values = chunk.x,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The main path. forward.cpp reads in the order of the data, one call per stage.
+// The main path. Begin at forward(), at the end of forward.cpp: route for all tokens, then for each chunk
+// of them bring_rows, run_experts, run_shared_expert, combine.
 #pragma once
 
 #include "experts.h"

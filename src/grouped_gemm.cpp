@@ -63,23 +63,23 @@ void align(const AlignArgs& args) {
         .dtype({DType::kI32})
         .contiguous()
         .on(device);
-  const Backend& run = backend(device);
-  check_workspace(args.workspace, run.align_scratch_bytes(slots, args.experts),
+  const Backend& kernels = backend(device);
+  check_workspace(args.workspace, kernels.align_scratch_bytes(slots, args.experts),
                   "align_workspace_bytes");
-  run.align({.topk_ids = args.topk_ids,
-             .experts = args.experts,
-             .local = local,
-             .expert_map = args.expert_map,
-             .block_rows = args.rows.block_rows,
-             .rows = {.row_slot = args.rows.slots.as<std::int32_t>(),
-                      .positions = capacity,
-                      .slot_count = slots},
-             .block_experts = args.rows.block_experts.as<std::int32_t>(),
-             .num_padded = args.rows.num_padded.as<std::int32_t>(),
-             .slot_row = args.slot_row.as<std::int32_t>(),
-             .tokens_per_expert = args.tokens_per_expert.as<std::int32_t>(),
-             .scratch = args.workspace.data},
-            args.stream);
+  kernels.align({.topk_ids = args.topk_ids,
+                 .experts = args.experts,
+                 .local = local,
+                 .expert_map = args.expert_map,
+                 .block_rows = args.rows.block_rows,
+                 .rows = {.row_slot = args.rows.slots.as<std::int32_t>(),
+                          .positions = capacity,
+                          .slot_count = slots},
+                 .block_experts = args.rows.block_experts.as<std::int32_t>(),
+                 .num_padded = args.rows.num_padded.as<std::int32_t>(),
+                 .slot_row = args.slot_row.as<std::int32_t>(),
+                 .tokens_per_expert = args.tokens_per_expert.as<std::int32_t>(),
+                 .scratch = args.workspace.data},
+                args.stream);
 }
 
 // --- the grouped GEMM ----------------------------------------------------------------------------

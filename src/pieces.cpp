@@ -185,26 +185,26 @@ void quantize(const QuantizeArgs& args) {
   if (q.positions == 0) return;
   Arena arena(args.workspace.data);
   const QuantizeBuffers b = take_quantize(arena, args, q);
-  const Backend& run = backend(args.input.device);
+  const Backend& kernels = backend(args.input.device);
   if (q.batched)
-    run.tiles({.batched = {.num_tokens = args.num_tokens},
-               .capacity = q.capacity,
-               .experts = q.experts,
-               .rows = b.rows},
-              args.stream);
-  run.quantize({.input = q.input,
-                .rows = q.batched ? &b.rows : nullptr,
-                .round_to = args.input.dtype,
-                .granularity = args.granularity,
-                .group = args.group_size,
-                .int8_rounding = args.int8_rounding,
-                .static_scale = args.static_scale,
-                .per_expert_absmax = q.batched,
-                .output = q.output,
-                .scale = args.scale.as<float>(),
-                .scale_row_stride = q.scale_row_stride,
-                .scratch = b.scratch},
-               args.stream);
+    kernels.tiles({.batched = {.num_tokens = args.num_tokens},
+                   .capacity = q.capacity,
+                   .experts = q.experts,
+                   .rows = b.rows},
+                  args.stream);
+  kernels.quantize({.input = q.input,
+                    .rows = q.batched ? &b.rows : nullptr,
+                    .round_to = args.input.dtype,
+                    .granularity = args.granularity,
+                    .group = args.group_size,
+                    .int8_rounding = args.int8_rounding,
+                    .static_scale = args.static_scale,
+                    .per_expert_absmax = q.batched,
+                    .output = q.output,
+                    .scale = args.scale.as<float>(),
+                    .scale_row_stride = q.scale_row_stride,
+                    .scratch = b.scratch},
+                   args.stream);
 }
 
 void activate(const ActivateArgs& args) {
@@ -236,12 +236,7 @@ void activate(const ActivateArgs& args) {
                                       {"parameters.beta", &p.beta},
                                       {"parameters.limit", &p.limit}}) {
       if (!t->defined()) continue;
-      check(argument, *t)
-          .rank(1)
-          .shape({experts})
-          .dtype({DType::kF32})
-          .contiguous()
-          .on(device);
+      check(argument, *t).rank(1).shape({experts}).dtype({DType::kF32}).contiguous().on(device);
       experts = t->shape[0];
     }
   }

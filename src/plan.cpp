@@ -108,9 +108,9 @@ LayerPlan make_plan(const LayerConfig& given, const Backend& backend, Device dev
         "workspace_cap: dynamic per-tensor scales span the whole batch, so it cannot run in "
         "token chunks with the same bits; use a static act_scale or no cap");
   plan.slot_dtype = plan.backend->slot_dtype(plan.fc2);
-  if (plan.quantizes_hidden() && !may_have_prequant(plan.fc2.scheme))
-    plan.hidden_quantized_by =
-        plan.backend->hidden_quantized_by(plan.fc1, plan.fc2, config.activation);
+  if (plan.quantizes_intermediate() && !may_have_prequant(plan.fc2.scheme))
+    plan.intermediate_quantized_by =
+        plan.backend->intermediate_quantized_by(plan.fc1, plan.fc2, config.activation);
   return plan;
 }
 
@@ -216,12 +216,12 @@ InputBuffers take_input_buffers(Arena& arena, const LayerPlan& plan, const Input
 ExpertsBuffers take_experts_buffers(Arena& arena, const LayerPlan& plan, std::int64_t positions) {
   const WeightSpec& fc2 = plan.fc2;
   ExpertsBuffers buffers;
-  const bool staged = plan.hidden_quantized_by != QuantizedBy::kGemm1;
-  if (staged) buffers.hidden = arena.take(fc2.dtype16, positions, fc2.k, plan.device);
-  if (plan.quantizes_hidden())
-    buffers.hidden_quantized = arena.take(fc2.act_dtype, positions, fc2.k, plan.device);
-  if (plan.quantizes_hidden() && staged) {
-    buffers.hidden_scale = arena.take<float>(scale_count(fc2, positions, fc2.experts));
+  const bool staged = plan.intermediate_quantized_by != QuantizedBy::kGemm1;
+  if (staged) buffers.intermediate = arena.take(fc2.dtype16, positions, fc2.k, plan.device);
+  if (plan.quantizes_intermediate())
+    buffers.intermediate_quantized = arena.take(fc2.act_dtype, positions, fc2.k, plan.device);
+  if (plan.quantizes_intermediate() && staged) {
+    buffers.intermediate_scale = arena.take<float>(scale_count(fc2, positions, fc2.experts));
     buffers.quantize_scratch =
         arena.take(plan.backend->quantize_scratch_bytes(positions, fc2.experts));
   }

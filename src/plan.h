@@ -45,10 +45,10 @@ struct LayerPlan {
   Device device{};
   WeightSpec fc1, fc2;
   DType slot_dtype = DType::kF32;
-  QuantizedBy hidden_quantized_by = QuantizedBy::kStage;  // quantizes_hidden() only; kGemm1: there are no 16-bit rows
+  QuantizedBy intermediate_quantized_by = QuantizedBy::kStage;  // quantizes_intermediate() only; kGemm1: there are no 16-bit rows
 
   bool quantizes_input() const { return fc1.act_scale != ActScale::kDefault && is_float(config.input_dtype); }
-  bool quantizes_hidden() const { return fc2.act_scale != ActScale::kDefault; }
+  bool quantizes_intermediate() const { return fc2.act_scale != ActScale::kDefault; }
 };
 // Checks the configuration (throws), resolves defaults, asks the backend.
 LayerPlan make_plan(const LayerConfig& config, Device device);
@@ -85,9 +85,9 @@ bool must_expand(const LayerPlan& plan, const SideTensors* side);
 
 // The buffers of run_experts.
 struct ExpertsBuffers {
-  Tensor hidden;               // [positions, intermediate] in the 16-bit dtype (f32: f32), unless GEMM1 quantizes
-  Tensor hidden_quantized;     // the same in e4m3 / int8, schemes with such activations
-  float* hidden_scale = nullptr;
+  Tensor intermediate;         // [positions, intermediate] in the 16-bit dtype (f32: f32), unless GEMM1 quantizes
+  Tensor intermediate_quantized;     // the same in e4m3 / int8, schemes with such activations
+  float* intermediate_scale = nullptr;
   void* quantize_scratch = nullptr;
   void* gemm_scratch = nullptr;
 };

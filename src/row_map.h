@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// "Format is data": both formats become one RowMap, and one kernel serves both.
+// "Format is data": each of the three formats becomes one RowMap, and one kernel serves them all.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,9 @@ struct Tile {
   std::int64_t first = 0;
 };
 
-// Positions are rows of the compact, expert-grouped buffers between the stages. Pointers are device
-// memory; only the capacities are known to the host. Written by the backend's align.
+// A position is a row of the buffers between the stages. Pointers are device memory; only the
+// capacities are known to the host. Tiles are written by the backend's align or tiles; with
+// UnlistedRows by nobody.
 //   standard: positions = live slots grouped by expert, no padding; row_slot lists the slot of each
 //   sorted (caller's lists): positions = indices of `slots`; row_slot = `slots`, pad >= slot_count
 //   batched: position = expert * capacity + i; no row_slot

@@ -24,9 +24,9 @@ inline double by_arithmetic(const LayerConfig& c, std::int64_t tokens, const Lay
       must_expand(plan, nullptr) || input_layout(plan, tokens * c.top_k) == RowOf::kPosition;
   if (expands || plan.quantizes_input()) bytes += rows_of(plan.fc1, expands ? slots : t);
   // Where GEMM1 always quantizes there are neither 16-bit rows nor scales of its own.
-  const bool staged = plan.hidden_quantized_by != QuantizedBy::kGemm1;
+  const bool staged = plan.intermediate_quantized_by != QuantizedBy::kGemm1;
   if (staged) bytes += slots * inner * static_cast<double>(size_of(plan.fc2.dtype16));
-  if (plan.quantizes_hidden()) bytes += rows_of(plan.fc2, slots);
+  if (plan.quantizes_intermediate()) bytes += rows_of(plan.fc2, slots);
   bytes += slots * hidden * static_cast<double>(size_of(plan.slot_dtype));
   return bytes;
 }

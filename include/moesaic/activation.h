@@ -27,7 +27,7 @@ MOESAIC_API Activation parse_activation(std::string_view text);  // throws kInva
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 
 // Where gate and up lie in the N = 2 * intermediate rows of fc1.
-enum class GateOrder : std::uint8_t { kGateFirst, kUpFirst };       // kUpFirst: seed 003
+enum class GateOrder : std::uint8_t { kGateFirst, kUpFirst };       // kUpFirst: FlashInfer
 enum class GateLayout : std::uint8_t { kHalves, kInterleaved };     // kInterleaved: GPT-OSS
 
 struct ActivationSpec {

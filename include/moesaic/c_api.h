@@ -3,15 +3,16 @@
  *
  * Conventions
  * - Every function that can fail returns a moesaic_status; moesaic_last_error() then holds one
- * sentence of this thread that names the argument, what was expected, what came, and a way out. No
- * exception crosses, nothing is printed. After a failure no output has been touched.
+ *   sentence of this thread that names the argument, what was expected, what came, and a way out. No
+ *   exception crosses, nothing is printed. After a failure no output has been touched, but for
+ *   MOESAIC_DEVICE, after which outputs are undefined.
  * - Tensors are views, passed by pointer; NULL means "not given". Shapes in [brackets], T tokens, k
  *   top_k, E experts (of weights and rows: the local ones), H hidden, I intermediate, N and K a
  *   product's output and reduction width.
  * - Structs carry their size in their first field. Initialize them with the macro of their name: it
  *   sets the size and every default. A caller compiled against an older header passes a smaller
  *   struct; what is missing takes its default. A larger one is accepted as long as what this
- * library does not know is zero. Enumerations in structs are int32_t. moesaic_tensor never changes.
+ *   library does not know is zero. Enumerations in structs are int32_t. moesaic_tensor never changes.
  * - Sizes and strides are 64 bit and count elements; only *_bytes counts bytes.
  * - Handles may be used from many threads at once, apart from create, destroy, load* and set_*.
  */

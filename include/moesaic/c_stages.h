@@ -50,7 +50,8 @@ typedef struct moesaic_experts_args {
   const moesaic_tensor* row_scale;   /* of 8-bit rows, as prepare writes it */
   const moesaic_tensor* num_tokens;  /* batched: i32 [E] */
   const moesaic_sorted_rows* sorted; /* sorted */
-  const moesaic_tensor* row_weights; /* optional f32 [T * k] by slot, sorted only */
+  const moesaic_tensor* row_weights; /* optional f32 [T * k] by slot, sorted only: multiplies the output,
+                                        with MOESAIC_WEIGHT_ON_INPUT the input */
   const moesaic_tensor* output;      /* out: batched [E, capacity, H]; sorted [T * k, H] by slot */
   int64_t expected_tokens;           /* batched: a hint that never changes bits; 0: unknown */
   void* workspace;

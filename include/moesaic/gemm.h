@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Level 3: one grouped GEMM over experts whose rows are gathered through a routing, and the pieces
-// around it. Defined by seed 000 (SGLang's invoke_fused_moe_kernel) and, for the batched format,
-// seed 001 (vLLM's invoke_moe_batched_triton_kernel). Nothing here keeps state between calls.
+// around it. Defined by SGLang's invoke_fused_moe_kernel and, for the batched format, vLLM's
+// invoke_moe_batched_triton_kernel. Nothing here keeps state between calls.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace moesaic {
 // Which global expert ids live here. Ids outside contribute nothing.
 struct ExpertRange {
   std::int64_t first = 0;
-  std::int64_t count = 0;  // 0: all experts
+  std::int64_t count = 0;  // 0: from first to the last
 };
 
 // The sorted format: slot ids (token * top_k + j) grouped by expert, each expert's run padded to a
@@ -37,7 +37,8 @@ struct AlignArgs {
   Tensor topk_ids;             // [T, k] i32 or i64
   std::int64_t experts = 0;    // ids in [0, experts) are valid, others contribute nothing
   ExpertRange local{};         // ids outside become blocks of expert -1 (filtered)
-  Tensor expert_map;           // optional i32 [experts]: global -> local id, -1 remote
+  Tensor expert_map;           // optional i32 [experts]: global -> local id, in place of local.first;
+                               // what lies outside [0, local.count) is not here
   SortedRows rows;             // out; block_experts holds *local* ids
   Tensor slot_row;             // optional out i32 [T * k]: position of each slot in `slots`, or -1
   Tensor tokens_per_expert;    // optional out i32 [E_local]
@@ -51,14 +52,14 @@ MOESAIC_API std::int64_t align_capacity(std::int64_t slot_count, std::int64_t ex
 MOESAIC_API std::size_t align_workspace_bytes(std::int64_t slot_count, std::int64_t experts,
                                               Device device = {});
 // Slots of one expert keep their order: the same ids give the same lists, always. Ids may be anything
-// (seed 000's are not checked and its order varies). Throws kInvalidArgument for shapes, dtypes,
+// (SGLang's are not checked, and its order varies). Throws kInvalidArgument for shapes, dtypes,
 // lists shorter than align_capacity, a workspace that is too small.
 MOESAIC_API void align(const AlignArgs& args);
 
 // --- the grouped GEMM -------------------------------------------------------------------------
 enum class RowOrder : std::uint8_t {
   kSlot,    // row = slot id (for A: slot / top_k, which is the token)
-  kSorted,  // row = position in `slots` (seed 000's a_use_tma / c_sorted)
+  kSorted,  // row = position in `slots` (SGLang's a_use_tma / c_sorted)
 };
 
 struct GroupedGemmArgs {
@@ -66,7 +67,9 @@ struct GroupedGemmArgs {
   Tensor a;            // sorted: [T, K] (or [T * k, K] with top_k = 1); batched: [E, capacity, K].
                        // f32/f16/bf16, quantized inside when the scheme has 8-bit activations; or
                        // already e4m3 / i8 with a_scale
-  Tensor a_scale;      // f32: [1] | [T, 1] | [T, ceil(K/g)], or [E, 1 | capacity, ...] batched
+  Tensor a_scale;      // f32: [1] | [T, 1] | [T, ceil(K/g)], or [E, 1 | capacity, ...] batched. With
+                       // float a: the static scale where b.input_scale is not given (an act_scale
+                       // of kDefault then means kTensorStatic)
   GemmWeights b;       // unpacked views, used in place
   SortedRows sorted;   // exactly one of
   BatchedRows batched; // the two formats

@@ -93,12 +93,11 @@ class MOESAIC_API Layer {
 
   // Attach weights. They are copied and packed; the caller's tensors, host or device memory, may go
   // away afterwards. Throws kInvalidArgument for tensors that do not fit, kOutOfMemory.
-  // WeightStorage::kInPlace: the weights, dense on the layer's device and 16-byte aligned, are the
-  // layer's from the call on, until it is gone: they outlive it, nobody else writes them, and for
-  // some kernels each 16 bytes of 4-bit ones are rearranged where they lie (unpack_expert has the
-  // caller's order; the destructor restores nothing). The same holds of scales (f32, e8m0) and zero
-  // points, which are only read; those that are not dense and aligned, and all smaller tensors, are
-  // copied. Once for a layer.
+  // WeightStorage::kInPlace: fc1.weight and fc2.weight must be dense, on the layer's device and
+  // 16-byte aligned. Keep them alive and unwritten until the layer is destroyed. On SM90 the layer
+  // may permute uint4 weights where they lie and never undoes it; unpack_expert gives the caller's
+  // order. Scales (f32, e8m0) and zero points are kept, too, and only read, if they are dense and
+  // aligned, else copied; all other tensors are copied. load may be called once.
   void load(const LayerWeights& weights);  // every local expert, leading extent E_local
   // One expert (leading extent 1): nothing larger than one expert is ever held twice. Not in place.
   void load_expert(std::int64_t local_expert, const LayerWeights& weights);
@@ -118,12 +117,12 @@ class MOESAIC_API Layer {
   std::size_t workspace_bytes(std::int64_t tokens) const;
 
   // Allocates nothing, synchronizes nothing, reads nothing back. Throws kNotReady (experts or a
-  // needed router are missing), kInvalidArgument and kUnsupported before any output is touched,
-  // kDevice when CUDA fails. Values never raise: ids outside contribute nothing, NaN and Inf stay in
+  // needed router are missing), kInvalidArgument and kUnsupported before any output is touched;
+  // kDevice when a launch fails, after which outputs are undefined. Values never raise: ids outside contribute nothing, NaN and Inf stay in
   // their token's row.
   void forward(const ForwardArgs& args) const;
 
-  // The ways each product can run here, as seed 003's runner lists them, and which to take. Not
+  // The ways each product can run here, as FlashInfer's runner lists them, and which to take. Not
   // while a forward runs.
   std::vector<Tactic> tactics_gemm1() const;
   std::vector<Tactic> tactics_gemm2() const;

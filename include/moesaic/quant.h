@@ -68,14 +68,17 @@ struct GemmWeights {
   Tensor weight;       // [E, N, K], K contiguous unless the scheme is 16-bit or f32, which take any
                        // strides; 4-bit: u8 [E, N, K/2]. Columns of padding behind K (a row stride
                        // above K) are skipped: view them away.
-  Tensor scale;        // f32 (mxfp4: u8/E8M0) in the shape WeightScale gives; undefined for 16-bit
+  Tensor scale;        // f32, f16 or bf16 (f32 alone where CUDA reads it in place; mxfp4: u8 or e8m0)
+                       // in the shape WeightScale gives. Undefined with schemes f32, f16 and bf16
   Tensor zero_point;   // int4: u8 [E, N/2, K/g], low nibble = even n. int8: u8 [E, N, K/g]. Or [E, N]
                        // counting as one group.
   Tensor bias;         // [E, N] in f32, f16 or bf16; added in fp32 behind the scales
-  Tensor input_scale;  // static activation scale, f32: scalar [1] or [E]. ActScale::kTensorStatic
-  Tensor prequant;     // AWQ-style factor of the activations before they are quantized (seed 003's
-                       // 8-tensor mode): f32/f16/bf16 [K] or [E, K]
-  Tensor alpha;        // extra factor on the product, f32 [E] (seed 003's 8-tensor mode)
+  Tensor input_scale;  // static activation scale, f32 [1] or [E]: needed with
+                       // ActScale::kTensorStatic, not read otherwise
+  Tensor prequant;     // int4_w4a8_fp8 and int4_w4a8_int8 only: f32, f16 or bf16 [K] or [E, K], the
+                       // AWQ factor of the activations before they are quantized (FlashInfer's W4A8
+                       // mode of 8 tensors)
+  Tensor alpha;        // extra factor on the product, f32 [E] (the same mode's)
 };
 
 // --- Quantizers (contracts: SGLang's scaled_fp8_quant, per_token_quant_int8, ...) --------------
@@ -100,7 +103,7 @@ MOESAIC_API std::size_t quantize_workspace_bytes(std::int64_t rows, Device devic
 MOESAIC_API std::size_t quantize_workspace_bytes(const QuantizeArgs& args);
 // Scales: absmax / 448 (e4m3) or / 127 (int8), absmax clamped at 1e-10. The bits do not depend on
 // the other rows, kTensorDynamic excepted. e4m3 rounds to nearest even, int8 to nearest with halves
-// away from zero (docs/numerics.md). Seed 000 (SGLang) defines the plain forms, seed 001's
+// away from zero (docs/numerics.md). SGLang defines the plain forms, vLLM's
 // batched_moe_kernel_quantize_input the batched one. Throws kInvalidArgument for shapes, strides,
 // dtypes and a workspace that do not fit, kUnsupported for another `to`; values never raise.
 MOESAIC_API void quantize(const QuantizeArgs& args);

@@ -9,7 +9,9 @@
 
 namespace moesaic {
 
-// z: logits [T, E] plus router bias; S: the selected set. A selection bias affects which experts
+// How experts are chosen; their weight. z: logits [T, E] plus router bias; s: the score they are chosen
+// by, without the selection bias ("+ bias"); p: softmax(z), for deepseek_v3 sigmoid(z); S: the set
+// chosen. A selection bias affects which experts
 // are chosen and never their weights. Ties: the lowest expert id first. NaN logits rank last.
 // Who defines them: DeepSeek-V2 (arXiv:2405.04434) and -V3 (2412.19437), sparsemixer (GRIN,
 // 2409.12136), the others the models' own code in the transformers library, which golden tests hold
@@ -19,7 +21,7 @@ enum class RoutingMethod : std::uint8_t {
   kRenormalize,    // renormalize     top-k z;                          weight: softmax over S
   kDeepSeekV3,     // deepseek_v3     grouped top-k of sigmoid(z)+bias;  p / (sum_S p + 1e-20)
   kDeepSeekV2,     // deepseek_v2     grouped (max) top-k softmax(z);    softmax over all E
-  kLlama4,         // llama4          argmax z (top_k 1);               sigmoid(z), on the *input*
+  kLlama4,         // llama4          argmax z (top_k 1);               sigmoid(z); with WeightOn::kInput
   kTopK,           // topk            top-k z;                          raw z
   kSigmoidRenorm,  // sigmoid_renorm  top-k sigmoid(z);                 s / (sum_S s + 1e-20)
   kMiniMax2,       // minimax2        top-k (sigmoid(z) + bias);        s / (sum_S s + 1e-20)

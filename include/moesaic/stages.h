@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Level 2: prepare, experts, finalize, usable apart so that a foreign dispatch / combine can sit
-// between them. Seed 001 (vLLM's modular kernel) defines the contract; `sorted` is seed 000's format,
-// where rows stay where they are: its prepare is `align` (and `quantize`), its finalize `sum_slots`.
+// between them. vLLM's modular kernel defines the contract; `sorted` is SGLang's format, where rows stay where they are: its prepare is `align` (and `quantize`), its finalize `sum_slots`.
 // All throw kInvalidArgument for shapes, dtypes, strides and devices that do not fit, kUnsupported for
 // what the scheme has not, by name; values never raise.
 #pragma once
@@ -41,7 +40,8 @@ struct ExpertsArgs {
   Tensor row_scale;   // of 8-bit rows, as prepare writes it (sorted: as ForwardArgs::hidden_scale)
   BatchedRows batched;
   SortedRows sorted;
-  Tensor row_weights; // optional f32 [T * k] by slot (sorted only): multiplies the output
+  Tensor row_weights; // optional f32 [T * k] by slot (sorted only): multiplies the output, with
+                      // WeightOn::kInput the input
   Tensor output;      // batched [E_local, capacity, H]; sorted [T * k, H] by slot. f32, f16 or bf16.
                       // Rows behind an expert's last token are not written.
   std::int64_t expected_tokens = 0;  // batched: a hint, tokens (not rows) that are live over all

@@ -20,7 +20,8 @@
 namespace moesaic {
 
 // --- errors --------------------------------------------------------------------------------------
-// Every failure the host can see is thrown as an Error before any output is touched. Its
+// Every failure the host can see is thrown as an Error before any output is touched, kDevice excepted:
+// a launch may fail behind others, and outputs are undefined then. What CUDA reports later comes out of a later call. Its
 // text names the argument, what was expected, what came, and a way out. Values *inside* tensors
 // never raise.
 enum class ErrorCode : int {

@@ -58,3 +58,12 @@ def test_the_glance_is_of_the_tables():
     made = subprocess.run([sys.executable, _DOCS.parent / "bench/compare.py", "--glance", _DOCS / "performance_cuda.md"],
                           capture_output=True, text=True, check=True).stdout
     assert made.count("\n") == 6 and made in (_DOCS / "performance.md").read_text()
+
+
+def test_the_readme_has_the_medians_of_the_glance():
+    glance = (_DOCS / "performance.md").read_text()
+    readme = (_DOCS.parent / "README.md").read_text()
+    for scheme in ("bf16", "fp8_block", "fp8_tensor", "int4_w4a16"):
+        full = re.search(rf"^\| {scheme} \|(.*)\|$", glance, re.M)[1]
+        short = re.search(rf"^\| {scheme}(?: \([^|]*\))? \|(.*)\|$", readme, re.M)[1]
+        assert [cell.split()[0] for cell in full.split("|")] == [cell.strip() for cell in short.split("|")], scheme

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a long row of equal pieces of work is cut into tasks for a shared counter: wide ones first, narrow ones
-// last. A wide task reads its weights as one stream and converts its rows of A once; narrow ones let all threads
-// end together. Equal tasks had to choose: in a small layer's decode the beginnings of 64 short streams cost a
-// quarter of the time, and wide ones left a thread waiting for the other's last.
+// How a long row of equal pieces of work is cut into tasks for a shared counter: wide ones first,
+// narrow ones last. A wide task reads its weights as one stream and converts its rows of A once;
+// narrow ones let all threads end together. Equal tasks had to choose: in a small layer's decode
+// the beginnings of 64 short streams cost a quarter of the time, and wide ones left a thread
+// waiting for the other's last.
 #pragma once
 
 #include <algorithm>
@@ -38,8 +39,9 @@ class GuidedCut {
   }
 
  private:
-  // Tasks of one width follow each other, as many as there are threads, or, at the ends, more: as many as the
-  // widest allows, and the rest in single pieces. Together a round takes half of what is left.
+  // Tasks of one width follow each other, as many as there are threads, or, at the ends, more: as
+  // many as the widest allows, and the rest in single pieces. Together a round takes half of what
+  // is left.
   struct Round {
     std::int64_t begin = 0, end = 0, width = 0;  // width 0: nothing left
   };
@@ -61,41 +63,44 @@ class GuidedCut {
   std::int64_t widest_;
 };
 
-// Column tiles of some rows of them, dealt to nodes and cut into tasks: all of the first row's, then the next one's.
+// The grid of tiles of rows times 64-column tiles of weights, cut into tasks. Each node takes the
+// columns that lie in its memory; within a node all columns of the first tile of rows come first,
+// then those of the next.
 class NodeCut {
  public:
-  // `columns`: which lie at which node.
-  NodeCut(const NodeRuns& columns, std::int64_t rows) : columns_(columns), rows_(rows) {
-    tasks_.nodes = columns.nodes;
-    for (int n = 0; n < columns.nodes; ++n)
+  // `column_tiles`: which lie at which node.
+  NodeCut(const NodeRuns& column_tiles, std::int64_t row_tiles)
+      : column_tiles_(column_tiles), row_tiles_(row_tiles) {
+    tasks_.nodes = column_tiles.nodes;
+    for (int n = 0; n < column_tiles.nodes; ++n)
       tasks_.begin[static_cast<std::size_t>(n) + 1] = tasks_.first(n) + of_node(n).tasks();
   }
   const NodeRuns& tasks() const { return tasks_; }
 
-  // Calls body(row, first column, number of columns).
+  // Calls body(row tile, first column tile, number of column tiles).
   template <typename Body>
   void for_each_part(std::int64_t task, const Body& body) const {
     const int node = tasks_.node_of(task);
-    const std::int64_t width = columns_.count(node);
+    const std::int64_t width = column_tiles_.count(node);
     for (auto [at, end] = of_node(node).range(task - tasks_.first(node)); at < end;) {
       const std::int64_t first = at % width, count = std::min(end - at, width - first);
-      body(at / width, columns_.first(node) + first, count);
+      body(at / width, column_tiles_.first(node) + first, count);
       at += count;
     }
   }
 
  private:
   GuidedCut of_node(int node) const {
-    const std::int64_t width = columns_.count(node);
+    const std::int64_t width = column_tiles_.count(node);
     const int threads =
-        columns_.nodes == 1 ? threads_ : threads_of_node(machine_, threads_, node);
-    return {rows_ * width, std::max(threads, 1), width};
+        column_tiles_.nodes == 1 ? threads_ : threads_of_node(machine_, threads_, node);
+    return {row_tiles_ * width, std::max(threads, 1), width};
   }
 
   const Topology& machine_ = topology();
   const int threads_ = num_threads();  // once: somebody may change it meanwhile
-  const NodeRuns& columns_;
-  const std::int64_t rows_;
+  const NodeRuns& column_tiles_;
+  const std::int64_t row_tiles_;
   NodeRuns tasks_;
 };
 

@@ -37,9 +37,10 @@ void zero_rows(const GemmStage& stage, const Tile& tile, std::int64_t first, std
   }
 }
 
-// Live rows of a tile from its row `from` on, as many as a strip takes; returns the row behind the last one looked at.
-std::int64_t live_rows(const RowMap& rows, const Tile& tile, std::int64_t from, std::int64_t* positions,
-                       std::int64_t* count) {
+// Live rows of a tile from its row `from` on, as many as a strip takes; returns the row behind the
+// last one looked at.
+std::int64_t live_rows(const RowMap& rows, const Tile& tile, std::int64_t from,
+                       std::int64_t* positions, std::int64_t* count) {
   *count = 0;
   for (; from < tile.rows && *count < kStripRows; ++from)
     if (is_live(rows, tile.first + from)) positions[(*count)++] = tile.first + from;
@@ -49,8 +50,9 @@ std::int64_t live_rows(const RowMap& rows, const Tile& tile, std::int64_t from, 
 // By node: how many of its tasks have been begun. They are handed out in ascending order.
 using Begun = std::array<std::atomic<std::int64_t>, kMaxNodes>;
 
-// The first task of a node that nobody has begun: what the thread that asks gets next, unless another is quicker in the
-// little time that is left. No result depends on it, only what is fetched early.
+// The first task of a node that nobody has begun: what the thread that asks gets next, unless
+// another is quicker in the little time that is left. No result depends on it, only what is fetched
+// early.
 class NextTask final : public StripForecast {
  public:
   NextTask(const RowMap& rows, const NodeCut& cut, const Begun& begun, int node)
@@ -59,9 +61,9 @@ class NextTask final : public StripForecast {
     const std::int64_t task = begun_.load(std::memory_order_relaxed);
     if (task >= cut_.tasks().end(node_)) return false;
     strip->tiles = 0;
-    cut_.for_each_part(task, [&](std::int64_t row, std::int64_t first, std::int64_t count) {
+    cut_.for_each_part(task, [&](std::int64_t row_tile, std::int64_t first, std::int64_t count) {
       if (strip->tiles > 0) return;  // the first one
-      const Tile& tile = rows_.tiles[row];
+      const Tile& tile = rows_.tiles[row_tile];
       *strip = {.expert = tile.expert, .first_tile = first, .tiles = count, .positions = positions};
       live_rows(rows_, tile, 0, positions, &strip->rows);
     });
@@ -90,8 +92,10 @@ void gemm_cpu(const GemmStage& stage) {
   const PackLayout layout = packed != nullptr ? packed->layout() : pack_layout(spec);
   const CpuKernels& kernels = packed != nullptr ? packed->kernels() : cpu_kernels();
   const GemmCall call{.stage = &stage, .spec = &spec, .layout = &layout, .packed = packed};
-  const std::int64_t tiles = std::clamp<std::int64_t>(*stage.rows.num_tiles, 0, stage.rows.max_tiles);
-  if (tiles == 0 || layout.tiles == 0) return;
+  const std::int64_t row_tiles =
+      std::clamp<std::int64_t>(*stage.rows.num_tiles, 0, stage.rows.max_tiles);
+  const std::int64_t column_tiles = layout.tiles;
+  if (row_tiles == 0 || column_tiles == 0) return;
 
   const std::int64_t columns = spec.gated ? kTileCols / 2 : kTileCols;
   const auto run_strip = [&](const Tile& tile, std::int64_t first, std::int64_t count,
@@ -108,15 +112,15 @@ void gemm_cpu(const GemmStage& stage) {
     }
   };
   // The bits do not depend on where the work is cut.
-  const NodeRuns columns_of_nodes = packed != nullptr ? packed->nodes() : NodeRuns(layout.tiles);
-  const NodeCut cut(columns_of_nodes, tiles);
+  const NodeRuns columns_of_nodes = packed != nullptr ? packed->nodes() : NodeRuns(column_tiles);
+  const NodeCut cut(columns_of_nodes, row_tiles);
   Begun begun{};
   parallel_for(cut.tasks(), [&](std::int64_t task) {
     const int node = cut.tasks().node_of(task);
     begun[static_cast<std::size_t>(node)].store(task + 1, std::memory_order_relaxed);
     const NextTask forecast(stage.rows, cut, begun, node);
-    cut.for_each_part(task, [&](std::int64_t row, std::int64_t first, std::int64_t count) {
-      run_strip(stage.rows.tiles[row], first, count, forecast);
+    cut.for_each_part(task, [&](std::int64_t row_tile, std::int64_t first, std::int64_t count) {
+      run_strip(stage.rows.tiles[row_tile], first, count, forecast);
     });
   });
 }

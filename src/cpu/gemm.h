@@ -9,12 +9,13 @@
 #include <string_view>
 
 #include "backend.h"
+#include "cpu/kernels.h"
 
 namespace moesaic {
 
 // Tiles of at most this many rows suit the kernels: behind it a strip of B has been read often
 // enough to be bound by arithmetic. Tiles of callers may be taller or smaller.
-inline constexpr std::int64_t kCpuTileRows = 48;
+inline constexpr std::int64_t kCpuTileRows = kStripRows;
 
 std::unique_ptr<PackedWeights> make_packed_cpu(const WeightSpec& spec);
 // Scratch of one gemm_cpu call. The CPU's kernels keep theirs on the stack: nothing.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One token's choice of experts: contracts.md section 4, every method from the same four steps.
+// One token's choice of experts: the table in moesaic/routing.h, every method from the same four steps.
 #pragma once
 
 #include <array>

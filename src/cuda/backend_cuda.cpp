@@ -103,9 +103,9 @@ bool CudaBackend::scatters_rows(ActScale granularity, std::int64_t slots) const 
   const bool of_row = granularity == ActScale::kToken || granularity == ActScale::kGroup;
   return granularity == ActScale::kDefault || (of_row && slots > 128);
 }
-QuantizedBy CudaBackend::hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
-                                             const ActivationSpec& activation) const {
-  const auto by = family_for(fc1, device_).hidden_quantized_by;
+QuantizedBy CudaBackend::intermediate_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
+                                                   const ActivationSpec& activation) const {
+  const auto by = family_for(fc1, device_).intermediate_quantized_by;
   return by != nullptr ? by(fc1, fc2, activation) : QuantizedBy::kStage;
 }
 bool CudaBackend::gemm1_quantizes(const GemmStage& stage) const {
@@ -124,8 +124,8 @@ bool CudaBackend::makes_tiles(const WeightSpec& spec, const RowMap& rows,
   // several.
   const bool blocks = unlisted.ids == nullptr && rows.max_tiles <= family.most_blocks &&
                       rows.max_tiles == ceil_div(rows.positions, rows.tile_rows);
-  return rows.slot_count > 0 && (lanes <= kLanes || blocks) && rows.tile_rows <= 16 &&
-         family.makes_tiles(spec, rows, device_);
+  return rows.slot_count > 0 && (lanes <= kLanes || blocks) &&
+         rows.tile_rows <= kUnlistedTileRows && family.makes_tiles(spec, rows, device_);
 }
 std::size_t CudaBackend::align_scratch_bytes(std::int64_t slots, std::int64_t experts) const {
   return align_scratch(slots, experts);

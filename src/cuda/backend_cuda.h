@@ -31,8 +31,8 @@ class CudaBackend final : public Backend {
   std::int64_t tile_rows(const WeightSpec& fc1, std::int64_t slots) const override;
   RowOf input_rows(const WeightSpec& fc1, std::int64_t slots) const override;
   bool scatters_rows(ActScale granularity, std::int64_t slots) const override;
-  QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
-                                  const ActivationSpec& activation) const override;
+  QuantizedBy intermediate_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
+                                        const ActivationSpec& activation) const override;
   bool gemm1_quantizes(const GemmStage& stage) const override;
   bool makes_tiles(const WeightSpec& spec, const RowMap& rows, const UnlistedRows& unlisted,
                    bool all_quantized) const override;

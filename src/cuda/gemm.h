@@ -13,6 +13,9 @@
 
 namespace moesaic::cuda {
 
+// Tiles that a product makes itself (Backend::makes_tiles) have no more rows.
+inline constexpr std::int64_t kUnlistedTileRows = 16;
+
 // One kernel family. Functions are pure but for `run`.
 struct GemmFamily {
   bool (*supports)(const WeightSpec& spec);
@@ -21,11 +24,11 @@ struct GemmFamily {
   std::vector<Tactic> (*tactics)(const WeightSpec& spec, const DeviceTraits& device);
   void (*run)(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream);
   // As in Backend, where fc1 is this family's; null: kStage.
-  QuantizedBy (*hidden_quantized_by)(const WeightSpec& fc1, const WeightSpec& fc2,
-                                     const ActivationSpec& activation) = nullptr;
+  QuantizedBy (*intermediate_quantized_by)(const WeightSpec& fc1, const WeightSpec& fc2,
+                                           const ActivationSpec& activation) = nullptr;
   bool (*gemm1_quantizes)(const GemmStage& stage, const DeviceTraits& device) = nullptr;
-  // Whether a product, of tiles of up to 16 rows that are no more than a warp's lanes, or of so
-  // many blocks of a caller's list that are tiles, makes these itself: see Backend::makes_tiles.
+  // Whether a product, of tiles of up to kUnlistedTileRows that are no more than a warp's lanes, or
+  // of so many blocks of a caller's list that are tiles, makes these itself: Backend::makes_tiles.
   // Null: it does not.
   bool (*makes_tiles)(const WeightSpec& spec, const RowMap& rows,
                       const DeviceTraits& device) = nullptr;

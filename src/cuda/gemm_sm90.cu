@@ -25,7 +25,7 @@ struct KernelTraits {
 };
 
 template <typename S>
-KernelTraits traits_of(int rows = S::kRows) {
+KernelTraits traits_of(int rows = S::kWeightRows) {
   return {
       .task = task_shape<S>(rows), .launch = launch_gemm<S>, .leaves_directly = leaves_directly<S>};
 }
@@ -67,17 +67,13 @@ Element element_of(WeightFormat format) {
                                         : Element::kBF16;
 }
 
-// As many tasks as one CTA (of those that share an SM) has in kRunBytes of weights: then what the
-// loading warps find out for each run takes them less time than the weights. More would only make
-// the last wave longer.
-constexpr std::int64_t kRunBytes = 128 << 10, kLongestRun = 8;
 // Of pairs (whose loading warps have five times the rows to look up, and whose tasks' epilogues
 // take as long as 1 KiB of K) so many that they have this much of K.
 constexpr std::int64_t kPairRunK = 1 << 10;
 std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
   const std::int64_t bytes = spec.k * (spec.format == WeightFormat::kE4M3 ? 1 : 2);
   if (task.pair == 2) return std::min(ceil_div(kPairRunK, bytes), kLongestRun);
-  return std::min(kRunBytes / task.per_sm / (bytes * task.rows), kLongestRun);
+  return run_of(bytes, task);
 }
 
 bool block_scaled(const WeightSpec& spec) {
@@ -153,10 +149,8 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   KernelTraits traits = traits_of(spec, kernel_for(stage, device));
   TaskShape& task = traits.task;
   if ((task.run > 1 || task.pair == 2) && !forced(stage)) {
-    const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, task.rows);
-    const std::int64_t fair = tasks * task.pair / (kLeast * device.sm_count * task.per_sm);
-    const std::int64_t run = std::min(fair, run_of(spec, task));
-    task.run = static_cast<int>(std::max<std::int64_t>(run, 1));
+    const std::int64_t tasks = stage.rows.max_tiles * ceil_div(spec.n, task.weight_rows);
+    task.run = fair_run(run_of(spec, task), tasks, kLeast, task, device);
   }
   return traits;
 }
@@ -178,8 +172,8 @@ bool lie_directly(const GemmStage& stage) {
 // 128 is what a pair's CTA makes of a gated row at a time; other kernels make less, and the pairs
 // without scales along K do without: a scheme has groups in both products or in none. (Whole rows,
 // or all of them, nobody has at once.) Groups leave directly only, behind gated activations.
-QuantizedBy hidden_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
-                                const ActivationSpec& activation) {
+QuantizedBy intermediate_quantized_by(const WeightSpec& fc1, const WeightSpec& fc2,
+                                      const ActivationSpec& activation) {
   if (fc1.format != WeightFormat::kE4M3 || fc2.act != ActFormat::kE4M3) return QuantizedBy::kStage;
   if (fc2.act_scale == ActScale::kTensorStatic) return QuantizedBy::kGemm1;
   return block_scaled(fc1) && block_scaled(fc2) && fc2.act_group == 128 && is_gated(activation.kind)
@@ -193,16 +187,16 @@ bool gemm1_quantizes(const GemmStage& stage, const DeviceTraits& device) {
 }
 
 // The narrow kernel of an element that makes its tiles itself.
-void (*launch_few(Element element))(const Params&, int, cudaStream_t) {
+void (*launch_unlisted(Element element))(const Params&, int, cudaStream_t) {
   switch (element) {
     case Element::kF16:
-      return launch_gemm<NarrowFew<Element::kF16>>;
+      return launch_gemm<NarrowUnlisted<Element::kF16>>;
     case Element::kBF16:
-      return launch_gemm<NarrowFew<Element::kBF16>>;
+      return launch_gemm<NarrowUnlisted<Element::kBF16>>;
     case Element::kE4M3:
       break;
   }
-  return launch_gemm<NarrowFew<Element::kE4M3>>;
+  return launch_gemm<NarrowUnlisted<Element::kE4M3>>;
 }
 
 std::vector<Tactic> tactics(const WeightSpec& spec, const DeviceTraits&) {
@@ -295,18 +289,18 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const KernelTraits traits = choice(stage, device);
   const TaskShape& task = traits.task;
   Params p{};
-  set_stage(p, stage, element, task);
+  set_arguments(p, stage, element, task);
   set_scales(p, stage, weights_of(*stage.b).scale);
   p.direct = direct(p, stage, traits);
   set_weights(p, stage,
               {.element = element,
                .row_k = spec.k,
                .k = element == Element::kE4M3 ? 128 : 64,
-               .rows = task.rows / task.pair});
+               .weight_rows = task.weight_rows / task.pair});
   p.upright = upright(p);
   p.scale_quads = scale_quads(p);
   const int grid = grid_size(p, task, device);
-  const auto launch = stage.unlisted.any() ? launch_few(element) : traits.launch;
+  const auto launch = stage.unlisted.any() ? launch_unlisted(element) : traits.launch;
   launch(p, grid, stream);
 }
 
@@ -319,7 +313,7 @@ const GemmFamily& family_sm90() {
                                       .tile_rows = tile_rows,
                                       .tactics = tactics,
                                       .run = run,
-                                      .hidden_quantized_by = hidden_quantized_by,
+                                      .intermediate_quantized_by = intermediate_quantized_by,
                                       .gemm1_quantizes = gemm1_quantizes,
                                       .makes_tiles = makes_tiles,
                                       .most_blocks = 1024,  // as far as was measured

@@ -4,6 +4,19 @@
 // One kernel template. The product is computed transposed: weight rows lie on wgmma's 64-row side
 // and tokens on its N side (8 to 256), so that a tile with one token wastes 7 columns and not 63
 // rows.
+//
+// Read: run in gemm_sm90.cu (which kernel, with which arguments) -> gemm_kernel at the end of
+// gemm_sm90_kernel.h (which warp does what) -> Schedule::next -> load_weights and TokenLoader::run
+// (to shared memory) -> Multiplier::run, multiply (wgmma) -> Epilogue::finish -> C. What may be
+// skipped at first, for none of it changes a bit: Tiles, Order, runs, upright, direct, groups,
+// places of terms.
+//   tile   token rows of one expert (RowMap); "rows" alone are token rows everywhere
+//   task   a tile times a band of weight rows; what a CTA works on at a time
+//   run    tasks of one tile, one behind the other
+//   stage  a slot of the ring in shared memory: kChunks chunks of 128 bytes of K, of the task's
+//          tokens and weight rows
+//   group  tiles whose tasks are walked together
+//   terms  factor and bias of each weight row
 #pragma once
 
 #include <cuda.h>
@@ -20,21 +33,25 @@ namespace moesaic::cuda::sm90 {
 using ptx::Element;
 
 // --- shapes of the kernels
-// So much shared memory that an SM takes only one such CTA (and one of those beside it of which it
-// otherwise takes two): see Params::spread.
+// What a CTA of a kernel that fits twice into an SM asks for when it wants its SM alone
+// (Params::spread): more than half of its shared memory. A CTA of the next product, which asks for
+// S::kSharedBytes, still fits beside it.
 inline constexpr int kSpreadBytes = 113 * 1024 + 128;
 
-// A stage holds kChunks chunks of 128 bytes of K for kBlocks * 64 weight rows of each consumer
+// A stage holds kChunks chunks of 128 bytes of K for kBlocks * 64 weight rows of each multiplying
 // warpgroup and for kTokens tokens. kPair CTAs of a cluster share the weight rows of a task (each
 // loads half and sends it to both) and halve its tokens: L2 then delivers two thirds of the bytes.
 // kAlongK: a kernel without scales along K needs none of what they take (registers of the loading
 // warps and the exchange of the sides above all), and has room for a few more tokens.
 enum class ScalesAlongK : unsigned char { kPossible, kNever };
-// kFew, kMade: of few rows, without a list of tiles, which the kernel makes of what the caller gave
-// (Backend::makes_tiles): as many as a warp has lanes, or any number of a caller's blocks. Kernels
-// of their own: that code beside the other's cost decode up to 1% in 16 bit and 6% in int4,
+// Where tiles come from. Kernels of few rows make them themselves (Backend::makes_tiles), and are
+// kernels of their own: that code beside the other's cost decode up to 1% in 16 bit and 6% in int4,
 // although it did not run.
-enum class Tiles : unsigned char { kListed, kFew, kMade };
+enum class Tiles : unsigned char {
+  kListed,          // align, or tiles, wrote them
+  kFromIds,         // at most as many as a warp has lanes, of the ids or of a caller's blocks
+  kFromIdsOrBlocks  // the same, and up to 1024 of a caller's blocks
+};
 // kFullFirst: of kernels that multiply blocks of 64 tokens (gemm_sm90_upright.h), where a tile of
 // one block for each CTA takes 0.64 of the time of one of two, however many rows they have. Where K
 // is long, and a wave of tasks so a large part of the whole, an expert's rows are divided into as
@@ -50,7 +67,7 @@ template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int k
 struct Shape {
   static constexpr Element kElement = kElement_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kWarpgroups = kWarpgroups_;  // consumers; one more warpgroup loads
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply; one more loads
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kChunks = kChunks_;
   static constexpr int kStages = kStages_;
@@ -70,16 +87,16 @@ struct Shape {
   static constexpr bool kDirect = kPair == 2;
   static constexpr int kElementBytes = kPromotes ? 1 : 2;
   static constexpr int kChunkK = 128 / kElementBytes;
-  static constexpr int kRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
+  static constexpr int kWeightRows = 64 * kBlocks * kWarpgroups;  // weight rows of a task
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kPerSm = kWarpgroups == 1 ? 2 : 1;
 
   // Shared memory. Matrices are aligned to the swizzle atom.
-  static constexpr int kWeightBytes = kRows * 128;  // of one chunk
+  static constexpr int kWeightBytes = kWeightRows * 128;  // of one chunk
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
   // Block scales of one stage: of each token, and of each eight weight rows.
-  static constexpr int kScales = kTokens + kRows / 8;
+  static constexpr int kScales = kTokens + kWeightRows / 8;
   static constexpr int kScaleBytes = kHasBlockScales ? kChunks * kScales * 4 : 0;
   // A task on its way to the multiplying warps, and its tokens: their rows of C and two factors.
   // Every task fills at least one stage, so a ring of one more than the stages cannot be overtaken.
@@ -138,7 +155,7 @@ __host__ __device__ constexpr bool leaves_directly(Activation kind) {
   return S::kDirect && (usual || most);
 }
 
-// Element-independent names of the kernels, in the order of their tactics (but NarrowFew).
+// Element-independent names of the kernels, in the order of their tactics (but NarrowUnlisted).
 // Narrow fits twice into an SM: at decode few tasks then run side by side instead of one and a half
 // after another, and CTAs of GEMM2 fetch weights as soon as the first of GEMM1 are done.
 // Widest takes a little more than 256 tokens where registers allow it: round numbers of tokens mean
@@ -148,9 +165,9 @@ __host__ __device__ constexpr bool leaves_directly(Activation kind) {
 // clang-format off
 //                                           tokens  wg  blocks  chunks  stages  pair
 template <Element E> using Narrow = Shape<E,     16,  1,      1,      2,      5>;
-template <Element E> using NarrowFew =
+template <Element E> using NarrowUnlisted =
                    Shape<E,      16,  1,      1,      2,      5,      1, ScalesAlongK::kPossible,
-                                                                         Tiles::kMade>;
+                                                                         Tiles::kFromIdsOrBlocks>;
 template <Element E> using Middle = Shape<E,     64,  2,      1,      1,      8>;
 template <Element E> using Wide = Shape<E,      128,  2,      1,      1,  E == Element::kE4M3 ? 5 : 6>;
 template <Element E> using Widest = Shape<E, E == Element::kE4M3 ? 128 : 144, 2, 2, 1, 4, 2>;
@@ -205,15 +222,15 @@ struct Params {
 
   RowMap rows;
   std::int32_t experts, sub_tiles;  // sub_tiles: pieces of kTokens rows that one tile may have
-  std::int32_t row_tasks;           // tasks along the weight rows
+  std::int32_t weight_tasks;        // tasks along the weight rows
   // So many of them are walked as one, for the same tokens: what the loading warps have to find out
   // for each walk takes them longer than a task of short K lasts. 1, unless S::kHasRuns.
-  std::int32_t run, row_runs;  // row_runs: along the weight rows
-  std::int32_t task_rows;      // weight rows of a task: kRows, or 32 of 64
-  std::int32_t group_tiles;    // tiles that are walked together, if experts allow: see Schedule
-  bool even_tiles;             // give the tiles of an expert the same number of rows
-  bool settled;                // the tile list is older than the previous kernel
-  bool weights_once;           // L2 need not keep weights: see reads_weights_once
+  std::int32_t run, weight_runs;  // weight_runs: along the weight rows
+  std::int32_t task_weight_rows;  // weight rows of a task: kWeightRows, or 32 of 64
+  std::int32_t group_tiles;       // tiles that are walked together, if experts allow: see Schedule
+  bool even_tiles;                // give the tiles of an expert the same number of rows
+  bool settled;                   // the tile list is older than the previous kernel
+  bool weights_once;              // L2 need not keep weights: see reads_weights_once
   // No SM takes two CTAs. Where there are no more of them than SMs, those of GEMM2 would otherwise
   // go, two by two, to the SMs where GEMM1 ends first, and these would be waited for.
   bool spread;

@@ -15,8 +15,8 @@ namespace {
 using namespace sm90;
 
 // --- the closed list of kernels
-enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf, kTwin, kTwinRuns, kNarrowFew };
-constexpr int kKernels = 6;  // tactics: all but NarrowFew
+enum class Kernel : int { kNarrow, kMiddle, kWide, kNarrowHalf, kTwin, kTwinRuns, kNarrowUnlisted };
+constexpr int kKernels = 6;  // tactics: all but NarrowUnlisted
 
 struct KernelTraits {
   TaskShape task;
@@ -26,7 +26,7 @@ struct KernelTraits {
 };
 
 template <typename S>
-KernelTraits traits_of(int rows = S::kRows) {
+KernelTraits traits_of(int rows = S::kWeightRows) {
   return {.task = task_shape<S>(rows),
           .row_bytes = S::kRowBytes,
           .scales = S::kScalesAtOnce,
@@ -51,8 +51,8 @@ KernelTraits traits_of(Kernel kernel) {
     case Kernel::kTwinRuns:
       if constexpr (kHasRuns<W, kSteps>) return traits_of<DequantTwinRuns<W, E, kSteps>>();
       break;
-    case Kernel::kNarrowFew:
-      if constexpr (kHasFew<W, kSteps>) return traits_of<DequantNarrowFew<W, E, kSteps>>();
+    case Kernel::kNarrowUnlisted:
+      if constexpr (kHasFew<W, kSteps>) return traits_of<DequantNarrowUnlisted<W, E, kSteps>>();
   }
   return {};
 }
@@ -102,12 +102,6 @@ std::int64_t row_bytes(const WeightSpec& spec) {
   return spec.format == WeightFormat::kU4 ? spec.k / 2 : spec.k;
 }
 
-// As many tasks of one walk as one CTA has in kRunBytes of weights (gemm_sm90.cu says why).
-constexpr std::int64_t kRunBytes = 128 << 10, kLongestRun = 8;
-std::int64_t run_of(const WeightSpec& spec, const TaskShape& task) {
-  return std::min(kRunBytes / task.per_sm / (row_bytes(spec) * task.rows), kLongestRun);
-}
-
 // What runs in place of a kernel that this variant does not have.
 Kernel present(const Variant& v, Kernel kernel) {
   if (v.format == WeightFormat::kU4 && v.arrangement == Arrangement::kPlain) {
@@ -122,7 +116,8 @@ KernelTraits traits_of(const WeightSpec& spec, Kernel kernel, Arrangement arrang
   kernel = present(variant, kernel);
   KernelTraits traits = traits_of(variant, kernel);
   if (kernel == Kernel::kTwinRuns)
-    traits.task.run = static_cast<int>(std::max<std::int64_t>(run_of(spec, traits.task), 2));
+    traits.task.run =
+        static_cast<int>(std::max<std::int64_t>(run_of(row_bytes(spec), traits.task), 2));
   return traits;
 }
 
@@ -172,15 +167,15 @@ Kernel listed_kernel(const WeightSpec& spec, const RowMap& map, const DeviceTrai
 }
 
 Kernel kernel_for(const GemmStage& stage, const DeviceTraits& device) {
-  if (stage.unlisted.any()) return Kernel::kNarrowFew;
+  if (stage.unlisted.any()) return Kernel::kNarrowUnlisted;
   if (forced(stage)) return static_cast<Kernel>(stage.tactic);
   return listed_kernel(stage.b->spec, stage.rows, device);
 }
 
 // Products that would come in runs keep their list: those are worth more. Weights of every
-// arrangement have NarrowFew, or none has.
+// arrangement have NarrowUnlisted, or none has.
 bool makes_tiles(const WeightSpec& spec, const RowMap& rows, const DeviceTraits& device) {
-  return traits_of(spec, Kernel::kNarrowFew, Arrangement::kPlain).launch != nullptr &&
+  return traits_of(spec, Kernel::kNarrowUnlisted, Arrangement::kPlain).launch != nullptr &&
          listed_kernel(spec, rows, device) == Kernel::kNarrow;
 }
 
@@ -192,10 +187,9 @@ KernelTraits choice(const GemmStage& stage, const DeviceTraits& device) {
   KernelTraits traits = traits_of(spec, kernel_for(stage, device), arrangement_of(*stage.b));
   TaskShape& task = traits.task;
   if (task.run > 1 && !forced(stage)) {
-    const std::int64_t tasks = likely_tiles(stage.rows, spec.experts) * ceil_div(spec.n, task.rows);
-    const std::int64_t fair = tasks / (kLeast * device.sm_count * task.per_sm);
-    const std::int64_t run = std::min(fair, run_of(spec, task));
-    task.run = static_cast<int>(std::max<std::int64_t>(run, 1));
+    const std::int64_t tasks =
+        likely_tiles(stage.rows, spec.experts) * ceil_div(spec.n, task.weight_rows);
+    task.run = fair_run(run_of(row_bytes(spec), task), tasks, kLeast, task, device);
   }
   return traits;
 }
@@ -268,13 +262,13 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   const WeightSpec& spec = stage.b->spec;
   const KernelTraits traits = choice(stage, device);
   DequantParams p{};
-  set_stage(p, stage, Element::kBF16, traits.task);
+  set_arguments(p, stage, Element::kBF16, traits.task);
   set_weights(
       p, stage,
       {.element = Element::kE4M3,
        .row_k = row_bytes(spec),
        .k = traits.row_bytes,
-       .rows = traits.task.rows,
+       .weight_rows = traits.task.weight_rows,
        .swizzle = traits.row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B});
   p.flip = spec.format == WeightFormat::kI8 ? 0x80808080u : 0;
   set_cells(p, spec, weights_of(*stage.b), traits.scales);

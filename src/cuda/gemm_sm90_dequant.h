@@ -50,10 +50,10 @@ struct DequantShape {
   static constexpr bool kBringsTerms = false;
   static constexpr int kTermPlaces = 2;
   static constexpr int kChunks = kStageK / 64, kChunkK = 64;
-  static constexpr int kRows = 64 * kBlocks * kWarpgroups;
+  static constexpr int kWeightRows = 64 * kBlocks * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
 
-  static constexpr int kWeightBytes = kRows * kRowBytes / kChunks;  // of one chunk
+  static constexpr int kWeightBytes = kWeightRows * kRowBytes / kChunks;  // of one chunk
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kChunks * (kWeightBytes + kTokenBytes);
   // Of every row the scales of a stage's groups, or of kScaleStages stages: a copy of 4 bytes holds
@@ -63,9 +63,9 @@ struct DequantShape {
   static constexpr int kGroups = kStageK / 16 / kSteps;
   static constexpr int kScaleStages = Weight::kBits == 4 && kGroups == 1 && kTokens > 64 ? 4 : 1;
   static constexpr int kScalePitch = kGroups * kScaleStages;  // of a row
-  static constexpr int kScales = kScalePitch * kRows;
+  static constexpr int kScales = kScalePitch * kWeightRows;
   static constexpr int kScalesAtOnce = kScalePitch < 4 ? kScalePitch : 4;  // if they allow it
-  static constexpr int kScaleBytes = (kScales + (Weight::kZeros ? kGroups * kRows : 0)) * 4;
+  static constexpr int kScaleBytes = (kScales + (Weight::kZeros ? kGroups * kWeightRows : 0)) * 4;
 
   static constexpr int kPitch = 144;
   static constexpr int kEpilogueTokens = kTokens % 32 == 0 ? 32 : 16;
@@ -109,8 +109,8 @@ using DequantTwinRuns = DequantShape<W, E, kSteps,   16,  2,    1,           128
 // clang-format on
 // Few rows, which have no list of tiles: see Tiles.
 template <typename W, Element E, int kSteps>
-struct DequantNarrowFew : DequantNarrow<W, E, kSteps> {
-  static constexpr Tiles kTiles = Tiles::kFew;
+struct DequantNarrowUnlisted : DequantNarrow<W, E, kSteps> {
+  static constexpr Tiles kTiles = Tiles::kFromIds;
 };
 // Not for every scheme, for the library's size: each of these kernels is 0.1 MB.
 template <typename W, int kSteps>

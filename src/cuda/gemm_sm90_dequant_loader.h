@@ -24,9 +24,9 @@ __device__ __forceinline__ std::uint32_t zero_offset(const DequantParams& p, int
 }
 // The weight row behind row i of a task, as the tensor map arranges them, or any existing one where
 // there is none. (Epilogue's weight_row in 32 bits: the scales' warp has few registers.)
-__device__ __forceinline__ std::uint32_t existing_row(const Params& p, int row_task, int i) {
+__device__ __forceinline__ std::uint32_t existing_row(const Params& p, int weight_task, int i) {
   const auto columns = static_cast<std::uint32_t>(p.columns);
-  const auto row = static_cast<std::uint32_t>(row_task * p.task_rows + i);
+  const auto row = static_cast<std::uint32_t>(weight_task * p.task_weight_rows + i);
   if (!p.gated) return row < columns ? row : columns - 1;
   std::uint32_t output = row / 16 * 8 + row % 8;
   if (output >= columns) output = columns - 1;
@@ -40,15 +40,16 @@ __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S
   if (!p.settled) wait_for_earlier_kernels();
   Schedule<S::kTokens, 1, kWalk<S>, S::kTiles> schedule(p);
   Cursor<S::kStages> cursor;
-  int ring = 0, flip = 0;
+  int ring = 0, term_place = 0;
   for (;;) {
     Task task = schedule.next();
-    task.flip = flip;
-    flip = (flip + loaded_run<S>(task)) % 2;
+    task.term_place = term_place;
+    term_place = (term_place + loaded_run<S>(task)) % 2;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
       for (int r = 0; r < run; ++r) {
-        const std::int64_t row = static_cast<std::int64_t>(task.row_task + r) * p.task_rows;
+        const std::int64_t row =
+            static_cast<std::int64_t>(task.weight_task + r) * p.task_weight_rows;
         const int y = p.gated ? 0 : static_cast<int>(row);
         const int u = p.gated ? static_cast<int>(row / 16) : 0;
 #pragma unroll 1
@@ -59,8 +60,8 @@ __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S
           if (task.expert < 0) {
             ptx::barrier_arrive(full);
           } else {
-            ptx::barrier_arrive_expect(full,
-                                       static_cast<std::uint32_t>(p.task_rows * S::kRowBytes));
+            ptx::barrier_arrive_expect(
+                full, static_cast<std::uint32_t>(p.task_weight_rows * S::kRowBytes));
             ptx::tma_load_5d(ptx::shared_address(shared.weights(cursor.stage)), &p.weights, full,
                              i * S::kRowBytes, y, 0, u, task.expert);
           }
@@ -94,7 +95,7 @@ struct ScaleSlot {
 // that contains it, and the multiplying threads know which part they want.
 template <typename S>
 __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& shared) {
-  constexpr int kMine = S::kRows / 32;
+  constexpr int kMine = S::kWeightRows / 32;
   const int lane = ptx::thread_index() % 32;
   if (!p.settled) wait_for_earlier_kernels();
   Schedule<S::kTokens, 1, kWalk<S>, S::kTiles> schedule(p);
@@ -111,7 +112,7 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
       if (task.expert >= 0) {
 #pragma unroll
         for (int i = 0; i < kMine; ++i) {
-          rows[i] = existing_row(p, task.row_task + r, lane + 32 * i);
+          rows[i] = existing_row(p, task.weight_task + r, lane + 32 * i);
           if constexpr (!S::Weight::kZeros) rows[i] = first + rows[i] / p.cell_rows * p.cell_row;
         }
       }
@@ -155,7 +156,7 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
                 const std::uint32_t word =
                     (zero_offset(p, task.expert, rows[i]) + group * p.zero_group) & ~3u;
                 const std::uint32_t left = p.zero_bytes - word;
-                ptx::copy_async_part<4>(words + (g * S::kRows + i * 32) * 4, p.zero + word,
+                ptx::copy_async_part<4>(words + (g * S::kWeightRows + i * 32) * 4, p.zero + word,
                                         left < 4 ? left : 4);
               }
             }

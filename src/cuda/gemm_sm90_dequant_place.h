@@ -3,16 +3,16 @@
 // scales are, and how a part is scaled onto the sums.
 #pragma once
 
-#include "cuda/gemm_sm90_consumer.h"
 #include "cuda/gemm_sm90_dequant_loader.h"
+#include "cuda/gemm_sm90_multiplier.h"
 #include "cuda/ptx_wgmma_rs_sm90.h"
 
 namespace moesaic::cuda::sm90 {
 
 template <typename S>
-class DequantPlace : protected Consumer<S, DequantParams> {
+class DequantPlace : protected MultiplierBase<S, DequantParams> {
  public:
-  using Base = Consumer<S, DequantParams>;
+  using Base = MultiplierBase<S, DequantParams>;
   using Base::Base;
   using Weight = typename S::Weight;
   using Sums = float[S::kBlocks][S::kTokens / 2];
@@ -38,7 +38,7 @@ class DequantPlace : protected Consumer<S, DequantParams> {
       zero_bits_ = 0;
 #pragma unroll
       for (int i = 0; i < 2 * S::kBlocks; ++i) {
-        const std::uint32_t n = existing_row(p_, task.row_task, row() + i / 2 * 64 + i % 2 * 8);
+        const std::uint32_t n = existing_row(p_, task.weight_task, row() + i / 2 * 64 + i % 2 * 8);
         const std::uint32_t bits =
             zero_offset(p_, task.expert, n) % 4 * 8 + (p_.zero_nibbles & n) * 4;
         zero_bits_ |= bits << (8 * i);
@@ -51,7 +51,7 @@ class DequantPlace : protected Consumer<S, DequantParams> {
     if constexpr (Weight::kZeros) {
       const auto* const words =
           reinterpret_cast<const std::uint32_t*>(shared_.scales(stage) + S::kScales) +
-          group * S::kRows + row + block * 64;
+          group * S::kWeightRows + row + block * 64;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const std::uint32_t bits =

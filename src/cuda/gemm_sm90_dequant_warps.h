@@ -27,7 +27,7 @@ class WarpEpilogue : public Epilogue<S> {
       const int at = b * 64 + this->warp_ * 16 + this->lane_;
       float2 row{p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
       const std::int64_t n =
-          weight_row<S>(p_, task.row_task, this->warpgroup_ * S::kBlocks * 64 + at);
+          weight_row<S>(p_, task.weight_task, this->warpgroup_ * S::kBlocks * 64 + at);
       if (p_.bias.data && n < (p_.gated ? 2 * p_.columns : p_.columns)) {
         row.y = load_small(p_.bias.data, p_.bias.type,
                            task.expert * p_.bias.expert_stride + n * p_.bias.stride);
@@ -159,7 +159,7 @@ class DequantWarps : private DequantMultiplier<S> {
 
   __device__ WarpEpilogue<S> own(int ring, const Task& task) const {
     const int mine = warpgroup();
-    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};
+    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.term_place};
   }
 
   // Whether C is written, too.

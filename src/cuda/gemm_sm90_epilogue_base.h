@@ -49,7 +49,7 @@ __device__ __forceinline__ void store_element(const Params& p, std::int64_t at, 
 __device__ __forceinline__ std::int32_t slot_of(const Params& p, std::int64_t position) {
   return p.rows.row_slot ? __ldcg(p.rows.row_slot + position) : 0;
 }
-// Not so: padding of a sorted list, or a hostile value.
+// False for padding of a sorted list (slot_count or above) and for hostile values.
 __device__ __forceinline__ bool is_live(const Params& p, std::int32_t slot) {
   return slot >= 0 && (slot < p.rows.slot_count || p.rows.row_slot == nullptr);
 }
@@ -59,10 +59,10 @@ __device__ __forceinline__ std::int64_t row_of(const Params& p, RowOf rule, std:
   return rule == RowOf::kSlot ? slot : slot / p.top_k;
 }
 
-// The weight row behind row i of task row_task's matrix, as the tensor map arranges them.
+// The weight row behind row i of task weight_task's matrix, as the tensor map arranges them.
 template <typename S>
-__device__ __forceinline__ std::int64_t weight_row(const Params& p, int row_task, int i) {
-  const std::int64_t first = static_cast<std::int64_t>(row_task) * p.task_rows;
+__device__ __forceinline__ std::int64_t weight_row(const Params& p, int weight_task, int i) {
+  const std::int64_t first = static_cast<std::int64_t>(weight_task) * p.task_weight_rows;
   if (S::kDirect && p.direct != Direct::kNo) {  // see gemm_sm90_direct.h
     const int unit = i / 128 * 4 + i / 16 % 4, block = i / 64 % 2, half = i / 8 % 2, s = i % 8;
     if (!p.gated || p.interleaved) return first + unit * 32 + s * 4 + block * 2 + half;
@@ -94,12 +94,12 @@ class EpilogueBase {
 
   // `table`: of this task's tokens, kTableBytes, written by the loading warps.
   __device__ EpilogueBase(const Params& p, unsigned char* shared, const unsigned char* table,
-                          int warpgroup, int flip)
+                          int warpgroup, int term_place)
       : p_(p),
         shared_(shared),
         table_(table),
         warpgroup_(warpgroup),
-        flip_(flip),
+        term_place_(term_place),
         thread_(thread_index<S::kKeepsThread>() % 128),
         lane_(thread_ % 32),
         warp_(thread_ / 32) {}
@@ -112,8 +112,8 @@ class EpilogueBase {
     if (thread_ < kBlocks * 64) {
       if constexpr (kTermsAhead)
         fetch_row_terms(
-            p_, task.expert, task.row_task, [this] { return warpgroup_ * kBlocks * 64 + thread_; },
-            row_terms() + thread_);
+            p_, task.expert, task.weight_task,
+            [this] { return warpgroup_ * kBlocks * 64 + thread_; }, row_terms() + thread_);
       else
         row_terms()[thread_] = row_terms_of(task);
     }
@@ -136,8 +136,8 @@ class EpilogueBase {
     }
   }
 
-  // S::kBringsTerms: by a loading warp's thread, to place `flip`, for row i of a task. Where there
-  // are none to bring, all places hold what a row then has (place_terms).
+  // S::kBringsTerms: by a loading warp's thread, to place `term_place`, for row i of a task. Where
+  // there are none to bring, all places hold what a row then has (place_terms).
   __device__ static bool has_terms_to_bring(const Params& p) {
     return (p.weight_scale != nullptr && !p.block_scaled) || p.bias.data != nullptr ||
            p.alpha != nullptr;
@@ -147,25 +147,26 @@ class EpilogueBase {
     return p.weight_scale != nullptr && !p.block_scaled && p.scale_row == 0 &&
            p.bias.data == nullptr && p.alpha == nullptr;
   }
-  __device__ static float* one_term_at(unsigned char* shared, int flip) {
-    return inverse_scale_at(shared, (S::kTermPlaces + 3) / 4 * 4 + flip);
+  __device__ static float* one_term_at(unsigned char* shared, int term_place) {
+    return inverse_scale_at(shared, (S::kTermPlaces + 3) / 4 * 4 + term_place);
   }
-  __device__ static void bring(const Params& p, unsigned char* shared, int expert, int row_task,
-                               int i, int flip) {
+  __device__ static void bring(const Params& p, unsigned char* shared, int expert, int weight_task,
+                               int i, int term_place) {
     if (has_one_term(p)) {
       if (i == 32)
-        ptx::copy_async_4(ptx::shared_address(one_term_at(shared, flip)),
+        ptx::copy_async_4(ptx::shared_address(one_term_at(shared, term_place)),
                           p.weight_scale + expert * p.scale_expert);
     } else if (has_terms_to_bring(p))
-      fetch_row_terms(p, expert, row_task, [i] { return i; }, row_terms_at(shared, flip) + i);
+      fetch_row_terms(
+          p, expert, weight_task, [i] { return i; }, row_terms_at(shared, term_place) + i);
     if (p.quantizer.kind == Quantizes::kStatic && i == 0)
-      ptx::copy_async_4(ptx::shared_address(inverse_scale_at(shared, flip)),
+      ptx::copy_async_4(ptx::shared_address(inverse_scale_at(shared, term_place)),
                         p.quantizer.given + expert * p.quantizer.expert_stride);
   }
   // Once a task's first stage is there: behind its sums it would be waited for.
   __device__ void spread_terms() const {
-    if (has_one_term(p_) && thread_ < S::kRows)
-      row_terms()[thread_] = {*one_term_at(shared_, flip_), 0.0f};
+    if (has_one_term(p_) && thread_ < S::kWeightRows)
+      row_terms()[thread_] = {*one_term_at(shared_, term_place_), 0.0f};
     invert_scale();
   }
   __device__ void invert_scale() const {
@@ -173,8 +174,9 @@ class EpilogueBase {
       *inverse_scale() = inverse_of(*inverse_scale());
   }
   __device__ static void place_terms(const Params& p, unsigned char* shared, int i) {
-    if (has_terms_to_bring(p) || i >= S::kRows) return;
-    for (int flip = 0; flip < S::kTermPlaces; ++flip) row_terms_at(shared, flip)[i] = {1.0f, 0.0f};
+    if (has_terms_to_bring(p) || i >= S::kWeightRows) return;
+    for (int term_place = 0; term_place < S::kTermPlaces; ++term_place)
+      row_terms_at(shared, term_place)[i] = {1.0f, 0.0f};
   }
 
   // The first thing behind the main loop: the terms are there for all, and nobody reads the
@@ -192,7 +194,7 @@ class EpilogueBase {
     float2 row{p_.alpha ? p_.alpha[task.expert] : 1.0f, 0.0f};
     const bool scaled = p_.weight_scale != nullptr && !p_.block_scaled;
     if (!scaled && p_.bias.data == nullptr) return row;
-    const std::int64_t n = weight_row<S>(p_, task.row_task, warpgroup_ * kBlocks * 64 + thread_);
+    const std::int64_t n = weight_row<S>(p_, task.weight_task, warpgroup_ * kBlocks * 64 + thread_);
     if (n >= (p_.gated ? 2 * p_.columns : p_.columns)) return row;
     if (scaled) row.x *= *scale_of_row(p_, task.expert, n);
     if (p_.bias.data) {
@@ -205,9 +207,9 @@ class EpilogueBase {
   // A filtered tile: rows of zeros. (Not of quantized rows: no product reads those.)
   __device__ void zeros(const Task& task) {
     if (quantizes()) return;
-    const int width = (p_.gated ? p_.task_rows / 2 : p_.task_rows) / S::kWarpgroups;
+    const int width = (p_.gated ? p_.task_weight_rows / 2 : p_.task_weight_rows) / S::kWarpgroups;
     const std::int64_t first =
-        (static_cast<std::int64_t>(task.row_task) * S::kWarpgroups + warpgroup_) * width;
+        (static_cast<std::int64_t>(task.weight_task) * S::kWarpgroups + warpgroup_) * width;
     for (int token = warp_; token < task.rows; token += 4) {
       const std::int64_t position = task.first + token;
       const std::int32_t slot = slot_of(p_, position);
@@ -238,7 +240,7 @@ class EpilogueBase {
   }
   // Those of row row() of a task, to shared memory.
   template <typename Row>
-  __device__ static void fetch_row_terms(const Params& p, int expert, int row_task, Row&& row,
+  __device__ static void fetch_row_terms(const Params& p, int expert, int weight_task, Row&& row,
                                          float2* to) {
     const bool scaled = !kOnlyBlockScales && p.weight_scale != nullptr && !p.block_scaled;
     const bool biased = p.bias.data != nullptr;
@@ -246,7 +248,7 @@ class EpilogueBase {
       *to = {p.alpha ? p.alpha[expert] : 1.0f, 0.0f};
       return;
     }
-    const std::int64_t n = weight_row<S>(p, row_task, row());
+    const std::int64_t n = weight_row<S>(p, weight_task, row());
     const bool inside = n < (p.gated ? 2 * p.columns : p.columns);
     // (A factor that is a product, and a bias of 16 bits, are waited for: few have them.)
     if (!inside || !scaled || p.alpha != nullptr) {
@@ -266,21 +268,21 @@ class EpilogueBase {
 
   // --- shared memory of this warpgroup ---
   __device__ unsigned char* buffer(int i) const { return shared_ + i * S::kBufferBytes; }
-  __device__ static float2* row_terms_at(unsigned char* shared, int flip) {
-    return reinterpret_cast<float2*>(shared + 2 * S::kBufferBytes) + flip * kBlocks * 64;
+  __device__ static float2* row_terms_at(unsigned char* shared, int term_place) {
+    return reinterpret_cast<float2*>(shared + 2 * S::kBufferBytes) + term_place * kBlocks * 64;
   }
-  __device__ float2* row_terms() const { return row_terms_at(shared_, flip_); }
+  __device__ float2* row_terms() const { return row_terms_at(shared_, term_place_); }
   __device__ bool quantizes() const { return S::kPromotes && p_.quantizer.kind != Quantizes::kNo; }
   // kStatic: of this task's expert; as it was given, until all meet.
-  __device__ static float* inverse_scale_at(unsigned char* shared, int flip) {
-    return reinterpret_cast<float*>(row_terms_at(shared, S::kTermPlaces)) + flip;
+  __device__ static float* inverse_scale_at(unsigned char* shared, int term_place) {
+    return reinterpret_cast<float*>(row_terms_at(shared, S::kTermPlaces)) + term_place;
   }
-  __device__ float* inverse_scale() const { return inverse_scale_at(shared_, flip_); }
+  __device__ float* inverse_scale() const { return inverse_scale_at(shared_, term_place_); }
   __device__ float* token_scale() const {  // has_one_token_scale: of this task's expert
     return inverse_scale() + 2;
   }
   __device__ float4* activation_terms() const {  // of this task's expert
-    return reinterpret_cast<float4*>(shared_ + S::kEpilogueBytes - 32) + flip_;
+    return reinterpret_cast<float4*>(shared_ + S::kEpilogueBytes - 32) + term_place_;
   }
   // Read again wherever they are asked for: kept in registers across a task's sums, they made ptxas
   // keep some of the sums in memory, also in the main loops.
@@ -307,12 +309,12 @@ class EpilogueBase {
 
   // First column of C that block b of this warpgroup makes, and the first that is not this task's.
   __device__ std::int64_t column(const Task& task, int b) const {
-    const std::int64_t row =
-        static_cast<std::int64_t>(task.row_task) * p_.task_rows + (warpgroup_ * kBlocks + b) * 64;
+    const std::int64_t row = static_cast<std::int64_t>(task.weight_task) * p_.task_weight_rows +
+                             (warpgroup_ * kBlocks + b) * 64;
     return p_.gated ? row / 2 : row;
   }
   __device__ std::int64_t limit(const Task& task) const {
-    const std::int64_t rows = static_cast<std::int64_t>(task.row_task + 1) * p_.task_rows;
+    const std::int64_t rows = static_cast<std::int64_t>(task.weight_task + 1) * p_.task_weight_rows;
     const std::int64_t end = p_.gated ? rows / 2 : rows;
     return end < p_.columns ? end : p_.columns;
   }
@@ -340,7 +342,7 @@ class EpilogueBase {
   const Params& p_;
   unsigned char* shared_;
   const unsigned char* table_;
-  int warpgroup_, flip_, thread_, lane_, warp_;
+  int warpgroup_, term_place_, thread_, lane_, warp_;
 };
 
 }  // namespace moesaic::cuda::sm90

@@ -74,7 +74,7 @@ class GroupsEpilogue : public DirectEpilogue<S> {
   using Base::warp_;
   // Of a task's group in a row of C.
   __device__ void put_scale(std::uint32_t row, const Task& task, float scale) const {
-    if (row != kNoRow) p_.quantizer.scale[row * p_.quantizer.row_stride + task.row_task] = scale;
+    if (row != kNoRow) p_.quantizer.scale[row * p_.quantizer.row_stride + task.weight_task] = scale;
   }
 
  private:
@@ -149,7 +149,7 @@ class GroupsEpilogue : public DirectEpilogue<S> {
   // Of this warpgroup: [warp][token]. Tasks alternate between two of them, and every task has a
   // meeting of each two warps that write and read here, so nobody still reads what is overwritten.
   __device__ unsigned* tops() const {
-    return reinterpret_cast<unsigned*>(this->shared_) + this->flip_ * 4 * S::kTokens;
+    return reinterpret_cast<unsigned*>(this->shared_) + this->term_place_ * 4 * S::kTokens;
   }
 };
 

@@ -162,12 +162,12 @@ void set_tokens(Params& p, const GemmStage& stage, Element element, const TaskSh
   }
 }
 
-// Whether weights may leave L2 as soon as they are read, so that x, of which an expert's tokens read
-// a part each, stays (bf16 deepseek-v3-tp8, T = 1024: GEMM1 reads 1.94 instead of 2.02 GB). Tiles
-// of up to 128 rows as a rule hold all rows of an expert. Where rows do not begin with a line of L2,
-// each line is read for two chunks of K, and was gone before the second (fp8_block of gpt-oss, rows
-// of 2880 bytes: 2% longer); so it was where much more is written than read again (GEMM2 of
-// deepseek-v3-tp8, T = 1024: 384 instead of 363 us).
+// Whether weights may leave L2 as soon as they are read, so that x, of which an expert's tokens
+// read a part each, stays (bf16 deepseek-v3-tp8, T = 1024: GEMM1 reads 1.94 instead of 2.02 GB).
+// Tiles of up to 128 rows as a rule hold all rows of an expert. Where rows do not begin with a line
+// of L2, each line is read for two chunks of K, and was gone before the second (fp8_block of
+// gpt-oss, rows of 2880 bytes: 2% longer); so it was where much more is written than read again
+// (GEMM2 of deepseek-v3-tp8, T = 1024: 384 instead of 363 us).
 bool reads_weights_once(const Params& p, std::uint64_t row_bytes) {
   constexpr std::int64_t kFewBytes = 4 << 20;
   const std::int64_t written = p.rows.positions * p.columns * 2;
@@ -176,7 +176,7 @@ bool reads_weights_once(const Params& p, std::uint64_t row_bytes) {
 
 }  // namespace
 
-void set_stage(Params& p, const GemmStage& stage, Element element, const TaskShape& task) {
+void set_arguments(Params& p, const GemmStage& stage, Element element, const TaskShape& task) {
   const WeightSpec& spec = stage.b->spec;
   if (stage.rows.positions > 0xfffffff0LL || stage.rows.slot_count > 0x7fffffffLL) {
     unsupported(
@@ -191,10 +191,10 @@ void set_stage(Params& p, const GemmStage& stage, Element element, const TaskSha
   p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, task.tokens));
   // (Tiles of 16 rows are what dividing them evenly in units of 16 would give.)
   p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows > 16 && stage.rows.tile_rows % 16 == 0;
-  p.task_rows = task.rows;
-  p.row_tasks = static_cast<std::int32_t>(ceil_div(spec.n, task.rows));
+  p.task_weight_rows = task.weight_rows;
+  p.weight_tasks = static_cast<std::int32_t>(ceil_div(spec.n, task.weight_rows));
   p.run = task.run;
-  p.row_runs = static_cast<std::int32_t>(ceil_div(p.row_tasks, p.run));
+  p.weight_runs = static_cast<std::int32_t>(ceil_div(p.weight_tasks, p.run));
   p.c_row = stage.c_row;
   set_tokens(p, stage, element, task);
   if (stage.unlisted.any()) p.unlisted = stage.unlisted;
@@ -219,7 +219,8 @@ void set_weights(Params& p, const GemmStage& stage, const WeightBox& box) {
       static_cast<cuuint64_t>(w.shape[0] > 1 ? w.strides[0] * bytes : n * w.strides[1] * bytes);
   const auto k = static_cast<cuuint64_t>(box.row_k), experts = static_cast<cuuint64_t>(p.experts);
   const auto half = static_cast<cuuint64_t>(p.columns);
-  const auto box_k = static_cast<cuuint32_t>(box.k), rows = static_cast<cuuint32_t>(box.rows);
+  const auto box_k = static_cast<cuuint32_t>(box.k),
+             rows = static_cast<cuuint32_t>(box.weight_rows);
   Extent<5> extent;
   const bool direct = p.direct != Direct::kNo;
   if (direct && p.gated && !p.interleaved) {
@@ -247,8 +248,18 @@ void set_weights(Params& p, const GemmStage& stage, const WeightBox& box) {
   encode(p.weights, w.data, box.element, extent, "weight", box.swizzle);
 }
 
+std::int64_t run_of(std::int64_t row_bytes, const TaskShape& task) {
+  constexpr std::int64_t kRunBytes = 128 << 10;
+  return std::min(kRunBytes / task.per_sm / (row_bytes * task.weight_rows), kLongestRun);
+}
+int fair_run(std::int64_t longest, std::int64_t tasks, std::int64_t least, const TaskShape& task,
+             const DeviceTraits& device) {
+  const std::int64_t fair = tasks * task.pair / (least * device.sm_count * task.per_sm);
+  return static_cast<int>(std::max<std::int64_t>(std::min(fair, longest), 1));
+}
+
 std::string describe(const TaskShape& task) {
-  return std::to_string(task.tokens) + " tokens x " + std::to_string(task.rows) + " rows" +
+  return std::to_string(task.tokens) + " tokens x " + std::to_string(task.weight_rows) + " rows" +
          (task.run > 1 ? ", in runs of " + std::to_string(task.run) : "") +
          (task.pair == 2 ? ", CTA pairs" : "");
 }
@@ -258,12 +269,12 @@ std::string describe(const TaskShape& task) {
 constexpr std::int64_t kGroupTokens = 2 << 20, kMostGroupTiles = 31;
 
 int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device) {
-  const std::int64_t tasks = p.rows.max_tiles * p.sub_tiles * p.row_runs;
+  const std::int64_t tasks = p.rows.max_tiles * p.sub_tiles * p.weight_runs;
   const std::int64_t teams = device.sm_count * task.per_sm / task.pair;
   // A group that just fills the machine ends with nearly every wave, and at each end the loading
   // warps wait for the list: where K is short that took longer than the task. So a group is more,
   // as long as its tokens are few beside L2.
-  const std::int64_t filling = std::min<std::int64_t>(ceil_div(teams, p.row_runs), 16);
+  const std::int64_t filling = std::min<std::int64_t>(ceil_div(teams, p.weight_runs), 16);
   const std::int64_t cheap = kGroupTokens / (p.rows.tile_rows * p.k_bytes);
   p.group_tiles = static_cast<std::int32_t>(std::max(filling, std::min(cheap, kMostGroupTiles)));
   p.spread = task.per_sm > 1 && tasks <= device.sm_count;

@@ -9,7 +9,7 @@
 // (128 of K), since wgmma keeps few bits of such sums.
 #pragma once
 
-#include "cuda/gemm_sm90_consumer.h"
+#include "cuda/gemm_sm90_multiplier.h"
 #include "cuda/gemm_sm90_upright.h"
 #include "cuda/gemm_sm90_upright_epilogue.h"
 #include "cuda/gemm_sm90_weight_loader.h"
@@ -20,9 +20,9 @@ namespace moesaic::cuda::sm90 {
 
 // --- the multiplying warpgroups
 template <typename S>
-class Multiplier : private Consumer<S, Params> {
+class Multiplier : private MultiplierBase<S, Params> {
  public:
-  using Base = Consumer<S, Params>;
+  using Base = MultiplierBase<S, Params>;
   using Base::Base;
   using Sums = float[S::kBlocks][S::kTokens / 2];
 
@@ -51,7 +51,7 @@ class Multiplier : private Consumer<S, Params> {
             multiply_upright(task.rows, sums);
             const Task again = load_task_of_run(ring, r);
             const int mine = warpgroup();
-            UprightEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, again.flip)
+            UprightEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, again.term_place)
                 .finish(again, sums);
             if (++r == again.run) break;
             continue;
@@ -86,17 +86,22 @@ class Multiplier : private Consumer<S, Params> {
   __device__ __forceinline__ void write_out(int ring, const Task& task, Sums& sums) {
     const int mine = warpgroup();
     if constexpr (S::kHasGroups) {
-      GroupsEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, task.flip)
+      GroupsEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, task.term_place)
           .finish(task, sums);
     } else if constexpr (S::kDirect) {
-      DirectEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, task.flip)
+      DirectEpilogue<S>(p_, shared_.epilogue(mine), table(ring), mine, task.term_place)
           .finish(task, sums);
     } else {
       epilogue(ring, task).finish(task, sums);
     }
   }
 
-  // Fewer tokens than the tile has room for need a smaller instruction only.
+  // Fewer tokens than the tile has room for need a smaller instruction only. The main loops:
+  //   multiply           f16, bf16
+  //   multiply_queued    e4m3, two CTAs an SM (Narrow)
+  //   multiply_promoted  e4m3, other kernels for scales along K (and those without, in them)
+  //   multiply_flat      e4m3, WidestFlat: never scales along K
+  //   multiply_upright   e4m3, tiles that fill blocks of 64 rows (runs_upright)
   template <int N>
   __device__ void multiply_rows(int rows, Sums& sums) {
     constexpr int kStep = S::kPair == 2 ? 8 : 16;
@@ -398,7 +403,7 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
     ptx::cluster_sync();
   else
     __syncthreads();
-  // Registers: 64 Ki in all. With one consumer everybody already has what he needs.
+  // Registers: 64 Ki in all. With one multiplying warpgroup everybody already has what he needs.
   constexpr int kForMultiplying = 216, kForLoading = 72;
   if (threadIdx.x < 128) {
     if constexpr (S::kWarpgroups == 2) ptx::give_registers<kForLoading>();

@@ -24,29 +24,31 @@ class TokenLoader {
     Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>, S::kTiles, S::kOrder> schedule(p_);
     Task task = part_of<S::kPair>(schedule.next(), rank);
     fetch_slots(task);
-    // So is the table, where it holds nothing but what the lists say.
+    // The first task's table is written before the wait, too, where it needs nothing that the
+    // kernel in front makes.
     bool early = S::kSmall && p_.settled && p_.row_weights == nullptr &&
                  (kLateFactor || p_.a_scale == nullptr || block_scales());
-    int flip = 0;  // of the next task that has products, as the weights' warp counts them
+    int term_place = 0;  // of the next task that has products, as the weights' warp counts them
     if (p_.settled && !early) begin_kernel();
     for (int ring = 0;; ring = ring == S::kRing - 1 ? 0 : ring + 1) {
       // With its first stage free, its place in the ring is, too.
       ptx::barrier_wait(shared_.empty(cursor_.stage), cursor_.round ^ 1);
       prepare(task, shared_.table(ring));
-      if constexpr (S::kBringsTerms) flip = bring_terms(task.expert, task.row_task, flip);
+      if constexpr (S::kBringsTerms)
+        term_place = bring_terms(task.expert, task.weight_task, term_place);
       if (early) {
         early = false;
         if constexpr (kLateFactor) ask_for_factor();
         begin_kernel();
       }
-      if constexpr (kLateFactor) fetch_factor(shared_.table(ring));
+      if constexpr (kLateFactor) copy_token_scale(shared_.table(ring));
       // All that is left to know: registers are scarce here, too.
       const Load load{task.expert >= 0 ? task.rows : 0, stages_of<S>(p_, task),
                       static_cast<int>(task.first)};
-      const Run run{task.expert, task.row_task, loaded_run<S>(task)};
+      const Run run{task.expert, task.weight_task, loaded_run<S>(task)};
       const bool last = task.expert == kEndOfTasks;
-      // The next task is looked for behind the first stage, so that its slots are on their way
-      // while the others are loaded; with only one, in front of it.
+      // The next task is looked up behind this one's first stage (in front of it, where there is no
+      // other), so that its slots are on their way while the rest is loaded.
       const bool others = S::kHasRuns && ((S::kSmall && load.stages > 1) || run.length > 1);
       for (int part = 0, r = 0, from = 0; r < run.length; ++part) {
         if (!last && part == (others ? 1 : 0)) {
@@ -59,8 +61,9 @@ class TokenLoader {
         if (to == load.stages) {
           from = 0;
           if (++r < run.length) {
-            find_weight_scale(run.expert, run.row_task + r);
-            if constexpr (S::kBringsTerms) flip = bring_terms(run.expert, run.row_task + r, flip);
+            find_weight_scale(run.expert, run.weight_task + r);
+            if constexpr (S::kBringsTerms)
+              term_place = bring_terms(run.expert, run.weight_task + r, term_place);
           }
         }
       }
@@ -83,8 +86,9 @@ class TokenLoader {
   static constexpr bool kSkipsPadding = S::kTiles != Tiles::kListed;
   // Factors of rows are copied like the first stage's tokens, and have landed with it: with so few
   // tasks a trip to memory in front of the first one shows. (But in int4 the code cost a layer 2%.)
-  static constexpr bool kCopiesFactors = S::kTiles == Tiles::kMade;
-  // Nor is it waited for elsewhere, behind the wait for the kernel in front, which may have made it.
+  static constexpr bool kCopiesFactors = S::kTiles == Tiles::kFromIdsOrBlocks;
+  // With a list in e4m3 a token's scale is copied like that behind the wait for the kernel in
+  // front, which may have made it.
   static constexpr bool kLateFactor = S::kBringsTerms && !kCopiesFactors;
   static constexpr bool kPadded =
       !kSkipsPadding && (!kInRegisters || S::kHasBlockScales);  // rows has no kNone
@@ -95,7 +99,7 @@ class TokenLoader {
     int rows, stages, first;
   };
   struct Run {
-    int expert, row_task, length;
+    int expert, weight_task, length;
   };
   __device__ int pass_of(int entry) const { return (me() % 32 + entry * 32) / 4; }
   __device__ int row_in_pass() const { return me() / 32 * 4 + me() % 4; }
@@ -164,12 +168,12 @@ class TokenLoader {
         if constexpr (kCopiesFactors)
           copy_factors(token_factors<S>(table)[token], scale, weight);
         else if (kLateFactor && factor_at_ != nullptr)
-          token_factors<S>(table)[token].y = factor.y;  // see fetch_factor
+          token_factors<S>(table)[token].y = factor.y;  // copy_token_scale brings x
         else
           token_factors<S>(table)[token] = factor;
       }
     }
-    find_weight_scale(task.expert, task.row_task);
+    find_weight_scale(task.expert, task.weight_task);
     __syncwarp();
   }
 
@@ -184,17 +188,17 @@ class TokenLoader {
       to = 1.0f;
   }
 
-  // What the epilogue must know of the weight rows of a task that has products, to place `flip`;
-  // returns the next one's. It arrives with the first stage's tokens.
-  __device__ int bring_terms(int expert, int row_task, int flip) {
-    static_assert(!S::kBringsTerms || (S::kRows == kLoaders<S> && S::kBox == S::kTokens));
-    if (expert < 0) return flip;
-    Epilogue<S>::bring(p_, shared_.epilogue(0), expert, row_task, me(), flip);
+  // What the epilogue must know of the weight rows of a task that has products, to place
+  // `term_place`; returns the next one's. It arrives with the first stage's tokens.
+  __device__ int bring_terms(int expert, int weight_task, int term_place) {
+    static_assert(!S::kBringsTerms || (S::kWeightRows == kLoaders<S> && S::kBox == S::kTokens));
+    if (expert < 0) return term_place;
+    Epilogue<S>::bring(p_, shared_.epilogue(0), expert, weight_task, me(), term_place);
     __syncwarp();
-    return flip == S::kTermPlaces - 1 ? 0 : flip + 1;
+    return term_place == S::kTermPlaces - 1 ? 0 : term_place + 1;
   }
-  // Nor is the factor of this thread's token waited for.
-  __device__ void fetch_factor(unsigned char* table) {
+  // The scale of this thread's token, asynchronously, into the table (kLateFactor).
+  __device__ void copy_token_scale(unsigned char* table) {
     static_assert(!kLateFactor || kEntries == 1);
     if (factor_at_ == nullptr) return;
     const int token = pass_of(0) * S::kPassRows + row_in_pass();
@@ -206,10 +210,10 @@ class TokenLoader {
   }
 
   // Cells begin at multiples of eight rows, so one scale serves eight of them.
-  __device__ void find_weight_scale(int expert, int row_task) {
-    if (!block_scales() || expert < 0 || me() >= S::kRows / 8) return;
+  __device__ void find_weight_scale(int expert, int weight_task) {
+    if (!block_scales() || expert < 0 || me() >= S::kWeightRows / 8) return;
     const std::int64_t rows = p_.gated ? 2 * p_.columns : p_.columns;
-    std::int64_t n = weight_row<S>(p_, row_task, me() * 8);
+    std::int64_t n = weight_row<S>(p_, weight_task, me() * 8);
     if (n >= rows) n = rows - 1;
     // Both fit 32 bits (TMA counts rows with as many), whose division is a third as long.
     const std::uint32_t cell =
@@ -329,7 +333,7 @@ class TokenLoader {
                             p_.a_scale + (scale_[i] + group * token_step));
         }
       }
-      if (live > 0 && me() < S::kRows / 8) {
+      if (live > 0 && me() < S::kWeightRows / 8) {
         ptx::copy_async_4(to + (c * S::kScales + S::kTokens + me()) * 4,
                           p_.weight_scale + (weight_scale_ + group * weight_step));
       }
@@ -339,7 +343,8 @@ class TokenLoader {
   // As a rule scales along K are neighbours, and four chunks' are loaded into registers at once. (A
   // copy of four bytes takes shared memory as long as one of 128: with one for each token and stage
   // the products took 10 to 18% longer.)
-  static constexpr int kRowScales = S::kRows / 8 <= kLoaders<S> ? S::kRows / 8 : kLoaders<S>;
+  static constexpr int kRowScales =
+      S::kWeightRows / 8 <= kLoaders<S> ? S::kWeightRows / 8 : kLoaders<S>;
   struct ScaleQuads {
     float4 token[kEntries], row;
   };

@@ -15,9 +15,9 @@ inline constexpr int kFiltered = -1;
 struct Task {
   std::int32_t expert, rows;  // expert: kEndOfTasks, kFiltered, or a local expert
   std::int64_t first;  // position; with UnlistedRows::ids a mask that begins with the rows' slots
-  std::int32_t row_task;      // of a run the first
-  std::int32_t run;           // how many, at least 1
-  std::int32_t flip, unused;  // flip: 0 to S::kTermPlaces - 1 in turn, task by task
+  std::int32_t weight_task;         // of a run the first
+  std::int32_t run;                 // how many, at least 1
+  std::int32_t term_place, unused;  // term_place: 0 to S::kTermPlaces - 1 in turn, task by task
 };
 static_assert(sizeof(Task) == 32);
 
@@ -98,7 +98,7 @@ class Schedule : private SecondWalk<kOrder> {
         }
         if constexpr (kTiles == Tiles::kListed) {
           tile_ = kHow == Walk::kAhead ? arrived() : load_from(first_);
-        } else if (kTiles == Tiles::kFew || p_.unlisted.ids != nullptr) {
+        } else if (kTiles == Tiles::kFromIds || p_.unlisted.ids != nullptr) {
           tile_ = {__shfl_down_sync(~0u, tile_.x, size_), __shfl_down_sync(~0u, tile_.y, size_),
                    __shfl_down_sync(~0u, tile_.z, size_), 0};
         } else {
@@ -120,8 +120,8 @@ class Schedule : private SecondWalk<kOrder> {
       if (task.rows <= 0) continue;
       if (task.rows > kTokens) task.rows = kTokens;
       task.first = static_cast<std::int64_t>(std::uint64_t{high} << 32 | low) + skip;
-      task.row_task = static_cast<std::int32_t>(row_run) * p_.run;
-      task.run = p_.row_tasks - task.row_task;
+      task.weight_task = static_cast<std::int32_t>(row_run) * p_.run;
+      task.run = p_.weight_tasks - task.weight_task;
       if (task.run > p_.run) task.run = p_.run;
       if (task.expert < 0 || task.expert >= p_.experts) task.expert = kFiltered;
       return task;
@@ -203,7 +203,7 @@ class Schedule : private SecondWalk<kOrder> {
             __shfl_sync(~0u, ahead_.z, here), __shfl_sync(~0u, ahead_.w, here)};
   }
   __device__ unsigned tasks() const {
-    return static_cast<unsigned>(live()) * static_cast<unsigned>(p_.sub_tiles * p_.row_runs);
+    return static_cast<unsigned>(live()) * static_cast<unsigned>(p_.sub_tiles * p_.weight_runs);
   }
   __device__ bool full_first() const {
     return kOrder == Order::kFullFirst && p_.upright && p_.even_tiles && p_.k_chunks >= kLongTask;

@@ -95,7 +95,7 @@ class UprightEpilogue : public GroupsEpilogue<S> {
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-          const std::uint32_t(&w)[kWords<kKind>] = words[r][u];
+          const std::uint32_t (&w)[kWords<kKind>] = words[r][u];
           char* const to = at[r] + 2 * u * kColumns;
           if constexpr (is_gated(kKind))
             ptx::store_row(u < units ? row[r] : kNoRow, to, w[0], w[1]);
@@ -163,7 +163,7 @@ class UprightEpilogue : public GroupsEpilogue<S> {
   // The scales of the groups of block b. Warp w of one warpgroup and warp w of the other hold the
   // same tokens, so these two alone meet, and once is enough: that no largest is overwritten before
   // it has been read follows from the next meeting, which uses another place. (Every task that
-  // takes a turn of Task::flip has a meeting, so none is skipped.)
+  // takes a turn of Task::term_place has a meeting, so none is skipped.)
   struct Part {
     int b, units;  // units inside of C
   };
@@ -180,7 +180,7 @@ class UprightEpilogue : public GroupsEpilogue<S> {
     const unsigned mine = largest_of_quad(lane_, top[0], top[1]);  // of token r = lane % 2
     const int token = warp_ * 16 + lane_ % 2 * 8 + lane_ / 4;
     unsigned* const slot = reinterpret_cast<unsigned*>(this->shared_) + 8 * S::kTokens +
-                           (this->flip_ * 2 + part.b) * 64 + token;
+                           (this->term_place_ * 2 + part.b) * 64 + token;
     if (lane_ % 4 < 2) *slot = mine;
     ptx::pair_of_warps_sync(3 + warp_);
     const unsigned other = *reinterpret_cast<const unsigned*>(

@@ -40,18 +40,20 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   Schedule<S::kTokens * S::kPair, S::kPair, Walk::kAsNeeded, S::kTiles, S::kOrder> schedule(p);
   Cursor<S::kStages> cursor;
   const std::uint64_t once = ptx::read_once_policy();
-  int ring = 0, flip = 0;
+  int ring = 0, term_place = 0;
   for (;;) {
     Task task = part_of<S::kPair>(schedule.next(), rank);
-    task.flip = flip;
+    task.term_place = term_place;
     // Tasks without products (filtered, or without rows in this half of a pair) take no turn: of
     // those that meet for their groups two in succession must differ.
-    if (task.expert >= 0 && task.rows > 0) flip = (flip + loaded_run<S>(task)) % S::kTermPlaces;
+    if (task.expert >= 0 && task.rows > 0)
+      term_place = (term_place + loaded_run<S>(task)) % S::kTermPlaces;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
       for (int r = 0; r < run; ++r) {
-        const std::int64_t row = static_cast<std::int64_t>(task.row_task + r) * p.task_rows;
-        const std::int64_t mine = row + rank * (S::kRows / S::kPair);
+        const std::int64_t row =
+            static_cast<std::int64_t>(task.weight_task + r) * p.task_weight_rows;
+        const std::int64_t mine = row + rank * (S::kWeightRows / S::kPair);
         const WeightCorner corner = weight_corner(p, mine);
         for (int i = 0; i < stages; ++i) {
           ptx::barrier_wait(shared.empty(cursor.stage), cursor.round ^ 1);
@@ -62,8 +64,8 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
           } else {
             // A last chunk behind the end of K arrives as zeros, too: so the multiplying loop needs
             // no condition (one inside it makes ptxas serialize the whole batch).
-            ptx::barrier_arrive_expect(full,
-                                       static_cast<std::uint32_t>(S::kChunks * p.task_rows * 128));
+            ptx::barrier_arrive_expect(
+                full, static_cast<std::uint32_t>(S::kChunks * p.task_weight_rows * 128));
 #pragma unroll
             for (int c = 0; c < S::kChunks; ++c) {
               const std::uint32_t to =

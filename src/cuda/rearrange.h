@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arrangement of a layer's 4-bit weights for the SM90 weight-only kernels. Of every 32
+// The arrangement of a layer's uint4 weights for the SM90 weight-only kernels. Of every 32
 // neighbours along K, 16 bytes, lane q of a quad multiplies byte q of each of the four words (see
 // dequant_sm90.h); rearranged, these lie in word q, so that a lane reads one word where it read
 // four, and as halves that two instructions, not three, make a pair of.
@@ -11,7 +11,7 @@
 
 namespace moesaic::cuda {
 
-// How 4-bit weights lie: as the caller stores them, or as below.
+// How uint4 weights lie: as the caller stores them, or as below.
 enum class Arrangement : std::uint8_t { kPlain, kRearranged };
 
 // Byte i of those that lane q wants: its low nibble at bit 4 i of word q, its high one at 4 i + 16.

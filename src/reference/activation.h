@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The functions between the two products, straight from the table in contracts.md.
+// The functions between the two products, as moesaic/activation.h has them.
 #pragma once
 
 #include <span>

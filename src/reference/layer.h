@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole layer in float64, y[t] = sum_j w[t,j] * FC2_e(act(FC1_e(x[t]))), e = id[t,j], rounded
-// and quantized where contracts.md ("where numbers are rounded") says, with the bound that follows
+// and quantized where docs/numerics.md ("Where numbers are rounded") says, with the bound that follows
 // for a correct implementation. Host tensors, one expert after the other, nothing clever.
 #pragma once
 

@@ -11,7 +11,7 @@
 namespace moesaic::reference {
 
 // Weight-only schemes may round the dequantized weight to 16 bit once, as the originals do, or keep
-// it exact by scaling group sums (contracts.md, rounding point 2).
+// it exact by scaling group sums (docs/numerics.md, "Where numbers are rounded").
 enum class WeightRounding : std::uint8_t { kExact, k16Bit };
 
 // Transposed, [K, N], because a product walks k outside and n inside.

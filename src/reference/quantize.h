@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations to 8 bit and back, as contracts.md's table of quantizers says.
+// Activations to 8 bit and back, as docs/numerics.md and numeric.h say.
 #pragma once
 
 #include <cstdint>

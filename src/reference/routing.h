@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From logits to experts and weights in float64: contracts.md section 4, one method per page line.
+// From logits to experts and weights in float64: the table in moesaic/routing.h.
 #pragma once
 
 #include <cstdint>

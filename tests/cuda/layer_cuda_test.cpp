@@ -332,14 +332,14 @@ TEST_P(OnCuda, FusedAndSeparateQuantizersGiveTheSameBits) {
         if (!supported(c, kGpu).supported) continue;
         const Loaded loaded(c);
         const Layer::Impl& layer = loaded.layer.impl();
-        if (layer.plan.hidden_quantized_by == QuantizedBy::kStage) continue;
+        if (layer.plan.intermediate_quantized_by == QuantizedBy::kStage) continue;
         SCOPED_TRACE(name(c));
         ++fused;
         Call call(loaded, loaded.batch);
         loaded.layer.forward(call.args());
         const std::vector<std::byte> expected = call.y.to_host().bytes();
         LayerPlan plan = layer.plan;
-        plan.hidden_quantized_by = QuantizedBy::kStage;
+        plan.intermediate_quantized_by = QuantizedBy::kStage;
         LoadedLayer separate = layer.loaded_layer();
         separate.plan = &plan;
         const WorkspaceBuffer workspace(kGpu, forward_workspace_bytes(plan, nullptr, tokens));

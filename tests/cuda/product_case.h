@@ -39,7 +39,7 @@ struct ProductCase {
   unsigned seed = 1;
 };
 
-// Activation in float64 (the definitions of contracts.md, written once more).
+// Activation in float64 (the table in moesaic/activation.h, written once more).
 inline double reference_activation(const ActivationSpec& s, double g, double u, double alpha,
                                    double beta, double limit) {
   const auto sigmoid = [](double x) { return 1.0 / (1.0 + std::exp(-x)); };

@@ -5,7 +5,7 @@
 namespace moesaic::cuda::sm90 {
 
 template void launch_gemm<Narrow<Element::kBF16>>(const Params&, int, cudaStream_t);
-template void launch_gemm<NarrowFew<Element::kBF16>>(const Params&, int, cudaStream_t);
+template void launch_gemm<NarrowUnlisted<Element::kBF16>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Middle<Element::kBF16>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Wide<Element::kBF16>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Widest<Element::kBF16>>(const Params&, int, cudaStream_t);

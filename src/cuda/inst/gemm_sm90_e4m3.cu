@@ -5,7 +5,7 @@
 namespace moesaic::cuda::sm90 {
 
 template void launch_gemm<Narrow<Element::kE4M3>>(const Params&, int, cudaStream_t);
-template void launch_gemm<NarrowFew<Element::kE4M3>>(const Params&, int, cudaStream_t);
+template void launch_gemm<NarrowUnlisted<Element::kE4M3>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Middle<Element::kE4M3>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Wide<Element::kE4M3>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Widest<Element::kE4M3>>(const Params&, int, cudaStream_t);

@@ -5,7 +5,7 @@
 namespace moesaic::cuda::sm90 {
 
 template void launch_gemm<Narrow<Element::kF16>>(const Params&, int, cudaStream_t);
-template void launch_gemm<NarrowFew<Element::kF16>>(const Params&, int, cudaStream_t);
+template void launch_gemm<NarrowUnlisted<Element::kF16>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Middle<Element::kF16>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Wide<Element::kF16>>(const Params&, int, cudaStream_t);
 template void launch_gemm<Widest<Element::kF16>>(const Params&, int, cudaStream_t);

@@ -7,7 +7,8 @@ namespace moesaic::cuda::sm90 {
 using W = U4<Zeros::kGiven, Arrangement::kRearranged>;
 inline constexpr Element E = Element::kBF16;
 template void launch_dequant<DequantNarrow<W, E, 8>>(const DequantParams&, int, cudaStream_t);
-template void launch_dequant<DequantNarrowFew<W, E, 8>>(const DequantParams&, int, cudaStream_t);
+template void launch_dequant<DequantNarrowUnlisted<W, E, 8>>(const DequantParams&, int,
+                                                             cudaStream_t);
 template void launch_dequant<DequantMiddle<W, E, 8>>(const DequantParams&, int, cudaStream_t);
 template void launch_dequant<DequantTwin<W, E, 8>>(const DequantParams&, int, cudaStream_t);
 template void launch_dequant<DequantTwinRuns<W, E, 8>>(const DequantParams&, int, cudaStream_t);

@@ -8,15 +8,16 @@
 namespace moesaic::cuda::sm90 {
 
 template <typename S, typename Arguments>
-class Consumer {
+class MultiplierBase {
  public:
-  __device__ Consumer(const Arguments& p, const SharedMemory<S>& shared) : p_(p), shared_(shared) {}
+  __device__ MultiplierBase(const Arguments& p, const SharedMemory<S>& shared)
+      : p_(p), shared_(shared) {}
 
  protected:
   __device__ static int warpgroup() { return thread_index<S::kKeepsThread>() / 128 - 1; }
   __device__ Epilogue<S> epilogue(int ring, const Task& task) const {
     const int mine = warpgroup();
-    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.flip};
+    return {p_, shared_.epilogue(mine), shared_.table(ring), mine, task.term_place};
   }
   __device__ Task load_task(int ring) const {
     Task task;
@@ -27,8 +28,8 @@ class Consumer {
   __device__ Task load_task_of_run(int ring, int r) const {
     Task task = load_task(ring);
     if constexpr (S::kHasRuns) {
-      task.row_task += r;
-      task.flip = (task.flip + r) % S::kTermPlaces;
+      task.weight_task += r;
+      task.term_place = (task.term_place + r) % S::kTermPlaces;
     }
     return task;
   }
@@ -36,7 +37,7 @@ class Consumer {
   __device__ void skip(int ring, Task task) {
     release(cursor_.stage);
     cursor_.advance();
-    for (;; ++task.row_task) {
+    for (;; ++task.weight_task) {
       epilogue(ring, task).zeros(task);
       if (!S::kHasRuns || --task.run == 0) break;
     }

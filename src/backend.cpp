@@ -2,14 +2,17 @@
 // Which backends this process has. Each is made once, when it is first asked for.
 #include "backend.h"
 
+#include <string>
+
 #include "check.h"
 
 namespace moesaic {
 
 const Backend& backend(Device device) {
+  check_enum("device.type", device.type, 2);
   if (device.type == DeviceType::kCpu) {
     if (device.index != 0)
-      invalid("device: there is one CPU device, cpu:0; got " + to_string(device));
+      invalid("device: there is one CPU device, cpu:0; got cpu:" + std::to_string(device.index));
     return *cpu_backend();
   }
 #ifdef MOESAIC_HAS_CUDA

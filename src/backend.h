@@ -254,6 +254,9 @@ class Backend {
     align(slots, stream);
   }
   virtual void gemm(const GemmStage& stage, Stream stream) const = 0;
+  // Throws kUnsupported for rows that a product of these weights cannot read where they lie, as gemm does: asked in
+  // front of a call's first stage, so that nothing has been written by then.
+  virtual void check_rows(const WeightSpec&, const Tensor& /*a*/) const {}
   virtual void activate(const ActivateStage& stage, Stream stream) const = 0;
   virtual void combine(const CombineStage& stage, Stream stream) const = 0;
 };

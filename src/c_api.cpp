@@ -118,8 +118,9 @@ moesaic_status moesaic_parse_format(const char* text, moesaic_format* out) {
 moesaic_tensor moesaic_tensor_dense(const void* data, moesaic_dtype dtype, const int64_t* shape,
                                     int32_t rank, moesaic_device device) {
   moesaic_tensor t{.data = const_cast<void*>(data), .dtype = dtype, .rank = rank, .device = device};
+  if (shape == nullptr) t.rank = -1;  // refused by name wherever it is passed
   std::int64_t stride = 1;
-  for (std::int32_t i = std::min<std::int32_t>(rank, Tensor::kMaxRank) - 1; i >= 0; --i) {
+  for (std::int32_t i = std::min<std::int32_t>(t.rank, Tensor::kMaxRank) - 1; i >= 0; --i) {
     t.shape[i] = shape[i];
     t.strides[i] = stride;
     stride *= std::max<std::int64_t>(shape[i], 1);

@@ -97,12 +97,6 @@ void read_struct(const char* argument, const void* given, std::size_t known, voi
                       argument, MOESAIC_VERSION_STRING));
 }
 
-void check_enum(const char* argument, std::int32_t value, std::int32_t count) {
-  if (value < 0 || value >= count)
-    invalid(fmt::format("{}: expected 0 to {}, got {}; take a constant of c_types.h", argument,
-                        count - 1, value));
-}
-
 Device to_device(const moesaic_device& device) {
   return {.type = to_enum<DeviceType>("device.type", device.type, 2), .index = device.index};
 }

@@ -3,6 +3,9 @@
 // and nowhere else.
 #pragma once
 
+#include <string>
+
+#include "check.h"
 #include "moesaic/c_api.h"
 #include "moesaic/moesaic.h"
 
@@ -15,6 +18,11 @@ template <typename T>
 T read(const char* argument, const T* given, T defaults) {
   read_struct(argument, given, sizeof(T), &defaults);
   defaults.struct_size = sizeof(T);
+  if constexpr (requires { defaults.reserved; }) {
+    if (defaults.reserved != 0)
+      unsupported(std::string(argument) + ".reserved: expected 0, got " +
+                  std::to_string(defaults.reserved) + "; this library knows no meaning of it yet");
+  }
   return defaults;
 }
 // The same for a nested struct, where null means all defaults.
@@ -23,10 +31,9 @@ T read_optional(const char* argument, const T* given, T defaults) {
   return given == nullptr ? defaults : read(argument, given, defaults);
 }
 
-void check_enum(const char* argument, std::int32_t value, std::int32_t count);
 template <typename E>
 E to_enum(const char* argument, std::int32_t value, std::int32_t count) {
-  check_enum(argument, value, count);
+  check_enum(argument, std::int64_t{value}, count);
   return static_cast<E>(value);
 }
 

@@ -138,6 +138,12 @@ const Check& Check::distinct() const {
   return *this;
 }
 
+void check_enum(std::string_view argument, std::int64_t value, std::int64_t count) {
+  if (value < 0 || value >= count)
+    invalid(fmt::format("{}: expected 0 to {}, got {}; take one of its enumerators", argument,
+                        count - 1, value));
+}
+
 void check_range(std::string_view argument, std::int64_t value, std::int64_t low,
                  std::int64_t high) {
   if (value < low || value > high)

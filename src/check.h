@@ -37,6 +37,12 @@ class Check {
 };
 inline Check check(std::string_view argument, const Tensor& tensor) { return {argument, tensor}; }
 
+// That a value of an enumeration (of `count`, from 0 on) is one: a caller may have cast any number.
+void check_enum(std::string_view argument, std::int64_t value, std::int64_t count);
+template <typename E>
+void check_enum(std::string_view argument, E value, std::int64_t count) {
+  check_enum(argument, static_cast<std::int64_t>(value), count);
+}
 void check_range(std::string_view argument, std::int64_t value, std::int64_t low, std::int64_t high);
 // a * b without overflow, or throws naming `what`.
 std::int64_t checked_mul(std::int64_t a, std::int64_t b, std::string_view what);

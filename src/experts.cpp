@@ -4,7 +4,17 @@
 
 namespace moesaic {
 
+bool takes_input_as_it_is(const InputRun& run) {
+  const LayerPlan& plan = *run.plan;
+  const bool quantizes =
+      plan.fc1.act_scale != ActScale::kDefault && is_float(run.input.values.dtype);
+  const bool lay_out = run.layout == RowOf::kPosition && run.input.row == RowOf::kToken;
+  return !quantizes && !lay_out && !run.fc1->side.prequant.defined() &&
+         !(run.row_weights != nullptr && plan.config.weight_on == WeightOn::kInput);
+}
+
 InputStep input_step(const InputRun& run, const InputBuffers& buffers) {
+  if (takes_input_as_it_is(run)) return {.rows = run.input};
   const LayerPlan& plan = *run.plan;
   const SideTensors& side = run.fc1->side;
   const Tensor& x = run.input.values;
@@ -13,9 +23,6 @@ InputStep input_step(const InputRun& run, const InputBuffers& buffers) {
   const bool differ = must_expand(plan, &side);
   const bool lay_out = run.layout == RowOf::kPosition && run.input.row == RowOf::kToken;
   const bool by_position = differ || lay_out || run.input.row == RowOf::kPosition;
-  if (!quantizes && !lay_out && !side.prequant.defined() &&
-      !(run.row_weights != nullptr && plan.config.weight_on == WeightOn::kInput))
-    return {.rows = run.input};
   // Read once and written to all its positions, instead of read again for each.
   const bool scatter = lay_out && !differ && run.slot_row != nullptr;
   Tensor output = buffers.values;

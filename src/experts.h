@@ -24,6 +24,8 @@ struct InputStep {
   bool needed = false;
   QuantizeStage stage;
 };
+// GEMM1 reads the input where it lies: neither quantized, nor multiplied, nor laid out.
+bool takes_input_as_it_is(const InputRun& run);
 InputStep input_step(const InputRun& run, const InputBuffers& buffers);
 Rows prepare_input(const InputRun& run, const InputBuffers& buffers, Stream stream);  // runs it
 

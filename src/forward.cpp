@@ -5,6 +5,8 @@
 // one.
 #include "forward.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "check.h"
@@ -68,17 +70,19 @@ std::size_t bytes_for(const LayerPlan& plan, const LayerPlan* shared, std::int64
   return arena.used();
 }
 
-// The most tokens that run at once under the byte cap.
+// The most tokens that run at once under the byte cap. Found for max_tokens whatever T is: so a
+// workspace for more tokens serves fewer.
 std::int64_t chunk_tokens(const LayerPlan& plan, const LayerPlan* shared, std::int64_t tokens) {
   const std::size_t cap = plan.config.workspace_cap;
-  if (cap == 0 || tokens <= 1 || bytes_for(plan, shared, tokens, tokens) <= cap) return tokens;
-  // A single token always fits: least_workspace_bytes was checked.
-  std::int64_t low = 1, high = tokens;
+  const std::int64_t most = plan.config.max_tokens;
+  if (cap == 0 || tokens <= 1 || bytes_for(plan, shared, most, most) <= cap) return tokens;
+  // A single token always fits: check_workspace_cap saw to it.
+  std::int64_t low = 1, high = most;
   while (high - low > 1) {
     const std::int64_t middle = low + (high - low) / 2;
-    (bytes_for(plan, shared, tokens, middle) <= cap ? low : high) = middle;
+    (bytes_for(plan, shared, most, middle) <= cap ? low : high) = middle;
   }
-  return low;
+  return std::min(low, tokens);
 }
 
 struct Chunk {
@@ -214,8 +218,15 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
 
 }  // namespace
 
-std::size_t least_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared) {
-  return bytes_for(plan, shared, plan.config.max_tokens, 1);
+void check_workspace_cap(const LayerPlan& plan, const LayerPlan* shared) {
+  const LayerConfig& config = plan.config;
+  if (config.workspace_cap == 0 || config.max_tokens == 0) return;
+  const std::size_t least = bytes_for(plan, shared, config.max_tokens, 1);
+  if (least > config.workspace_cap)
+    invalid(
+        fmt::format("workspace_cap: expected at least {} bytes (max_tokens = {}, one token at a "
+                    "time), got {}; raise it or lower max_tokens",
+                    least, config.max_tokens, config.workspace_cap));
 }
 
 std::size_t forward_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared,
@@ -252,6 +263,17 @@ void forward(const LoadedLayer& layer, const ForwardArgs& args) {
           args.stream);
     }
   }
+  // Rows that GEMM1 cannot read where they lie are refused before any output is written. (The last
+  // chunk has the fewest, and may be the only one that is not laid out.)
+  const std::int64_t last = tokens == 0 ? 0 : (tokens - 1) % chunk + 1;
+  const bool on_input = config.weight_on == WeightOn::kInput;
+  if (tokens > 0 &&
+      takes_input_as_it_is({.plan = &plan,
+                            .fc1 = layer.fc1,
+                            .input = {.values = args.hidden_states, .row = RowOf::kToken},
+                            .row_weights = on_input ? weights.as<float>() : nullptr,
+                            .layout = input_layout(plan, last * config.top_k)}))
+    plan.backend->check_rows(plan.fc1, args.hidden_states);
   auto* counts = args.tokens_per_expert.as<std::int32_t>();
   const bool one_chunk = chunk == tokens && tokens > 0;
   if (counts != nullptr &&

@@ -23,8 +23,8 @@ struct LoadedLayer {
   const std::int32_t* shared_ids = nullptr;   // [max_tokens] zeros
 };
 
-// What max_tokens need at the least, one at a time: below it a cap could not be kept.
-std::size_t least_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared_plan);
+// Throws where workspace_cap could not be kept even by one token at a time.
+void check_workspace_cap(const LayerPlan& plan, const LayerPlan* shared_plan);
 std::size_t forward_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared_plan,
                                     std::int64_t tokens);
 void forward(const LoadedLayer& layer, const ForwardArgs& args);

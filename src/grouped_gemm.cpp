@@ -103,6 +103,8 @@ Resolved resolve(const GroupedGemmArgs& args) {
         "sorted, batched: expected exactly one of the two formats, got {}; fill in sorted or "
         "batched.num_tokens",
         r.batched ? "both" : "neither"));
+  check_enum("a_order", args.a_order, 2);
+  check_enum("c_order", args.c_order, 2);
   check("a", args.a).inner_contiguous();
   check("b.weight", args.b.weight).rank(3).on(device);
   const std::int64_t experts = args.b.weight.shape[0], n = args.b.weight.shape[1];
@@ -124,7 +126,15 @@ Resolved resolve(const GroupedGemmArgs& args) {
   plan.config.quant = quant;
   plan.config.top_k = args.top_k;
   plan.config.input_dtype = args.a.dtype;
+  // 8-bit rows bring their scales: whether those were static nobody asks.
+  if (!quantizes && plan.fc1.act_scale == ActScale::kTensorStatic)
+    plan.fc1.act_scale = ActScale::kTensorDynamic;
   const WeightSpec& spec = plan.fc1;
+  if (quantizes && args.a_scale.defined() && spec.act_scale != ActScale::kTensorStatic)
+    invalid(
+        fmt::format("a_scale: a is {}, and its scales are made from it; leave a_scale undefined, "
+                    "or set quant.act_scale to tensor_static",
+                    name(args.a.dtype)));
   if (spec.act_scale == ActScale::kDefault) {
     check("a", args.a).dtype({spec.act_dtype});
   } else if (!quantizes) {
@@ -184,6 +194,7 @@ Resolved resolve(const GroupedGemmArgs& args) {
             r.slot_count, to_string(args.row_weights)));
     }
   }
+  check_range("a: slots", r.slot_count, 0, INT64_C(0x7fffffff));  // ids of slots have 32 bits
   r.a = as_rows("a", args.a);
   r.c = as_rows("c", args.c);
   return r;
@@ -234,6 +245,11 @@ void grouped_gemm(const GroupedGemmArgs& args) {
   GemmWeights given = args.b;
   if (plan.fc1.act_scale == ActScale::kTensorStatic && !given.input_scale.defined())
     given.input_scale = args.a_scale;
+  if (!is_float(args.a.dtype) && given.prequant.defined())
+    unsupported(
+        fmt::format("b.prequant: multiplies rows before they are quantized, and a is {}; pass {} "
+                    "rows",
+                    name(args.a.dtype), name(plan.fc1.dtype16)));
   check_in_place(plan.device, given, {}, "b");
   b.plain = normalize(plan.fc1, plan.fc1.experts, given, "b");
   b.side = side_views(plan.fc1, plan.fc1.experts, b.plain, {}, "b");
@@ -292,6 +308,7 @@ void grouped_gemm(const GroupedGemmArgs& args) {
 
 void sum_slots(const SumArgs& args) {
   const Device device = args.output.device;
+  check_enum("accumulate", args.accumulate, 2);
   check("output", args.output)
       .rank(2)
       .dtype({DType::kF32, DType::kF16, DType::kBF16})

@@ -49,16 +49,32 @@ void check_leading(std::string_view argument, const Tensor& weight, std::int64_t
         argument, experts, to_string(weight)));
 }
 
-// All weights of a layer, or of its shared experts, before any is attached: a complaint speaks of
-// the tensor the caller passed, and nothing is half loaded. What stays in place is kept here.
-void check_and_keep(const LayerPlan& plan, const LayerWeights& weights, PackedProduct* fc1,
-                    PackedProduct* fc2, const std::string& prefix) {
+// All that is about to be attached, before any of it is: a complaint speaks of the tensor the
+// caller passed, and nothing is half loaded.
+struct CheckedWeights {
+  GemmWeights fc1, fc2;  // normalized
+};
+CheckedWeights check_weights(const LayerPlan& plan, std::int64_t experts,
+                             const LayerWeights& weights, const std::string& prefix) {
   const std::string first = prefix + "fc1", second = prefix + "fc2";
   check_within(plan.device, weights.fc1, weights.activation, first);
   check_within(plan.device, weights.fc2, {}, second);
-  const GemmWeights all1 = normalize(plan.fc1, plan.fc1.experts, weights.fc1, first);
-  const GemmWeights all2 = normalize(plan.fc2, plan.fc2.experts, weights.fc2, second);
-  side_views(plan.fc1, plan.fc1.experts, all1, weights.activation, first);
+  const CheckedWeights all{normalize(plan.fc1, experts, weights.fc1, first),
+                           normalize(plan.fc2, experts, weights.fc2, second)};
+  side_views(plan.fc1, experts, all.fc1, weights.activation, first);
+  if (weights.fc1.prequant.defined() && !is_float(plan.config.input_dtype))
+    unsupported(
+        fmt::format("{}.prequant: multiplies hidden_states before they are quantized, and "
+                    "input_dtype is {}; set a 16-bit input_dtype",
+                    first, name(plan.config.input_dtype)));
+  return all;
+}
+
+// Of a layer, or of its shared experts. What stays in place is kept here.
+void check_and_keep(const LayerPlan& plan, const LayerWeights& weights, PackedProduct* fc1,
+                    PackedProduct* fc2, const std::string& prefix) {
+  const auto [all1, all2] = check_weights(plan, plan.fc1.experts, weights, prefix);
+  const std::string first = prefix + "fc1", second = prefix + "fc2";
   if (plan.config.weight_storage == WeightStorage::kCopied) return;
   if (fc1->operand().packed != nullptr)
     invalid(
@@ -83,26 +99,41 @@ Layer::Impl::Impl(const LayerConfig& config, Device device)
     const std::vector<std::int32_t> zeros(static_cast<std::size_t>(plan.config.max_tokens), 0);
     plan.backend->copy(shared->ids.view().data, zeros.data(), zeros.size() * 4, {});
   }
-  if (config.workspace_cap > 0 && plan.config.max_tokens > 0) {
-    const std::size_t least = least_workspace_bytes(plan, shared ? &shared->plan : nullptr);
-    if (least > config.workspace_cap)
-      invalid(
-          fmt::format("workspace_cap: expected at least {} bytes (max_tokens = {}, one token at a "
-                      "time), got {}; "
-                      "raise it or lower max_tokens",
-                      least, plan.config.max_tokens, config.workspace_cap));
-  }
 }
 
 SharedLayer::SharedLayer(LayerPlan shared_plan)
     : plan(std::move(shared_plan)), fc1(plan, plan.fc1), fc2(plan, plan.fc2) {}
 
-Layer::Layer(const LayerConfig& config, Device device) {
-  const Support support = supports(config, Format::kStandard, device);
-  if (!support.supported) {
-    make_plan(config, device);  // throws with the right code when the configuration itself is wrong
-    unsupported(support.reason);
+namespace {
+
+// Throws whatever a layer of this configuration is refused for, with the right code.
+void check_supported(const LayerConfig& config, Format format, Device device) {
+  check_enum("format", format, 3);
+  const LayerPlan plan = make_plan(config, device);
+  const auto ask = [&](const LayerPlan& asked, std::string_view whose) {
+    const Support support = asked.backend->supports(asked.config, format);
+    if (!support.supported) unsupported(fmt::format("{}{}", whose, support.reason));
+  };
+  ask(plan, "");
+  std::optional<LayerPlan> shared;
+  if (plan.config.shared_experts > 0)
+    ask(shared.emplace(make_shared_plan(plan)), "shared experts: ");
+  if (format == Format::kStandard) check_workspace_cap(plan, shared ? &*shared : nullptr);
+}
+
+}  // namespace
+
+Support supports(const LayerConfig& config, Format format, Device device) {
+  try {
+    check_supported(config, format, device);
+    return {.supported = true};
+  } catch (const Error& error) {
+    return {.supported = false, .reason = error.what()};
   }
+}
+
+Layer::Layer(const LayerConfig& config, Device device) {
+  check_supported(config, Format::kStandard, device);
   impl_ = std::make_unique<Impl>(config, device);
 }
 Layer::~Layer() = default;
@@ -118,6 +149,7 @@ void Layer::load(const LayerWeights& weights) {
   check_leading("fc1.weight", weights.fc1.weight, experts);
   check_leading("fc2.weight", weights.fc2.weight, experts);
   check_and_keep(impl_->plan, weights, &impl_->fc1, &impl_->fc2, "");
+  impl_->loaded.assign(impl_->loaded.size(), false);  // all are replaced, and complete together
   for (std::int64_t e = 0; e < experts; ++e)
     impl_->attach(e, {.fc1 = expert_of(weights.fc1, e),
                       .fc2 = expert_of(weights.fc2, e),
@@ -131,12 +163,15 @@ void Layer::load_expert(std::int64_t local_expert, const LayerWeights& weights) 
         "load_expert: weight_storage is in_place, which takes all experts as one tensor; call "
         "load");
   check_range("local_expert", local_expert, 0, self.plan.fc1.experts - 1);
-  check_within(self.plan.device, weights.fc1, weights.activation, "fc1");
-  check_within(self.plan.device, weights.fc2, {}, "fc2");
+  check_weights(self.plan, 1, weights, "");
   self.attach(local_expert, weights);
 }
 
 void Layer::Impl::attach(std::int64_t local_expert, const LayerWeights& weights) {
+  {
+    const std::lock_guard lock(mutex);
+    loaded[static_cast<std::size_t>(local_expert)] = is_ready = false;
+  }
   fc1.load(local_expert, weights.fc1, weights.activation, "fc1");
   fc2.load(local_expert, weights.fc2, {}, "fc2");
   const std::lock_guard lock(mutex);
@@ -150,8 +185,8 @@ void Layer::unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Te
   if (!self.is_ready)
     throw Error(ErrorCode::kNotReady,
                 "unpack_expert: the layer has no weights yet; call load or load_expert");
-  check("fc1", fc1).within(self.plan.device);
-  check("fc2", fc2).within(self.plan.device);
+  check("fc1", fc1).distinct().within(self.plan.device);
+  check("fc2", fc2).distinct().within(self.plan.device);
   self.fc1.unpack(local_expert, fc1, "fc1");
   self.fc2.unpack(local_expert, fc2, "fc2");
 }
@@ -181,7 +216,10 @@ void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
   check_and_keep(self.shared->plan, weights, &self.shared->fc1, &self.shared->fc2, "shared.");
   self.shared->fc1.load(0, weights.fc1, weights.activation, "shared.fc1");
   self.shared->fc2.load(0, weights.fc2, {}, "shared.fc2");
-  if (gate.defined()) self.shared->gate = self.keep(row, {1, self.plan.config.hidden});
+  self.shared->gate_memory.clear();
+  self.shared->gate = {};
+  if (gate.defined())
+    self.shared->gate = self.keep(row, {1, self.plan.config.hidden}, &self.shared->gate_memory);
   const std::lock_guard lock(self.mutex);
   self.shared->loaded = true;
   self.finish_if_complete();
@@ -199,27 +237,30 @@ void Layer::Impl::finish_if_complete() {
   is_ready = true;
 }
 
-Tensor Layer::Impl::keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape) {
+Tensor Layer::Impl::keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape,
+                         std::list<WorkspaceBuffer>* memory) const {
   std::vector<float> values;
   const bool dense = tensor.is_contiguous();
   if (!dense) values = to_host_f32(*plan.backend, tensor);
   const DType dtype = dense ? tensor.dtype : DType::kF32;
   const std::size_t bytes = static_cast<std::size_t>(tensor.numel()) * size_of(dtype);
-  kept.emplace_back(plan.device, bytes);
-  plan.backend->copy(kept.back().view().data, dense ? tensor.data : values.data(), bytes, {});
-  return Tensor::contiguous(kept.back().view().data, dtype, shape, plan.device);
+  void* const copy = memory->emplace_back(plan.device, bytes).view().data;
+  plan.backend->copy(copy, dense ? tensor.data : values.data(), bytes, {});
+  return Tensor::contiguous(copy, dtype, shape, plan.device);
 }
 
 void Layer::set_router(const RouterWeights& router) {
   Impl& self = *impl_;
   const std::int64_t experts = self.plan.config.experts, hidden = self.plan.config.hidden;
+  check_selection_bias(self.plan.config.routing, router.selection_bias);
   RouterWeights kept;
+  std::list<WorkspaceBuffer> memory;
   if (router.weight.defined()) {
     check("router.weight", router.weight)
         .shape({experts, hidden})
         .dtype({DType::kF32, DType::kF16, DType::kBF16})
         .within(self.plan.device);
-    kept.weight = self.keep(router.weight, {experts, hidden});
+    kept.weight = self.keep(router.weight, {experts, hidden}, &memory);
   }
   const auto keep_vector = [&](std::string_view argument, const Tensor& t) {
     if (!t.defined()) return Tensor{};
@@ -227,11 +268,12 @@ void Layer::set_router(const RouterWeights& router) {
         .shape({experts})
         .dtype({DType::kF32, DType::kF16, DType::kBF16})
         .within(self.plan.device);
-    return self.keep(t, {experts});
+    return self.keep(t, {experts}, &memory);
   };
   kept.bias = keep_vector("router.bias", router.bias);
   kept.selection_bias = keep_vector("router.selection_bias", router.selection_bias);
   self.router = kept;
+  self.router_memory = std::move(memory);
 }
 
 std::size_t Layer::weight_bytes() const {
@@ -268,7 +310,8 @@ std::size_t Layer::workspace_bytes(std::int64_t tokens) const {
 namespace {
 
 // `output` is hidden_states itself, or has no byte in common with it (two halves of one buffer's
-// columns have none): other rows would be read after they were written, in a forward in chunks, say.
+// columns have none): other rows would be read after they were written, in a forward in chunks,
+// say.
 void check_overlap(const Tensor& in, const Tensor& out) {
   const std::int64_t tokens = in.shape[0];
   if (tokens == 0) return;
@@ -279,7 +322,8 @@ void check_overlap(const Tensor& in, const Tensor& out) {
     const auto size = static_cast<std::int64_t>(size_of(t.dtype));
     const std::int64_t stride = tokens == 1 ? 0 : t.strides[0] * size, last = stride * (tokens - 1);
     const std::int64_t row = t.shape[1] * size;
-    return Bytes{stride, row, std::min<std::int64_t>(0, last), std::max<std::int64_t>(0, last) + row};
+    return Bytes{stride, row, std::min<std::int64_t>(0, last),
+                 std::max<std::int64_t>(0, last) + row};
   };
   const Bytes a = bytes(in), b = bytes(out);
   const auto apart = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out.data) -
@@ -290,13 +334,15 @@ void check_overlap(const Tensor& in, const Tensor& out) {
     const std::int64_t every = std::abs(a.stride), behind = ((apart % every) + every) % every;
     if (behind >= a.row && every - behind >= b.row) return;
   }
-  invalid("output: overlaps hidden_states without being the same view; pass hidden_states itself, or "
-          "memory of its own");
+  invalid(
+      "output: overlaps hidden_states without being the same view; pass hidden_states itself, or "
+      "memory of its own");
 }
 
 void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {
   const LayerConfig& config = layer.plan.config;
   const Device device = layer.plan.device;
+  check_enum("accumulate", args.accumulate, 2);
   check("hidden_states", args.hidden_states)
       .shape({kAny, config.hidden})
       .dtype({config.input_dtype})
@@ -373,7 +419,11 @@ void Layer::forward(const ForwardArgs& args) const {
         missing != loaded.end()
             ? fmt::format("forward: local expert {} has no weights yet; call load or load_expert",
                           missing - loaded.begin())
-            : std::string("forward: the shared experts have no weights yet; call load_shared"));
+        : impl_->shared && !impl_->shared->loaded
+            ? std::string("forward: the shared experts have no weights yet; call load_shared")
+            : std::string(
+                  "forward: some experts came with a tensor (a bias, say) that others lack; "
+                  "give it to all or to none"));
   }
   check_forward(*impl_, args);
   moesaic::forward(impl_->loaded_layer(), args);

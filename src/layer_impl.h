@@ -41,6 +41,7 @@ struct SharedLayer {
   LayerPlan plan;
   PackedProduct fc1, fc2;
   Tensor gate;           // f32 [1, H] or undefined
+  std::list<WorkspaceBuffer> gate_memory;
   WorkspaceBuffer ids;   // i32 [max_tokens] zeros: every token's only expert
   bool loaded = false;
 };
@@ -55,11 +56,12 @@ struct Layer::Impl {
   TacticPair tactics{};
   std::vector<bool> loaded;
   bool is_ready = false;
-  std::list<WorkspaceBuffer> kept;
+  std::list<WorkspaceBuffer> router_memory;
   std::mutex mutex;
 
-  // A dense copy on the layer's device that lives as long as the layer; f32 unless already dense.
-  Tensor keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape);
+  // A dense copy in `memory`, on the layer's device; f32 unless already dense.
+  Tensor keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape,
+              std::list<WorkspaceBuffer>* memory) const;
   void attach(std::int64_t local_expert, const LayerWeights& weights);  // checked
   void finish_if_complete();
   LoadedLayer loaded_layer() const;

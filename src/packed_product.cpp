@@ -39,7 +39,7 @@ void PackedProduct::unpack(std::int64_t expert, const Tensor& weight,
 }
 
 void PackedProduct::finish(std::string_view argument) {
-  side_.check_complete(argument);
+  side_.complete(argument);
   operand_.side = side_.tensors();
   // The same static scale for every expert (the usual file) is a scalar: x is then quantized once
   // per token instead of once per slot.

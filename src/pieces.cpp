@@ -59,9 +59,11 @@ void route(const RouteArgs& args) {
           .contiguous()
           .on(device);
   };
+  check_range(computes ? "router.weight: experts" : "logits: experts", experts, 1, kMaxExperts);
   per_expert("router.bias", args.router.bias);
   per_expert("router.selection_bias", args.router.selection_bias);
   check_routing(args.spec, experts, top_k);
+  check_selection_bias(args.spec, args.router.selection_bias);
   if (tokens == 0) return;
   backend(device).route({.spec = args.spec,
                          .logits = args.logits,
@@ -95,6 +97,8 @@ Quantization resolve(const QuantizeArgs& args) {
   Quantization q;
   const Device device = args.input.device;
   q.batched = args.num_tokens.defined();
+  check_enum("granularity", args.granularity, 5);
+  check_enum("int8_rounding", args.int8_rounding, 2);
   check("input", args.input)
       .rank(q.batched ? 3 : 2)
       .dtype({DType::kF32, DType::kF16, DType::kBF16})
@@ -209,6 +213,7 @@ void quantize(const QuantizeArgs& args) {
 
 void activate(const ActivateArgs& args) {
   const Device device = args.input.device;
+  check_activation(args.spec);
   check("input", args.input)
       .rank(2)
       .dtype({DType::kF32, DType::kF16, DType::kBF16})
@@ -249,17 +254,6 @@ void activate(const ActivateArgs& args) {
                             .row_expert = args.row_expert,
                             .output = args.output},
                            args.stream);
-}
-
-// --- the support matrix --------------------------------------------------------------------------
-
-Support supports(const LayerConfig& config, Format format, Device device) {
-  try {
-    const LayerPlan plan = make_plan(config, device);
-    return plan.backend->supports(plan.config, format);
-  } catch (const Error& error) {
-    return {.supported = false, .reason = error.what()};
-  }
 }
 
 }  // namespace moesaic

@@ -52,6 +52,8 @@ void check_dtypes(const LayerConfig& config) {
 }  // namespace
 
 void check_routing(const RoutingSpec& r, std::int64_t experts, std::int64_t top_k) {
+  check_enum("routing.method", r.method, kNumRoutingMethods);
+  check_enum("routing.renormalize", r.renormalize, 3);
   check_range("top_k", top_k, 1, std::min(experts, kMaxTopK));
   const bool grouped =
       r.method == RoutingMethod::kDeepSeekV2 || r.method == RoutingMethod::kDeepSeekV3;
@@ -79,6 +81,19 @@ void check_routing(const RoutingSpec& r, std::int64_t experts, std::int64_t top_
                     top_k));
 }
 
+void check_selection_bias(const RoutingSpec& spec, const Tensor& bias) {
+  if (bias.defined() && spec.method == RoutingMethod::kSparseMixer)
+    unsupported(
+        "router.selection_bias: routing sparsemixer has none; add it to the logits (router.bias), or "
+        "take another routing");
+}
+
+void check_activation(const ActivationSpec& spec) {
+  check_enum("activation.kind", spec.kind, kNumActivations);
+  check_enum("activation.order", spec.order, 2);
+  check_enum("activation.layout", spec.layout, 2);
+}
+
 LayerPlan make_plan(const LayerConfig& config, Device device) {
   return make_plan(config, backend(device), device);
 }
@@ -89,6 +104,9 @@ LayerPlan make_plan(const LayerConfig& given, const Backend& backend, Device dev
   check_range("hidden", config.hidden, 1, INT64_C(1) << 24);
   check_range("intermediate", config.intermediate, 1, INT64_C(1) << 24);
   check_routing(config.routing, config.experts, config.top_k);
+  check_activation(config.activation);
+  check_enum("weight_on", config.weight_on, 2);
+  check_enum("weight_storage", config.weight_storage, 2);
   check_range("max_tokens", config.max_tokens, 0,
               std::numeric_limits<std::int32_t>::max() / config.top_k);
   check_range("local.first", config.local.first, 0, config.experts - 1);

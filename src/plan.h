@@ -56,6 +56,10 @@ LayerPlan make_plan(const LayerConfig& config, Device device);
 LayerPlan make_plan(const LayerConfig& config, const Backend& backend, Device device);
 // Options that contradict each other or the number of experts (throws).
 void check_routing(const RoutingSpec& spec, std::int64_t experts, std::int64_t top_k);
+// A selection bias with a method that has none (throws).
+void check_selection_bias(const RoutingSpec& spec, const Tensor& bias);
+// Enumerators that are none (throws).
+void check_activation(const ActivationSpec& spec);
 // The same layer's shared experts, as a layer of one expert that every token visits.
 LayerPlan make_shared_plan(const LayerPlan& plan);
 

@@ -140,6 +140,9 @@ WeightSpec resolve(const QuantSpec& quant, const ProductShape& shape) {
   spec.order = shape.order;
   spec.layout = shape.layout;
   spec.dtype16 = shape.dtype16;
+  check_enum("weight_scale", quant.weight_scale, 5);
+  check_enum("act_scale", quant.act_scale, 5);
+  check_enum("int8_rounding", quant.int8_rounding, 2);
   const WeightScale granularity =
       choose(t.name, "weight_scale", quant.weight_scale, t.default_weight_scale, t.weight_scales);
   spec.act_scale = choose(t.name, "act_scale", quant.act_scale, t.default_act_scale, t.act_scales);
@@ -186,11 +189,8 @@ WeightSpec resolve(const QuantSpec& quant, const ProductShape& shape) {
 }  // namespace
 
 const SchemeTraits& traits(Scheme scheme) {
-  const auto index = static_cast<std::size_t>(scheme);
-  if (index >= kSchemes.size())
-    invalid(fmt::format("scheme: expected 0 to {}, got {}; take an enumerator of Scheme",
-                        kNumSchemes - 1, index));
-  return kSchemes[index];
+  check_enum("scheme", scheme, kNumSchemes);
+  return kSchemes[static_cast<std::size_t>(scheme)];
 }
 std::span<const SchemeTraits> all_schemes() { return kSchemes; }
 

@@ -128,10 +128,12 @@ void run_prepare(const LayerPlan& plan, const PrepareArgs& args) {
                          args.stream);
 }
 
-void run_experts_stage(const LayerPlan& plan, const WeightOperand& fc1, const WeightOperand& fc2,
+void run_experts_stage(LayerPlan plan, const WeightOperand& fc1, const WeightOperand& fc2,
                        TacticPair tactics, const ExpertsArgs& args) {
   const LayerConfig& config = plan.config;
-  const ExpertsShape shape = check_experts(plan, args);
+  const ExpertsShape shape = check_experts(plan, fc1.side, args);
+  plan.config.input_dtype =
+      args.rows.dtype;  // rows may be quantized where the layer's input is not
   const std::int64_t tokens = shape.tokens, capacity = shape.capacity;
   const bool batched = args.format == Format::kBatched;
   const std::int64_t experts = plan.fc1.experts;
@@ -226,7 +228,14 @@ void run_finalize(const LayerPlan& plan, const FinalizeArgs& args) {
 
 }  // namespace
 
-void prepare(const Layer& layer, const PrepareArgs& args) { run_prepare(layer.impl().plan, args); }
+void prepare(const Layer& layer, const PrepareArgs& args) {
+  const Layer::Impl& self = layer.impl();
+  if (self.plan.quantizes_input() && self.fc1.operand().side.prequant.defined())
+    unsupported(
+        "prepare: fc1.prequant multiplies rows before they are quantized, which experts does; "
+        "prepare with the configuration of a 16-bit scheme, and hand its rows to experts");
+  run_prepare(self.plan, args);
+}
 
 void experts(const Layer& layer, const ExpertsArgs& args) {
   const Layer::Impl& self = layer.impl();

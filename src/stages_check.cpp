@@ -17,6 +17,8 @@ Tensor flatten_batched(std::string_view argument, const Tensor& t) {
 }
 
 void check_ids(const LayerConfig& config, const Tensor& ids, std::int64_t tokens, Device device) {
+  check_range("topk_ids: tokens x top_k", checked_mul(tokens, config.top_k, "topk_ids"), 0,
+              INT64_C(0x7fffffff));
   check("topk_ids", ids)
       .shape({tokens, config.top_k})
       .dtype({DType::kI32, DType::kI64})
@@ -78,6 +80,11 @@ BatchedShape check_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   if (plan.fc1.act_scale != ActScale::kDefault) {
     const bool per_tensor = plan.fc1.act_scale == ActScale::kTensorStatic ||
                             plan.fc1.act_scale == ActScale::kTensorDynamic;
+    if (per_tensor && args.hidden_scale.defined() && args.hidden_scale.numel() != 1)
+      invalid(fmt::format(
+          "hidden_scale: expected f32[1], since row_scale has one value per expert, got "
+          "{}; quantize with one scale, or take a scheme with scales per token",
+          to_string(args.hidden_scale)));
     const std::int64_t groups = std::max<std::int64_t>(1, scale_row_stride(plan.fc1));
     check("row_scale", args.row_scale)
         .shape({experts, per_tensor ? 1 : capacity, groups})
@@ -100,9 +107,10 @@ BatchedShape check_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   return {.tokens = tokens, .capacity = capacity, .rows = rows};
 }
 
-ExpertsShape check_experts(const LayerPlan& plan, const ExpertsArgs& args) {
+ExpertsShape check_experts(const LayerPlan& plan, const SideTensors& fc1, const ExpertsArgs& args) {
   const LayerConfig& config = plan.config;
   const Device device = plan.device;
+  check_enum("format", args.format, 3);
   if (args.format == Format::kStandard)
     invalid("format: experts takes sorted or batched rows; standard is what Layer::forward does");
   const std::int64_t experts = plan.fc1.experts;
@@ -149,12 +157,24 @@ ExpertsShape check_experts(const LayerPlan& plan, const ExpertsArgs& args) {
     }
   }
   check_activation_scale("row_scale", plan.fc1, args.rows, args.row_scale, device);
+  if (!is_float(args.rows.dtype)) {  // nothing can be multiplied into quantized rows
+    const auto refuse = [&](std::string_view what) {
+      unsupported(
+          fmt::format("{} multiplies rows before they are quantized, and these are {}; pass "
+                      "{} rows",
+                      what, name(args.rows.dtype), name(plan.fc1.dtype16)));
+    };
+    if (fc1.prequant.defined()) refuse("rows: fc1.prequant");
+    if (config.weight_on == WeightOn::kInput && args.row_weights.defined())
+      refuse("row_weights: weight_on is input, which");
+  }
   return shape;
 }
 
 BatchedShape check_finalize(const LayerPlan& plan, const FinalizeArgs& args) {
   const LayerConfig& config = plan.config;
   const Device device = plan.device;
+  check_enum("accumulate", args.accumulate, 2);
   check("output", args.output)
       .shape({kAny, config.hidden})
       .dtype({DType::kF32, DType::kF16, DType::kBF16})

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What prepare, experts and finalize refuse, by the argument's name, and what the shapes of the rest
-// say. Workspaces are checked where their buffers are known (stages.cpp).
+// What prepare, experts and finalize refuse, by the argument's name, and what the shapes of the
+// rest say. Workspaces are checked where their buffers are known (stages.cpp).
 #pragma once
 
 #include "moesaic/stages.h"
@@ -24,7 +24,8 @@ struct ExpertsShape {
   Tensor values;              // batched: [E * capacity, H]; sorted: [T, H]
   Tensor output;              // batched: [E * capacity, H]; sorted: [T * k, H]
 };
-ExpertsShape check_experts(const LayerPlan& plan, const ExpertsArgs& args);
+// `fc1`: the small tensors beside its weights.
+ExpertsShape check_experts(const LayerPlan& plan, const SideTensors& fc1, const ExpertsArgs& args);
 
 BatchedShape check_finalize(const LayerPlan& plan, const FinalizeArgs& args);
 

@@ -111,20 +111,23 @@ std::string to_string(const Tensor& tensor) {
   return text + "] on " + to_string(tensor.device);
 }
 
-WorkspaceBuffer::WorkspaceBuffer(Device device, std::size_t bytes) : device_(device) {
+WorkspaceBuffer::WorkspaceBuffer(Device device, std::size_t bytes) {
   if (bytes == 0) return;
-  workspace_ = {backend(device).allocate(bytes), bytes};
+  const Backend& memory = backend(device);
+  backend_ = &memory;
+  workspace_ = {memory.allocate(bytes), bytes};
 }
 
 WorkspaceBuffer::~WorkspaceBuffer() {
-  if (workspace_.data != nullptr) backend(device_).deallocate(workspace_.data);
+  if (workspace_.data != nullptr)
+    static_cast<const Backend*>(backend_)->deallocate(workspace_.data);
 }
 
 WorkspaceBuffer::WorkspaceBuffer(WorkspaceBuffer&& other) noexcept
-    : device_(other.device_), workspace_(std::exchange(other.workspace_, {})) {}
+    : backend_(other.backend_), workspace_(std::exchange(other.workspace_, {})) {}
 
 WorkspaceBuffer& WorkspaceBuffer::operator=(WorkspaceBuffer&& other) noexcept {
-  std::swap(device_, other.device_);
+  std::swap(backend_, other.backend_);
   std::swap(workspace_, other.workspace_);
   return *this;
 }

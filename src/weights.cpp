@@ -239,19 +239,22 @@ void SideStore::load(std::int64_t expert, const SideTensors& one, std::string_vi
   }
   for (Entry& entry : entries_) {
     const Tensor& given = entry.tensor ? one.*entry.tensor : one.activation.*entry.parameter;
-    if (!given.defined()) continue;
-    Tensor& stored = slot(entry);
-    if (!stored.defined()) {
+    if (!given.defined()) {  // what replacing weights leave out is gone
+      if (!entry.seen.empty()) entry.seen[static_cast<std::size_t>(expert)] = false;
+      continue;
+    }
+    if (!entry.memory.defined()) {
       const std::size_t size =
           static_cast<std::size_t>(spec_.experts * entry.width) * sizeof(float);
       memory_.push_back(backend_->allocate(size));
       bytes_ += size;
       const std::int64_t shape[2] = {spec_.experts, entry.width};
-      stored = Tensor::contiguous(memory_.back(), DType::kF32,
-                                  std::span(shape).first(entry.width > 1 ? 2 : 1),
-                                  backend_->info().device);
+      entry.memory = Tensor::contiguous(memory_.back(), DType::kF32,
+                                        std::span(shape).first(entry.width > 1 ? 2 : 1),
+                                        backend_->info().device);
       entry.seen.assign(static_cast<std::size_t>(spec_.experts), false);
     }
+    Tensor& stored = slot(entry) = entry.memory;
     const std::vector<float> values = to_host_f32(*backend_, given);
     if (static_cast<std::int64_t>(values.size()) != entry.width)
       invalid(
@@ -263,8 +266,12 @@ void SideStore::load(std::int64_t expert, const SideTensors& one, std::string_vi
   }
 }
 
-void SideStore::check_complete(std::string_view argument) const {
-  for (const Entry& entry : entries_) {
+void SideStore::complete(std::string_view argument) {
+  for (Entry& entry : entries_) {
+    if (std::find(entry.seen.begin(), entry.seen.end(), true) == entry.seen.end()) {
+      slot(entry) = {};
+      continue;
+    }
     const auto missing = std::find(entry.seen.begin(), entry.seen.end(), false);
     if (missing != entry.seen.end())
       throw Error(

@@ -29,7 +29,8 @@ SideTensors side_views(const WeightSpec& spec, std::int64_t experts, const GemmW
                        const ActivationWeights& activation, std::string_view argument);
 
 // Device copies of one product's side tensors, filled expert by expert. A tensor that one expert has
-// every expert must have: `check_complete` says so by name.
+// every expert must have: `complete` says so by name. Loading an expert again replaces its tensors; one
+// that no expert has any more is undefined again.
 class SideStore {
  public:
   SideStore(const Backend& backend, const WeightSpec& spec) : backend_(&backend), spec_(spec) {}
@@ -38,7 +39,7 @@ class SideStore {
   SideStore& operator=(const SideStore&) = delete;
 
   void load(std::int64_t expert, const SideTensors& one, std::string_view argument);
-  void check_complete(std::string_view argument) const;
+  void complete(std::string_view argument);
   const SideTensors& tensors() const { return tensors_; }
   std::size_t bytes() const { return bytes_; }
 
@@ -48,6 +49,7 @@ class SideStore {
     Tensor SideTensors::* tensor = nullptr;
     Tensor ActivationWeights::* parameter = nullptr;
     std::int64_t width = 1;  // values per expert
+    Tensor memory{};  // of all experts, once one had such a tensor
     std::vector<bool> seen{};
   };
   Tensor& slot(const Entry& entry);

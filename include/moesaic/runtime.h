@@ -37,8 +37,8 @@ MOESAIC_API void set_parallel_hook(ParallelHook hook);
 
 // --- kernel overrides, for tests and timings ----------------------------------------------------
 // CPU: "scalar", "avx2", "avx512", "avx512_bf16", ... ; CUDA: "sm80", "sm90a"; "" : the best one.
-// Also MOESAIC_CPU_ISA and MOESAIC_CUDA_ARCH. Affects layers made afterwards. Throws kInvalidArgument
-// for a level this machine has not, kUnsupported in a build without CUDA.
+// Also MOESAIC_CPU_ISA and MOESAIC_CUDA_ARCH. Affects layers made afterwards. Throws kUnsupported
+// for a level this machine has not, and in a build without CUDA.
 MOESAIC_API void set_kernels(DeviceType type, std::string_view level);
 MOESAIC_API std::vector<std::string> available_kernels(DeviceType type);  // best last
 

@@ -126,7 +126,7 @@ class MOESAIC_API WorkspaceBuffer {
   Workspace view() const { return workspace_; }
 
  private:
-  Device device_{};
+  const void* backend_ = nullptr;  // which allocated it, and frees it
   Workspace workspace_{};
 };
 

@@ -296,8 +296,10 @@ AlignParams align_params(const AlignStage& s) {
 
 std::size_t align_scratch(std::int64_t slots, std::int64_t experts) {
   if (slots <= kSlotsOfEach) return 0;
-  return static_cast<std::size_t>(ceil_div(slots, chunk_size(slots)) * experts) *
-         sizeof(std::int32_t);
+  // Not by chunk_size, whose steps would give some more slots fewer chunks: a workspace for more
+  // tokens serves fewer.
+  const std::int64_t most = std::min(ceil_div(slots, kCountedChunk), std::int64_t{kMaxChunks});
+  return static_cast<std::size_t>(most * experts) * sizeof(std::int32_t);
 }
 
 void run_align(const AlignStage& stage, const DeviceTraits& device, cudaStream_t stream) {

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/backend_cuda.h"
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -167,6 +171,10 @@ void CudaBackend::gemm(const GemmStage& stage, Stream stream) const {
   check_views(stage);
   family_for(stage.b->spec, device_).run(stage, device_, native(stream));
 }
+void CudaBackend::check_rows(const WeightSpec& spec, const Tensor& a) const {
+  check_ascending("a", a);
+  family_for(spec, device_).check_rows(a);
+}
 void CudaBackend::activate(const ActivateStage& stage, Stream stream) const {
   const DeviceGuard guard(device_.index);
   run_activate(stage, device_, native(stream));
@@ -289,7 +297,12 @@ Support cuda_support(const LayerConfig& config) {
 }
 
 void set_cuda_kernels(std::string_view level) {
-  cuda::level() = cuda::parse_level(level, "set_kernels");
+  const cuda::Level chosen = cuda::parse_level(level, "set_kernels");
+  const std::vector<std::string> here = available_cuda_kernels();
+  if (!level.empty() && std::find(here.begin(), here.end(), level) == here.end())
+    unsupported(fmt::format("set_kernels: no device of this machine runs {} kernels; it has: {}",
+                            level, here.empty() ? "none" : fmt::to_string(fmt::join(here, ", "))));
+  cuda::level() = chosen;
 }
 
 std::vector<std::string> available_cuda_kernels() {

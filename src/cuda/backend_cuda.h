@@ -48,6 +48,7 @@ class CudaBackend final : public Backend {
   void quantize_and_align(const QuantizeStage& quantizer, const AlignStage& align,
                           Stream stream) const override;
   void gemm(const GemmStage& stage, Stream stream) const override;
+  void check_rows(const WeightSpec& spec, const Tensor& a) const override;
   void activate(const ActivateStage& stage, Stream stream) const override;
   void combine(const CombineStage& stage, Stream stream) const override;
 

@@ -21,22 +21,23 @@ const GemmFamily& family_for(const WeightSpec& spec, const DeviceTraits& device)
   unsupported(refusal(spec));
 }
 
+void check_ascending(std::string_view argument, const Tensor& t) {
+  for (int i = 0; t.defined() && i < t.rank; ++i) {
+    if (t.strides[i] < 0 && t.shape[i] > 1)
+      unsupported(fmt::format(
+          "{}: dimension {} has a negative stride, which no CUDA kernel follows; pass a "
+          "contiguous copy",
+          argument, i));
+  }
+}
+
 void check_views(const GemmStage& stage) {
-  const auto ascending = [](std::string_view argument, const Tensor& t) {
-    for (int i = 0; t.defined() && i < t.rank; ++i) {
-      if (t.strides[i] < 0 && t.shape[i] > 1)
-        unsupported(fmt::format(
-            "{}: dimension {} has a negative stride, which no CUDA kernel follows; pass a "
-            "contiguous copy",
-            argument, i));
-    }
-  };
-  ascending("a", stage.a);
+  check_ascending("a", stage.a);
   const WeightOperand& b = *stage.b;
   if (b.packed != nullptr) return;
-  ascending("b.weight", b.plain.weight);
-  ascending("b.scale", b.plain.scale);
-  ascending("b.zero_point", b.plain.zero_point);
+  check_ascending("b.weight", b.plain.weight);
+  check_ascending("b.scale", b.plain.scale);
+  check_ascending("b.zero_point", b.plain.zero_point);
   if (b.plain.scale.defined() && !b.spec.e8m0_scales && b.plain.scale.dtype != DType::kF32)
     unsupported(
         fmt::format("b.scale: CUDA kernels read the scales of weights in place as f32, got {}; "

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "backend.h"
@@ -22,6 +23,8 @@ struct GemmFamily {
   // Token rows per tile that the family wants for `slots` live slots: see RowMap::tile_rows.
   std::int64_t (*tile_rows)(const WeightSpec& fc1, std::int64_t slots, const DeviceTraits& device);
   std::vector<Tactic> (*tactics)(const WeightSpec& spec, const DeviceTraits& device);
+  // Refuses by name rows whose address or strides no kernel of the family takes; run does, too.
+  void (*check_rows)(const Tensor& a);
   void (*run)(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream);
   // As in Backend, where fc1 is this family's; null: kStage.
   QuantizedBy (*intermediate_quantized_by)(const WeightSpec& fc1, const WeightSpec& fc2,
@@ -50,6 +53,7 @@ const GemmFamily& family_for(const WeightSpec& spec, const DeviceTraits& device)
 // Throws kUnsupported by name for views that no family follows: negative strides, and scales of
 // weights in place that are not f32.
 void check_views(const GemmStage& stage);
+void check_ascending(std::string_view argument, const Tensor& t);
 // Why no family takes it, and what to use instead.
 std::string refusal(const WeightSpec& spec);
 

@@ -169,11 +169,13 @@ int copy_shift(const char* argument, std::initializer_list<std::uint64_t> values
       ": data and strides must be multiples of 4 bytes on cuda; copy it into a dense tensor");
 }
 
-// Strides of a rank 2 or rank 3 view whose last dimension is the columns.
+// Strides of a rank 2 or rank 3 view whose last dimension is the columns; of what is there once
+// none.
 RowStrides row_strides(const Tensor& t) {
-  if (t.rank == 2) return {.inner = t.strides[0]};
-  return {.outer = t.strides[0],
-          .inner = t.strides[1],
+  const auto stride = [&](int i) { return t.shape[i] > 1 ? t.strides[i] : 0; };
+  if (t.rank == 2) return {.inner = stride(0)};
+  return {.outer = stride(0),
+          .inner = stride(1),
           .inner_rows = static_cast<std::uint32_t>(std::max<std::int64_t>(t.shape[1], 1))};
 }
 
@@ -207,13 +209,20 @@ void set_rows(Sm80Params& p, const GemmStage& stage) {
   p.top_k = static_cast<std::uint32_t>(std::max<std::int64_t>(stage.top_k, 1));
 }
 
+int shift_of_rows(const Tensor& a) {
+  const auto size = static_cast<std::int64_t>(size_of(a.dtype));
+  const RowStrides rows = row_strides(a);
+  return copy_shift("a", {address(a.data), static_cast<std::uint64_t>(rows.outer * size),
+                          static_cast<std::uint64_t>(rows.inner * size)});
+}
+void check_rows(const Tensor& a) { shift_of_rows(a); }
+
 void set_activations(Sm80Params& p, const GemmStage& stage) {
   const Tensor& a = stage.a;
   const std::int64_t size = static_cast<std::int64_t>(size_of(a.dtype));
   RowStrides rows = row_strides(a);
   p.a = a.as<const char>();
-  p.a_shift = copy_shift("a", {address(a.data), static_cast<std::uint64_t>(rows.outer * size),
-                               static_cast<std::uint64_t>(rows.inner * size)});
+  p.a_shift = shift_of_rows(a);
   rows.outer = rows.outer * size >> p.a_shift;
   rows.inner = rows.inner * size >> p.a_shift;
   const std::int64_t last = a.rank == 3
@@ -249,7 +258,7 @@ void set_weights(Sm80Params& p, const GemmStage& stage) {
   p.experts = static_cast<std::int32_t>(spec.experts);
   p.k = static_cast<std::int32_t>(spec.k);
   p.w = w.as<const char>();
-  p.w_expert = w.strides[0] * stored;
+  p.w_expert = spec.experts > 1 ? w.strides[0] * stored : 0;
   p.w_shift = copy_shift("weight", {address(w.data), static_cast<std::uint64_t>(p.w_expert),
                                     static_cast<std::uint64_t>(w.strides[1] * stored)});
   p.w_row = w.strides[1] * stored >> p.w_shift;
@@ -397,6 +406,7 @@ const GemmFamily& family_sm80() {
   static constexpr GemmFamily kFamily{.supports = supports,
                                       .tile_rows = tile_rows,
                                       .tactics = tactics,
+                                      .check_rows = check_rows,
                                       .run = run,
                                       .makes_tiles = makes_tiles};
   return kFamily;

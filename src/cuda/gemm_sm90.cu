@@ -312,6 +312,7 @@ const GemmFamily& family_sm90() {
   static constexpr GemmFamily kFamily{.supports = supports,
                                       .tile_rows = tile_rows,
                                       .tactics = tactics,
+                                      .check_rows = check_rows,
                                       .run = run,
                                       .intermediate_quantized_by = intermediate_quantized_by,
                                       .gemm1_quantizes = gemm1_quantizes,

@@ -282,6 +282,7 @@ const GemmFamily& family_sm90_dequant() {
   static constexpr GemmFamily kFamily{.supports = supports,
                                       .tile_rows = tile_rows,
                                       .tactics = tactics,
+                                      .check_rows = check_rows,
                                       .run = run,
                                       .makes_tiles = makes_tiles,
                                       .rearranges_u4 = true,

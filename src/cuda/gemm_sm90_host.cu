@@ -136,11 +136,7 @@ void set_side(Params& p, const GemmStage& stage) {
 void set_tokens(Params& p, const GemmStage& stage, Element element, const TaskShape& task) {
   const Tensor& a = stage.a;
   const std::int64_t bytes = size_of(element), unit = 16 / bytes, k = stage.b->spec.k;
-  if (!multiples(a, unit) || !aligned(a.data, 16)) {
-    unsupported(
-        "a: the wgmma kernels read rows that start at multiples of 16 bytes; pass a contiguous "
-        "copy");
-  }
+  check_rows(a);
   p.a_row = stage.a_row;
   p.top_k = stage.top_k;
   p.a = a.as<const char>();
@@ -175,6 +171,15 @@ bool reads_weights_once(const Params& p, std::uint64_t row_bytes) {
 }
 
 }  // namespace
+
+void check_rows(const Tensor& a) {
+  const auto unit = static_cast<std::int64_t>(16 / size_of(a.dtype));
+  if (!multiples(a, unit) || !aligned(a.data, 16)) {
+    unsupported(
+        "a: the wgmma kernels read rows that start at multiples of 16 bytes; pass a contiguous "
+        "copy");
+  }
+}
 
 void set_arguments(Params& p, const GemmStage& stage, Element element, const TaskShape& task) {
   const WeightSpec& spec = stage.b->spec;

@@ -39,6 +39,8 @@ int fair_run(std::int64_t longest, std::int64_t tasks, std::int64_t least, const
              const DeviceTraits& device);
 inline constexpr std::int64_t kLongestRun = 8;
 
+// Rows that begin at multiples of 16 bytes. Throws kUnsupported.
+void check_rows(const Tensor& a);
 // Everything but weights and scales; `element`: of the tokens (f16 and bf16 are the same here).
 // Throws kUnsupported by name.
 void set_arguments(Params& p, const GemmStage& stage, Element element, const TaskShape& task);

@@ -49,7 +49,8 @@ inline bool sliceable(const QuantizeParams& p) {
   return in_place && p.row_weights == nullptr && p.prequant == nullptr &&
          p.columns % kSliceVec == 0 && p.columns <= kSliceGroup * 0xffff &&
          p.input_stride % 8 == 0 && p.output_stride % kSliceVec == 0 && by_sixteen(p.input) &&
-         by_sixteen(p.output) && p.input_stride <= kMost && p.output_stride <= kMost;
+         by_sixteen(p.output) && std::abs(p.input_stride) <= kMost &&
+         std::abs(p.output_stride) <= kMost;
 }
 
 // Sixteen values of 16 bits as they came.

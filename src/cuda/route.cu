@@ -73,14 +73,14 @@ __device__ __forceinline__ void choose_groups(const RouteParams& p, const float*
                                               float* group_score, bool* kept) {
   const int lane = threadIdx.x, size = p.experts / p.groups;
   for (int g = lane; g < p.groups; g += 32) {
-    float first = -INFINITY, second = -INFINITY;
-    int i = g % size;  // lanes begin at different members: no bank conflicts
+    float first = NAN, second = NAN;  // NaN ranks last, and a sum with it, too
+    int i = g % size;                 // lanes begin at different members: no bank conflicts
     for (int n = 0; n < size; ++n) {
       const float c = choice[g * size + i];
-      if (c > first) {
+      if (order_key(c) > order_key(first)) {
         second = first;
         first = c;
-      } else if (c > second) {
+      } else if (order_key(c) > order_key(second)) {
         second = c;
       }
       if (++i == size) i = 0;
@@ -280,7 +280,6 @@ RouteParams make_params(const RouteStage& s, const Tensor& logits) {
     case RoutingMethod::kLlama4:
     case RoutingMethod::kSigmoid:
       p.weight = Score::kSigmoid;
-      p.divisor = Divisor::kTiny;
       break;
     case RoutingMethod::kSqrtSoftplus:
       p.weight = Score::kSqrtSoftplus;

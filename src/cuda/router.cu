@@ -278,7 +278,8 @@ void run_router(const RouteStage& s, const DeviceTraits& device, cudaStream_t st
       constexpr std::int64_t kMostStride = 0x7fffffff / 64;
       // Larger tiles read each row fewer times, once there are enough of them.
       if constexpr (kOnTensorCores<X, W>) {
-        if (!p.x_wide || !p.w_wide || p.x_stride > kMostStride || p.w_stride > kMostStride)
+        if (!p.x_wide || !p.w_wide || std::abs(p.x_stride) > kMostStride ||
+            std::abs(p.w_stride) > kMostStride)
           return tiles(router_tiles<X, W, OneByOne, 1, 1, 1>, 16, 8);
         constexpr bool kInParts = sizeof(W) == 4;  // which take more registers
         if constexpr (!kInParts) {

@@ -56,6 +56,11 @@ static void test_errors(void) {
   EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_INVALID_ARGUMENT);
   EXPECT(strstr(moesaic_last_error(), "top_k") != NULL);
   wrong = config;
+  no_scheme.reserved = 1; /* may mean something one day */
+  wrong.quant = &no_scheme;
+  EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_UNSUPPORTED);
+  EXPECT(strstr(moesaic_last_error(), "reserved") != NULL);
+  no_scheme.reserved = 0;
   no_scheme.scheme = 99;
   wrong.quant = &no_scheme;
   EXPECT(moesaic_layer_create(&wrong, kCpu, &layer) == MOESAIC_INVALID_ARGUMENT);
@@ -75,6 +80,9 @@ static void test_errors(void) {
   EXPECT(supported == 1);
   bad.rank = 7;
   sum.input = &bad;
+  EXPECT(moesaic_sum(&sum) == MOESAIC_INVALID_ARGUMENT);
+  EXPECT(strstr(moesaic_last_error(), "input.rank") != NULL);
+  bad = moesaic_tensor_dense(x_view.data, MOESAIC_F32, NULL, 2, kCpu);
   EXPECT(moesaic_sum(&sum) == MOESAIC_INVALID_ARGUMENT);
   EXPECT(strstr(moesaic_last_error(), "input.rank") != NULL);
   bad = x_view;

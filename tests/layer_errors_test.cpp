@@ -177,6 +177,53 @@ TEST(LayerErrors, ConfigurationsThatCannotBeAreRefusedByName) {
             std::string::npos);
 }
 
+// A caller may have cast any number to an enumeration.
+TEST(LayerErrors, EnumeratorsThatAreNoneAreRefusedByName) {
+  const auto refused = [](const char* argument, auto change) {
+    LayerConfig config = small_config();
+    change(&config);
+    const std::string text = complaint([&] { Layer layer(config); });
+    EXPECT_TRUE(text.starts_with(argument)) << "'" << text << "'";
+    EXPECT_FALSE(supports(config, Format::kBatched).supported);
+  };
+  refused("scheme", [](LayerConfig* c) { c->quant.scheme = Scheme{99}; });
+  refused("weight_scale", [](LayerConfig* c) { c->quant.weight_scale = WeightScale{9}; });
+  refused("act_scale", [](LayerConfig* c) { c->quant.act_scale = ActScale{9}; });
+  refused("int8_rounding", [](LayerConfig* c) { c->quant.int8_rounding = Int8Rounding{9}; });
+  refused("activation.kind", [](LayerConfig* c) { c->activation.kind = Activation{99}; });
+  refused("activation.order", [](LayerConfig* c) { c->activation.order = GateOrder{9}; });
+  refused("activation.layout", [](LayerConfig* c) { c->activation.layout = GateLayout{9}; });
+  refused("routing.method", [](LayerConfig* c) { c->routing.method = RoutingMethod{99}; });
+  refused("routing.renormalize", [](LayerConfig* c) { c->routing.renormalize = Renormalize{9}; });
+  refused("weight_on", [](LayerConfig* c) { c->weight_on = WeightOn{9}; });
+  refused("weight_storage", [](LayerConfig* c) { c->weight_storage = WeightStorage{9}; });
+  EXPECT_FALSE(supports(small_config(), Format{9}).supported);
+  EXPECT_NE(complaint([] { Layer layer(small_config(), {DeviceType{9}, 0}); }).find("device.type"),
+            std::string::npos);
+  const GoodCall call;
+  const std::string text = call.complaint_of([](ForwardArgs* a) { a->accumulate = Accumulate{9}; });
+  EXPECT_TRUE(text.starts_with("accumulate")) << text;
+}
+
+// What `supports` says is what the constructor does, to the word.
+TEST(LayerErrors, SupportsKnowsWhatTheConstructorRefuses) {
+  const auto same = [](auto change) {
+    LayerConfig config = small_config(Scheme::kInt4W4A16);
+    change(&config);
+    const Support support = supports(config, Format::kStandard);
+    const std::string text = complaint([&] { Layer layer(config); });
+    EXPECT_EQ(support.supported, text.empty()) << text;
+    EXPECT_NE(text.find(support.reason), std::string::npos) << text << " / " << support.reason;
+    return text;
+  };
+  EXPECT_EQ(same([](LayerConfig*) {}), "");
+  EXPECT_NE(same([](LayerConfig* c) { c->shared_experts = 1, c->shared_intermediate = 33; }), "");
+  EXPECT_NE(same([](LayerConfig* c) { c->workspace_cap = 100; }), "");
+  LayerConfig capped = small_config();
+  capped.workspace_cap = 100;  // a cap is forward's: stages have none
+  EXPECT_TRUE(supports(capped, Format::kBatched).supported);
+}
+
 TEST(LayerErrors, WeightsThatDoNotFitAreRefusedByName) {
   const LayerConfig config = small_config(Scheme::kInt4W4A16);
   const WeightData good = make_weights(config, {});

@@ -406,6 +406,29 @@ TEST(Route, StridedLogitsAndHiddenStates) {
   EXPECT_TRUE(run({.logits = x}, 6, 4) == run({.logits = dense.view()}, 6, 4));
 }
 
+TEST(Route, AsManyExpertsAsThereMayBe) {
+  FRESH_RNG(rng);
+  const HostTensor most = random_tensor(rng, DType::kF32, {2, 2048});
+  const Result result = run({.logits = most.view()}, 2, 4);
+  for (const std::int32_t id : result.ids) EXPECT_TRUE(id >= 0 && id < 2048);
+  const HostTensor more = random_tensor(rng, DType::kF32, {1, 2049});
+  try {
+    run({.logits = more.view()}, 1, 4);
+    ADD_FAILURE() << "2049 experts";
+  } catch (const Error& error) {
+    EXPECT_TRUE(std::string(error.what()).starts_with("logits: experts")) << error.what();
+  }
+}
+
+TEST(Route, SparseMixerHasNoSelectionBias) {
+  const HostTensor z(DType::kF32, {1, 16}), bias(DType::kF32, {16});
+  EXPECT_THROW(run({.spec = {.method = RoutingMethod::kSparseMixer},
+                    .logits = z.view(),
+                    .router = {.selection_bias = bias.view()}},
+                   1, 2),
+               Error);
+}
+
 TEST(Route, NoTokens) {
   const HostTensor z(DType::kF32, {0, 16});
   EXPECT_NO_THROW(run({.logits = z.view()}, 0, 4));

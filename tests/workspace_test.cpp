@@ -39,5 +39,23 @@ TEST(Workspace, IsWhatArithmeticNeeds) {
       }
 }
 
+// A workspace for T tokens serves fewer, whatever chunks a cap makes of them.
+TEST(Workspace, UnderACapOneServesFewerTokens) {
+  LayerConfig config{
+      .experts = 8, .hidden = 256, .intermediate = 256, .top_k = 2, .max_tokens = 512};
+  for (const DeviceInfo& info : devices())
+    for (const std::size_t cap : {0, 200000, 300000, 500000, 1000000}) {
+      config.workspace_cap = cap;
+      const LayerPlan plan = make_plan(config, info.device);
+      std::size_t before = 0;
+      for (std::int64_t tokens = 0; tokens <= config.max_tokens; ++tokens) {
+        const std::size_t bytes = forward_workspace_bytes(plan, nullptr, tokens);
+        ASSERT_GE(bytes, before) << to_string(info.device) << " cap " << cap << " T=" << tokens;
+        if (cap > 0) ASSERT_LE(bytes, cap);
+        before = bytes;
+      }
+    }
+}
+
 }  // namespace
 }  // namespace moesaic::harness

@@ -91,7 +91,7 @@ class MOESAIC_API Layer {
   const LayerConfig& config() const;
   Device device() const;
 
-  // Attach weights. They are copied and packed; the caller's tensors, host or device memory, may go
+  // Attach weights, or put others in their place: what these leave out (a bias, say) is gone. They are copied and packed; the caller's tensors, host or device memory, may go
   // away afterwards. Throws kInvalidArgument for tensors that do not fit, kOutOfMemory.
   // WeightStorage::kInPlace: fc1.weight and fc2.weight must be dense, on the layer's device and
   // 16-byte aligned. Keep them alive and unwritten until the layer is destroyed. On SM90 the layer

@@ -77,7 +77,7 @@ struct GemmWeights {
                        // ActScale::kTensorStatic, not read otherwise
   Tensor prequant;     // int4_w4a8_fp8 and int4_w4a8_int8 only: f32, f16 or bf16 [K] or [E, K], the
                        // AWQ factor of the activations before they are quantized (FlashInfer's W4A8
-                       // mode of 8 tensors)
+                       // mode of 8 tensors). Rows that come quantized are refused with it
   Tensor alpha;        // extra factor on the product, f32 [E] (the same mode's)
 };
 

@@ -51,7 +51,7 @@ struct RouterWeights {
   Tensor weight;          // [E, H] f32, f16 or bf16, whatever dtype x has; z = x W^T accumulated in fp32.
                           // (Checkpoint makes f32 of routers that a file holds in fp8 or f64)
   Tensor bias;            // [E] f32/f16/bf16, added to z (GPT-OSS)
-  Tensor selection_bias;  // [E] f32/f16/bf16, e_score_correction_bias
+  Tensor selection_bias;  // [E] f32/f16/bf16, e_score_correction_bias; not with sparsemixer
 };
 
 struct RouteArgs {

@@ -41,7 +41,7 @@ struct ExpertsArgs {
   BatchedRows batched;
   SortedRows sorted;
   Tensor row_weights; // optional f32 [T * k] by slot (sorted only): multiplies the output, with
-                      // WeightOn::kInput the input
+                      // WeightOn::kInput the input (which then must be 16-bit rows)
   Tensor output;      // batched [E_local, capacity, H]; sorted [T * k, H] by slot. f32, f16 or bf16.
                       // Rows behind an expert's last token are not written.
   std::int64_t expected_tokens = 0;  // batched: a hint, tokens (not rows) that are live over all

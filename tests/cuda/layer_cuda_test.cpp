@@ -13,6 +13,7 @@
 #include "experts.h"
 #include "forward.h"
 #include "harness/execute.h"
+#include "harness/fixture.h"
 #include "harness/formats.h"
 #include "harness/verify.h"
 #include "layer_impl.h"
@@ -350,6 +351,29 @@ TEST_P(OnCuda, FusedAndSeparateQuantizersGiveTheSameBits) {
         EXPECT_EQ(call.y.to_host().bytes(), expected);
       }
   EXPECT_EQ(fused > 0, GetParam() == "sm90a");
+}
+
+// Rows that no product reads where they lie: refused before any output is written, the counts of
+// align included, which runs in front of the products.
+TEST_P(OnCuda, MisalignedRowsAreRefusedBeforeAnythingIsWritten) {
+  for (const std::int64_t tokens : {3, 700}) {
+    const Loaded loaded(small_case(default_variant(Scheme::kBF16), tokens));
+    const Call call(loaded, loaded.batch);
+    const LayerConfig& config = loaded.layer.config();
+    DeviceTensor counts(kGpu, DType::kI32, {config.experts});
+    const std::vector<std::byte> before = counts.to_host().bytes();
+    const std::vector<std::byte> output = call.y.to_host().bytes();
+    DeviceTensor rows(kGpu, DType::kBF16, {tokens, config.hidden + 1});
+    ForwardArgs args = call.args();
+    args.tokens_per_expert = counts.view();
+    args.hidden_states = rows.view();
+    args.hidden_states.shape[1] = config.hidden;  // every second row begins 2 bytes beside a word
+    EXPECT_NE(complaint([&] { loaded.layer.forward(args); }).find("multiples of"),
+              std::string::npos);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    EXPECT_EQ(counts.to_host().bytes(), before);
+    EXPECT_EQ(call.y.to_host().bytes(), output);
+  }
 }
 
 TEST_P(OnCuda, NoTokens) {

@@ -12,6 +12,7 @@ struct RouteCase {
   std::int64_t tokens = 7, experts = 64, top_k = 4;
   DType dtype = DType::kF32;
   bool bias = false, selection_bias = false, odd_values = false;
+  std::vector<double> row{};  // every token's logits, in place of random ones
 };
 
 void check_route(const RouteCase& c, std::uint64_t seed) {
@@ -24,8 +25,11 @@ void check_route(const RouteCase& c, std::uint64_t seed) {
   std::vector<std::uint8_t> z(static_cast<std::size_t>(c.tokens * c.experts) * size_of(c.dtype)),
       bias(static_cast<std::size_t>(c.experts) * 2),
       selection(static_cast<std::size_t>(c.experts) * 4);
-  for (std::int64_t i = 0; i < c.tokens * c.experts; ++i)
-    harness::store_element(z.data(), c.dtype, i, static_cast<double>(rng.below(80) - 40) / 8);
+  for (std::int64_t i = 0; i < c.tokens * c.experts; ++i) {
+    const double any = static_cast<double>(rng.below(80) - 40) / 8;
+    harness::store_element(z.data(), c.dtype, i,
+                           c.row.empty() ? any : c.row[static_cast<std::size_t>(i % c.experts)]);
+  }
   if (c.odd_values && c.tokens > 2) {
     harness::store_element(z.data(), c.dtype, 3, std::nan(""));
     for (std::int64_t e = 0; e < c.experts; ++e)
@@ -80,10 +84,7 @@ TEST(RouteCuda, EveryMethodAndOption) {
                                                             : std::min<std::int64_t>(experts, 8);
           if (experts == 2048 && c.top_k == 8) c.top_k = 32;
           c.bias = biased;
-          c.selection_bias =
-              biased &&
-              (method == RoutingMethod::kDeepSeekV3 || method == RoutingMethod::kMiniMax2 ||
-               method == RoutingMethod::kSqrtSoftplus || method == RoutingMethod::kSoftmaxBias);
+          c.selection_bias = biased && method != RoutingMethod::kSparseMixer;
           const bool grouped =
               method == RoutingMethod::kDeepSeekV3 || method == RoutingMethod::kDeepSeekV2;
           if (grouped && experts % 8 == 0) {
@@ -108,6 +109,34 @@ TEST(RouteCuda, NotANumberRanksLast) {
     RouteCase c{.spec = {.method = method}, .experts = 32, .odd_values = true};
     if (method == RoutingMethod::kLlama4) c.top_k = 1;
     check_route(c, ++seed);
+  }
+}
+
+// A group of NaN ranks behind one of -infinity, and so does a sum of two with a NaN in it.
+TEST(RouteCuda, GroupsOfNaN) {
+  MOESAIC_NEEDS_CUDA();
+  const double nan = std::nan("");
+  for (const RoutingMethod method : {RoutingMethod::kDeepSeekV2, RoutingMethod::kDeepSeekV3})
+    for (const int kept : {1, 2, 3, 4}) {
+      RouteCase c{.spec = {.method = method, .groups = 5, .topk_groups = kept},
+                  .experts = 15,
+                  .top_k = 3,
+                  .row = {nan, nan, nan, -HUGE_VAL, -HUGE_VAL, -HUGE_VAL, nan, -HUGE_VAL, nan, -1,
+                          -2, -3, 0.5, nan, nan}};
+      check_route(c, 600);
+    }
+}
+
+// Nothing is added to a sum that is divided by because the caller says so.
+TEST(RouteCuda, SmallSigmoidsRenormalized) {
+  MOESAIC_NEEDS_CUDA();
+  for (const RoutingMethod method : {RoutingMethod::kSigmoid, RoutingMethod::kLlama4,
+                                     RoutingMethod::kSigmoidRenorm, RoutingMethod::kTopK}) {
+    RouteCase c{.spec = {.method = method, .renormalize = Renormalize::kAlways},
+                .experts = 4,
+                .top_k = method == RoutingMethod::kLlama4 ? 1 : 2,
+                .row = {-50, -51, -60, -70}};
+    check_route(c, 650);
   }
 }
 

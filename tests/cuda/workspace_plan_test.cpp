@@ -13,8 +13,11 @@ namespace moesaic::harness {
 namespace {
 
 constexpr Device kDevice{DeviceType::kCuda, 0};
-constexpr std::int64_t kTokens[] = {1,   2,   3,    4,    7,    8,      16,
-                                    100, 128, 1000, 1024, 8192, 50'000, 400'000};
+// (Of some models T * top_k = 2^18 and a little more, where align's scratch once had a step down.)
+constexpr std::int64_t kTokens[] = {1,      2,      3,      4,      7,       8,       16,
+                                    100,    128,    1000,   1024,   8192,    26'214,  26'215,
+                                    32'768, 32'769, 50'000, 65'536, 65'537, 131'072, 131'073,
+                                    400'000};
 
 class WorkspacePlan : public testing::TestWithParam<bool> {
  protected:
@@ -74,6 +77,13 @@ TEST_P(WorkspacePlan, GrowsWithTheTokens) {
       const std::int64_t tile = gpu_.tile_rows(plan.fc1, tokens * plan.config.top_k);
       EXPECT_LE(rows, tile) << "T = " << tokens;
       rows = tile;
+    }
+    // A chunk's buffers serve a shorter chunk, which therefore must not be laid out where it is not.
+    bool laid_out = false;
+    for (std::int64_t slots = 1; slots < 4'000'000; slots += slots / 16 + 1) {
+      const bool by_position = input_layout(plan, slots) == RowOf::kPosition;
+      EXPECT_TRUE(by_position || !laid_out) << slots << " slots";
+      laid_out = by_position;
     }
   });
 }

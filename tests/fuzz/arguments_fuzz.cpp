@@ -1,170 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arbitrary configurations and arguments for Layer, forward, the stages, the grouped GEMM and the
-// pieces around it: an Error, or a call that stays inside the tensors. The tensors' memory is real
-// and poisoned around; their shapes, dtypes, strides and presence are the fuzzer's. Values inside
-// are hostile, too: ids, counts, NaN.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <vector>
+// Arbitrary arguments for Layer, forward, the stages, the grouped GEMM and the pieces around it: an
+// Error, or a call that stays inside the tensors.
+#include "arguments.h"
 
-#include "moesaic/moesaic.h"
-
+namespace moesaic::fuzz {
 namespace {
-
-using namespace moesaic;
-
-// Small numbers from the input; zeros when it ends.
-class Source {
- public:
-  Source(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
-  std::uint8_t byte() { return at_ < size_ ? data_[at_++] : 0; }
-  std::int64_t below(std::int64_t limit) { return byte() % limit; }
-  template <typename E>
-  E choice(int count) {
-    return static_cast<E>(byte() % count);
-  }
-  bool rare() { return byte() >= 240; }
-  // Mostly `usual`; sometimes near it, negative or enormous (only where nothing is allocated from
-  // it).
-  std::int64_t extent(std::int64_t usual) {
-    if (!rare()) return usual;
-    constexpr std::int64_t kOdd[] = {
-        0, -1, 1, INT64_MIN, INT64_MAX, INT64_C(1) << 32, INT64_C(1) << 62};
-    const std::int64_t i = below(9);
-    return i < 7 ? kOdd[i] : usual + (i == 7 ? 1 : -1);
-  }
-
- private:
-  const std::uint8_t* data_;
-  std::size_t size_;
-  std::size_t at_ = 0;
-};
-
-// Owns the memory of every tensor of one run.
-class Memory {
- public:
-  explicit Memory(Source& source) : source_(source) {}
-  // `shape` is what the call wants; now and then something else comes, in memory of the right size
-  // for what is said, or no tensor at all.
-  Tensor tensor(DType dtype, std::vector<std::int64_t> shape) {
-    if (source_.rare()) return {};
-    if (source_.rare()) dtype = source_.choice<DType>(9);
-    for (std::int64_t& extent : shape) extent = source_.extent(extent);
-    if (source_.rare() && shape.size() < Tensor::kMaxRank) shape.push_back(2);
-    if (source_.rare() && shape.size() > 1) shape.pop_back();
-    Tensor t = Tensor::contiguous(nullptr, dtype, shape);
-    if (source_.rare()) {
-      std::int64_t& stride = t.strides[static_cast<std::size_t>(source_.below(t.rank))];
-      const std::int64_t change = source_.below(7) - 3;
-      if (stride < INT64_MAX - 3) stride += change;
-    }
-    // Room for what shape and strides address; impossible ones get none.
-    __int128 low = 0, high = 0;
-    bool empty = false, bad = false;
-    for (int i = 0; i < t.rank; ++i) {
-      const std::int64_t extent = t.shape[static_cast<std::size_t>(i)],
-                         stride = t.strides[static_cast<std::size_t>(i)];
-      bad |= extent < 0;
-      empty |= extent == 0;
-      (stride < 0 ? low : high) += (static_cast<__int128>(extent) - 1) * stride;
-    }
-    constexpr std::int64_t kMaxBytes = 1 << 20;
-    const __int128 span = std::min<__int128>(high - low + 1, 2 * kMaxBytes);  // four bytes each fit
-    const __int128 bytes = span * static_cast<__int128>(size_of(dtype));
-    if (bad || empty || bytes > kMaxBytes) {
-      // A call that accepts an enormous view of no memory must crash here: that is a finding,
-      // except for the library trusting the caller about how much memory there is. So none is
-      // passed on.
-      if (!bad && !empty) skip_ = true;
-      return t;
-    }
-    blocks_.emplace_back(static_cast<std::size_t>(bytes) + 64);
-    std::vector<std::uint8_t>& block = blocks_.back();
-    const std::uint8_t seed = source_.byte();
-    for (std::size_t i = 0; i < block.size(); ++i)
-      block[i] = static_cast<std::uint8_t>(i * seed + (i >> 5));
-    // The end of the block is the end of the tensor, up to alignment.
-    const auto end = reinterpret_cast<std::uintptr_t>(block.data() + block.size()) -
-                     static_cast<std::size_t>(bytes);
-    const std::uintptr_t begin = end / 64 * 64;
-    t.data = reinterpret_cast<void*>(
-        begin - static_cast<std::uintptr_t>(static_cast<std::int64_t>(low) *
-                                            static_cast<std::int64_t>(size_of(dtype))));
-    return t;
-  }
-  bool skip() const { return skip_; }
-
- private:
-  Source& source_;
-  std::vector<std::vector<std::uint8_t>> blocks_;
-  bool skip_ = false;
-};
-
-LayerConfig make_config(Source& s) {
-  LayerConfig c;
-  c.experts = s.rare() ? s.below(9) - 4 : 1 + s.below(6);
-  c.hidden = s.rare() ? s.below(9) - 4 : 2 * (1 + s.below(33));
-  c.intermediate = s.rare() ? s.below(9) - 4 : 2 * (1 + s.below(33));
-  c.top_k = s.rare() ? s.extent(1) : 1 + s.below(3);
-  c.max_tokens = s.rare() ? s.below(9) - 4 : s.below(9);
-  if (s.rare()) c.local = {s.below(9) - 2, s.below(9) - 2};
-  c.quant.scheme = s.choice<Scheme>(kNumSchemes + 1);
-  if (s.rare()) c.quant.weight_scale = s.choice<WeightScale>(6);
-  if (s.rare()) c.quant.act_scale = s.choice<ActScale>(6);
-  c.quant.block_n = s.rare() ? s.extent(16) : 16;
-  c.quant.block_k = s.rare() ? s.extent(16) : 16;
-  c.quant.group_size = s.rare() ? s.extent(16) : 16;
-  c.quant.zero_points = s.rare();
-  c.activation.kind = s.choice<Activation>(kNumActivations);
-  c.activation.order = s.choice<GateOrder>(2);
-  c.activation.layout = s.choice<GateLayout>(2);
-  c.routing.method = s.choice<RoutingMethod>(kNumRoutingMethods);
-  c.routing.groups = static_cast<int>(s.rare() ? s.below(9) - 4 : 1);
-  c.routing.topk_groups = static_cast<int>(s.rare() ? s.below(9) - 4 : 1);
-  c.weight_on = s.choice<WeightOn>(2);
-  const DType usual = c.quant.scheme == Scheme::kF32   ? DType::kF32
-                      : c.quant.scheme == Scheme::kF16 ? DType::kF16
-                                                       : DType::kBF16;
-  c.input_dtype = s.rare() ? s.choice<DType>(9) : usual;
-  c.output_dtype = s.rare() ? s.choice<DType>(9) : usual;
-  c.workspace_cap = s.rare() ? static_cast<std::size_t>(s.byte()) * 64 : 0;
-  return c;
-}
-
-// Weights roughly as the configuration wants them, from the scheme's own description of itself.
-GemmWeights make_weights(const LayerConfig& c, std::int64_t n, std::int64_t k, Source& s, Memory& m,
-                         std::int64_t experts = 1) {
-  const Scheme scheme = c.quant.scheme;
-  const bool four = scheme == Scheme::kInt4W4A16 || scheme == Scheme::kInt4W4A8Fp8 ||
-                    scheme == Scheme::kInt4W4A8Int8 || scheme == Scheme::kMxfp4W4A16;
-  const DType dtype = scheme == Scheme::kF32                                        ? DType::kF32
-                      : scheme == Scheme::kF16                                      ? DType::kF16
-                      : scheme == Scheme::kBF16                                     ? DType::kBF16
-                      : four                                                        ? DType::kU8
-                      : scheme >= Scheme::kFp8Tensor && scheme <= Scheme::kFp8W8A16 ? DType::kF8E4M3
-                                                                                    : DType::kI8;
-  GemmWeights w;
-  w.weight = m.tensor(dtype, {experts, n, four ? k / 2 : k});
-  if (scheme <= Scheme::kBF16) {
-  } else if (scheme == Scheme::kMxfp4W4A16) {
-    w.scale = m.tensor(DType::kU8, {experts, n, (k + 31) / 32});
-  } else if (four) {
-    w.scale = m.tensor(DType::kF32, {experts, n, (k + 15) / 16});
-  } else if (scheme == Scheme::kFp8Block || scheme == Scheme::kInt8Block) {
-    w.scale = m.tensor(DType::kF32, {experts, (n + 15) / 16, (k + 15) / 16});
-  } else if (scheme == Scheme::kFp8Tensor) {
-    w.scale = m.tensor(DType::kF32, {experts});
-  } else {
-    w.scale = m.tensor(DType::kF32, {experts, n});
-  }
-  if (c.quant.zero_points)
-    w.zero_point = m.tensor(DType::kU8, {experts, four ? n / 2 : n, (k + 15) / 16});
-  if (s.rare()) w.bias = m.tensor(DType::kF32, {experts, n});
-  if (c.quant.act_scale == ActScale::kTensorStatic) w.input_scale = m.tensor(DType::kF32, {1});
-  return w;
-}
 
 void fuzz_layer(Source& s) {
   const LayerConfig c = make_config(s);
@@ -182,6 +22,7 @@ void fuzz_layer(Source& s) {
   const std::int64_t tokens = s.below(9);
   ForwardArgs a;
   a.hidden_states = m.tensor(c.input_dtype, {tokens, c.hidden});
+  if (size_of(c.input_dtype) == 1) a.hidden_scale = m.tensor(DType::kF32, {tokens, 1});
   a.output = m.tensor(c.output_dtype, {tokens, c.hidden});
   const std::int64_t how = s.below(4);
   if (how == 0) a.router_logits = m.tensor(DType::kF32, {tokens, c.experts});
@@ -210,9 +51,12 @@ void fuzz_pieces(Source& s) {
   switch (s.below(5)) {
     case 0: {
       RouteArgs a;
-      a.spec.method = s.choice<RoutingMethod>(kNumRoutingMethods);
+      a.spec.method = s.choice<RoutingMethod>(kNumRoutingMethods + 1);
       a.spec.groups = static_cast<int>(s.extent(1));
-      a.logits = m.tensor(DType::kF32, {tokens, experts});
+      const std::int64_t all =
+          s.rare() ? 1900 + s.byte() : experts;  // about as many as there may be
+      a.logits = m.tensor(DType::kF32, {tokens, all});
+      if (s.rare()) a.router.selection_bias = m.tensor(DType::kF32, {all});
       a.topk_ids = m.tensor(DType::kI32, {tokens, k});
       a.topk_weights = m.tensor(DType::kF32, {tokens, k});
       a.workspace = workspace.view();
@@ -292,7 +136,8 @@ void fuzz_grouped(Source& s) {
     const std::int64_t capacity = s.below(9);
     a.a = m.tensor(c.input_dtype, {experts, capacity, k});
     a.batched.num_tokens = m.tensor(DType::kI32, {experts});
-    if (s.rare()) a.a_scale = m.tensor(DType::kF32, {experts, capacity, 1});
+    if (s.rare() || size_of(c.input_dtype) == 1)
+      a.a_scale = m.tensor(DType::kF32, {experts, capacity, 1});
     a.c = m.tensor(DType::kF32, {experts, capacity, n});
   } else {
     constexpr std::int64_t kRows = 4;
@@ -306,6 +151,7 @@ void fuzz_grouped(Source& s) {
     a.c_order = s.choice<RowOrder>(2);
     a.a = m.tensor(c.input_dtype, {a.a_order == RowOrder::kSorted ? capacity : tokens, k});
     if (s.rare()) a.row_weights = m.tensor(DType::kF32, {slots});
+    if (size_of(c.input_dtype) == 1) a.a_scale = m.tensor(DType::kF32, {a.a.shape[0], 1});
     a.c = m.tensor(DType::kF32, {a.c_order == RowOrder::kSorted ? capacity : slots, n});
   }
   if (m.skip()) return;
@@ -313,6 +159,34 @@ void fuzz_grouped(Source& s) {
   a.workspace = workspace.view();
   if (s.rare()) a.workspace.bytes /= 2;
   grouped_gemm(a);
+}
+
+// `experts` on a caller's lists, which hold anything.
+void fuzz_sorted(Source& s) {
+  const LayerConfig c = make_config(s);
+  Memory m(s);
+  const std::int64_t experts = std::clamp<std::int64_t>(
+                         c.local.count > 0 ? c.local.count : c.experts, 0, 8),
+                     tokens = s.below(9), slots = tokens * std::clamp<std::int64_t>(c.top_k, 1, 4);
+  constexpr std::int64_t kRows = 4;
+  const std::int64_t capacity = align_capacity(slots, std::max<std::int64_t>(experts, 1), kRows);
+  const StageShape shape{.format = Format::kSorted, .tokens = tokens, .capacity = capacity};
+  const WorkspaceBuffer workspace({}, stage_workspace_bytes(c, shape));
+  ExpertsArgs e{.format = Format::kSorted};
+  e.rows = m.tensor(s.below(2) ? c.input_dtype : eight_bit_of(c.quant.scheme), {tokens, c.hidden});
+  if (size_of(e.rows.dtype) == 1) e.row_scale = m.tensor(DType::kF32, {tokens, 1});
+  e.sorted = {.slots = m.tensor(DType::kI32, {capacity}),
+              .block_experts = m.tensor(DType::kI32, {(capacity + kRows - 1) / kRows}),
+              .num_padded = m.tensor(DType::kI32, {1}),
+              .block_rows = s.rare() ? s.extent(kRows) : kRows};
+  if (s.below(2)) e.row_weights = m.tensor(DType::kF32, {slots});
+  e.output = m.tensor(DType::kF32, {slots, c.hidden});
+  e.workspace = workspace.view();
+  const std::int64_t n1 = (is_gated(c.activation.kind) ? 2 : 1) * c.intermediate;
+  const LayerWeights w{.fc1 = make_weights(c, n1, c.hidden, s, m, experts),
+                       .fc2 = make_weights(c, c.hidden, c.intermediate, s, m, experts),
+                       .activation = {}};
+  if (!m.skip()) moesaic::experts(c, w, e);
 }
 
 // Level 2 through a batched buffer, each call with its own idea of the shapes.
@@ -327,6 +201,7 @@ void fuzz_stages(Source& s) {
   const bool scaled = c.quant.scheme > Scheme::kBF16;
   PrepareArgs p;
   p.hidden_states = m.tensor(c.input_dtype, {tokens, c.hidden});
+  if (size_of(c.input_dtype) == 1) p.hidden_scale = m.tensor(DType::kF32, {tokens, 1});
   p.topk_ids = m.tensor(DType::kI32, {tokens, c.top_k});
   p.topk_weights = m.tensor(DType::kF32, {tokens, c.top_k});
   if (s.rare()) p.expert_map = m.tensor(DType::kI32, {c.experts});
@@ -367,16 +242,18 @@ void fuzz_stages(Source& s) {
 }
 
 }  // namespace
+}  // namespace moesaic::fuzz
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  using namespace moesaic::fuzz;
   static const bool once = [] {
-    set_num_threads(1);
+    moesaic::set_num_threads(1);
     return true;
   }();
   static_cast<void>(once);
   Source source(data, size);
   try {
-    switch (source.below(4)) {
+    switch (source.below(5)) {
       case 0:
         fuzz_layer(source);
         break;
@@ -386,10 +263,13 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       case 2:
         fuzz_grouped(source);
         break;
+      case 3:
+        fuzz_sorted(source);
+        break;
       default:
         fuzz_stages(source);
     }
-  } catch (const Error&) {
+  } catch (const moesaic::Error&) {
   }
   return 0;
 }

@@ -23,7 +23,8 @@ struct ExpertRange {
 struct SortedRows {
   Tensor slots;          // [capacity] i32
   Tensor block_experts;  // [capacity / block_rows] i32; -1: not on this rank, rows are zero
-  Tensor num_padded;     // [1] i32: how many of `slots` are in use
+  Tensor num_padded;     // [1] i32: how many of `slots` are in use, whole blocks (one that the end of
+                         // `slots` cuts off may be left out)
   std::int64_t block_rows = 0;
 };
 

@@ -1,5 +1,5 @@
 # The CUDA backend. src/cuda/*.cu are compiled for the two families this library has kernels for:
-#   sm_90a  Hopper: wgmma, TMA              (files named *_sm90*.cu only for this)
+#   sm_90a  Hopper: wgmma, TMA              (src/cuda/sm90/ only for this)
 #   sm_80   Ampere, and what runs its SASS  (sm_80 and sm_90 SASS, compute_80 PTX for newer parts)
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80 90-real)  # the family below; nothing asks for a GPU in this machine
@@ -13,7 +13,7 @@ set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 find_package(CUDAToolkit 13 REQUIRED)
 
-file(GLOB_RECURSE MOESAIC_CUDA_SM90 CONFIGURE_DEPENDS src/cuda/*_sm90*.cu)
+file(GLOB_RECURSE MOESAIC_CUDA_SM90 CONFIGURE_DEPENDS src/cuda/sm90/*.cu)
 file(GLOB_RECURSE MOESAIC_CUDA_ALL CONFIGURE_DEPENDS src/cuda/*.cu)
 list(REMOVE_ITEM MOESAIC_CUDA_ALL ${MOESAIC_CUDA_SM90})
 file(GLOB MOESAIC_CUDA_HOST CONFIGURE_DEPENDS src/cuda/*.cpp)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arrangement of a layer's uint4 weights for the SM90 weight-only kernels. Of every 32
 // neighbours along K, 16 bytes, lane q of a quad multiplies byte q of each of the four words (see
-// dequant_sm90.h); rearranged, these lie in word q, so that a lane reads one word where it read
+// sm90/unpack.h); rearranged, these lie in word q, so that a lane reads one word where it read
 // four, and as halves that two instructions, not three, make a pair of.
 #pragma once
 

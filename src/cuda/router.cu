@@ -9,7 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/overlap.h"
-#include "cuda/ptx_sm80.h"
+#include "cuda/sm80/ptx.h"
 #include "cuda/stages.h"
 
 namespace moesaic::cuda {

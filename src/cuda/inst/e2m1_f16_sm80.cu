@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "cuda/inst/quantized_sm80.h"
-
-namespace moesaic::cuda {
-std::span<const Sm80Kernel> sm80_e2m1_f16() {
-  return narrow_kernels<Direct16<__half, WeightE2M1<__half>>>();
-}
-}  // namespace moesaic::cuda

@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "cuda/inst/quantized_sm80.h"
-
-namespace moesaic::cuda {
-std::span<const Sm80Kernel> sm80_e4m3_bf16() {
-  return wide_kernels<Direct16<__nv_bfloat16, WeightE4M3<__nv_bfloat16>>>();
-}
-}  // namespace moesaic::cuda

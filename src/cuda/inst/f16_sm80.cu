@@ -1,6 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "cuda/inst/natural_sm80.h"
-
-namespace moesaic::cuda {
-std::span<const Sm80Kernel> sm80_f16() { return natural_kernels<__half>(); }
-}  // namespace moesaic::cuda

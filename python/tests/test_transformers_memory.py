@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 import moesaic.integrations.transformers as integration  # noqa: E402
-from moesaic.integrations._released import Released  # noqa: E402
+from moesaic.integrations._released import Packing, Released  # noqa: E402
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
 _SIZES = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -76,6 +76,49 @@ def test_changed_and_loaded_weights_are_used():
         other = _model(implementation="eager")
         ours.load_state_dict(other.state_dict())
         assert torch.allclose(ours(IDS).logits, other(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+_DATA = {
+    "mul_": lambda p: p.data.mul_(2), "copy_": lambda p: p.data.copy_(p.data * 2), "[:] =": lambda p: p.data.__setitem__(
+        slice(None), p.data * 2), "clamp_": lambda p: p.data.clamp_(-0.01, 0.01), "=": lambda p: setattr(p, "data", p.data * 2),
+    "one number": lambda p: p.data[-1, -1].__setitem__(-1, 40.0)}
+
+
+@pytest.mark.parametrize("after", ["forward", "state_dict"])
+@pytest.mark.parametrize("make", [_model, _gpt_oss], ids=["rows", "transposed"])
+@pytest.mark.parametrize("how", _DATA)
+def test_changes_through_data_are_used(how, make, after):
+    """torch counts no version for them."""
+    ours, eager = make(), make("eager")
+    with torch.no_grad():
+        before = ours(IDS).logits
+        if after == "state_dict":
+            ours.state_dict()
+        for model in (ours, eager):
+            for name, p in model.named_parameters():
+                if name.endswith(("down_proj", "gate_up_proj")) and "experts" in name:
+                    _DATA[how](p)
+        assert len(_released(ours)) == 0
+        expected, logits = eager(IDS).logits, ours(IDS).logits
+        assert not torch.equal(logits, before)
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(ours(IDS).logits, logits)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, eager.state_dict()[name]), name
+
+
+def test_nothing_is_compared_where_nothing_came_back(monkeypatch):
+    ours, compared = _model(), []
+    same = Packing._same_bits
+    monkeypatch.setattr(Packing, "_same_bits", lambda self: compared.append(self) or same(self))
+    with torch.no_grad():
+        for _ in range(3):
+            ours(IDS)
+        assert not compared
+        ours.state_dict()
+        ours(IDS)
+        ours(IDS)
+    assert len(compared) == 2, "each layer's once"
 
 
 _MEMORY = '''

@@ -4,7 +4,7 @@
     import moesaic.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moesaic")
 
-Weights are packed once per module, and again when a parameter's storage or version changes; in between
+Weights are packed once per module, and again when a parameter's storage, version or values change; in between
 the parameters hold no storage of their own (see _released.py), so that expert weights are held once.
 fp8 models (FineGrainedFP8Config) come through transformers' registry of their own. What the module's
 gate computes is not guessed from its name: the module's own `_apply_gate` is evaluated on a

@@ -34,6 +34,7 @@ _KINDS = {ActivationType.Gelu: "gelu", ActivationType.Relu: "relu", ActivationTy
           ActivationType.SwigluBias: "swiglu_oai", ActivationType.Relu2: "relu2",
           ActivationType.SwigluStep: "swiglu_step", ActivationType.GegluTanh: "geglu_tanh",
           ActivationType.Identity: "identity"}
+_NO_LIMIT = 3e38  # what no f32 is clamped at but the last few
 _NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8_e4m3"}
 
 
@@ -144,7 +145,8 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
 
     input [T, H]; token_selected_experts i32 [T, k] (global ids; others than this rank's contribute
     nothing); fc1_expert_weights [E_l, 2I or I, H]; fc2_expert_weights [E_l, H, I]. quant_scales as in the
-    modes of FlashInfer. tune_max_num_tokens, enable_pdl, swizzled_input_sf, use_fused_finalize,
+    modes of FlashInfer. swiglu_alpha, swiglu_beta, swiglu_limit: f32 [E_l]; absent ones are 1, 0 and no limit
+    (SwigluStep: 7). tune_max_num_tokens, enable_pdl, swizzled_input_sf, use_fused_finalize,
     profile_ids and workspace_buffer are hints: accepted, and never change bits. `later`: what releases
     after 0.7.2 added, refused by name like every mode that is not run here.
     """
@@ -153,7 +155,12 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
     if use_packed_weights and not use_w4_group_scaling:
         raise NotOffered("use_packed_weights=True: only W4A8 (use_w4_group_scaling) has packed weights; pass them as [E, N, K]")
     del swizzled_input_sf, use_fused_finalize, profile_ids, workspace_buffer, cluster_rank
-    del tune_max_num_tokens, enable_pdl, tp_size
+    del tune_max_num_tokens, enable_pdl
+    for kind, size, rank in (("tp", tp_size, tp_rank), ("ep", ep_size, ep_rank)):
+        if size < 1:
+            raise ValueError(f"{kind}_size: expected 1 or more, got {size}")
+        if not 0 <= rank < size:
+            raise ValueError(f"{kind}_rank: expected 0 to {size - 1} ({kind}_size - 1), got {rank}")
     x, fc1, fc2 = input, fc1_expert_weights, fc2_expert_weights
     tokens, top_k = token_selected_experts.shape
     local, hidden = fc2.shape[0], fc2.shape[1]
@@ -163,16 +170,19 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
     kind = _KINDS[int(activation_type)]
     gated = kind.startswith(("swiglu", "geglu"))
     intermediate = fc1.shape[1] // (2 if gated else 1)
+    parameters = {}
     if kind == "swiglu" and (swiglu_alpha is not None or swiglu_beta is not None):
         kind = "swiglu_oai"
     elif kind == "swiglu" and swiglu_limit is not None:
         kind = "swiglu_clamp"
+    if kind == "swiglu_oai":  # what is absent does nothing; the library's own defaults are GPT-OSS's. (SwigluStep's limit is 7.)
+        parameters = {"alpha": 1.0, "beta": 0.0, "limit": _NO_LIMIT}
     quant, one, two, hidden_scale = _mode(x, fc1, quant_scales, use_deepseek_fp8_block_scale, use_w4_group_scaling)
     if input_sf is not None:
         hidden_scale = input_sf
     config = dict(experts=local * ep_size, hidden=hidden, intermediate=intermediate, top_k=top_k, max_tokens=tokens,
                   local_first=ep_rank * local, local_count=local, quant=quant,
-                  activation={"kind": kind, "order": "up_first"},
+                  activation={"kind": kind, "order": "up_first", **parameters},
                   input_dtype=_name("input", x.dtype), output_dtype=_name("output_dtype", output_dtype))
     weights = dict(fc1=dict(weight=fc1, bias=fc1_expert_biases, **one),
                    # The bias of FC2 belongs to one rank of a tensor-parallel group.
@@ -180,6 +190,9 @@ def cutlass_fused_moe(input, token_selected_experts, token_final_scales, fc1_exp
                    alpha=swiglu_alpha, beta=swiglu_beta, limit=swiglu_limit)
     if output is None:
         output = torch.empty((tokens, hidden), dtype=output_dtype, device=x.device)
+    elif tuple(output.shape) != (tokens, hidden) or output.dtype != output_dtype or output.device != x.device:
+        raise ValueError(f"output: expected {output_dtype} of shape {(tokens, hidden)} on {x.device}, got {output.dtype} of shape "
+                         f"{tuple(output.shape)} on {output.device}; leave it out, and one is made")
     if tokens == 0:
         return [output]
     block_rows = 16 if tokens * top_k <= 16 * local else 64

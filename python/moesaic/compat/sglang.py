@@ -36,7 +36,13 @@ def invoke_fused_moe_kernel(A, B, bias, C, A_scale, B_scale, B_zp, topk_weights,
                        per_channel_quant=per_channel_quant, block_shape=block_shape,
                        zero_points=B_zp is not None, static_scale=tensor_wise and A_scale is not None)
     scale = A_scale
-    if quantizes and not tensor_wise:
+    if quantizes and use_fp8_w8a8 and per_channel_quant and block_shape is None and A_scale is not None:
+        # The weights' scales would call for one a token; the original takes the given scalar for all of them.
+        if A_scale.numel() != 1:
+            raise NotOffered(f"A_scale: expected one scalar for unquantized rows, got shape {tuple(A_scale.shape)}; pass None, "
+                             "and scales per token are made here")
+        A, scale = static_quant_fp8(A, A_scale, repeat_scale=True)
+    elif quantizes and not tensor_wise:
         scale = None  # per token and per group scales are made here
     elif tensor_wise and scale is not None:
         scale = scale.reshape(1)
@@ -121,7 +127,7 @@ def _groups(x, group_size, eps, to, int8_rounding="nearest"):
         raise NotOffered(f"eps={eps}: the absmax is clamped at 1e-10; leave the default")
     q, s = _gemm.quantize(x.reshape(-1, x.shape[-1]), to=to, granularity="group", group_size=group_size,
                           int8_rounding=int8_rounding)
-    return q.view(x.shape), s.view(*x.shape[:-1], -1)
+    return q.view(x.shape), s.view(*x.shape[:-1], s.shape[-1])
 
 
 sglang_per_token_group_quant_fp8 = per_token_group_quant_fp8
@@ -168,6 +174,9 @@ def fused_experts(hidden_states, w1, w2, topk_output, moe_runner_config=None, b1
     gemm1_alpha, gemm1_clamp_limit; absent ones take SGLang's defaults.
     """
     option = lambda name, default: getattr(moe_runner_config, name, default)  # noqa: E731
+    if not isinstance(topk_output, (tuple, list)) or len(topk_output) < 2:
+        raise TypeError("topk_output: expected (topk_weights, topk_ids, ...), got "
+                        f"{type(topk_output).__name__}; pass what routing gave, weights first")
     topk_weights, topk_ids = topk_output[0], topk_output[1]
     tokens, top_k = topk_ids.shape
     experts, n = w1.shape[0], w1.shape[1]
@@ -197,7 +206,7 @@ def fused_experts(hidden_states, w1, w2, topk_output, moe_runner_config=None, b1
     _gemm.activate(up, spec, output=hidden)
     down = torch.empty((tokens, top_k, w2.shape[1]), dtype=dtype, device=up.device)
     # GEMM2's rows are slots already: top_k = 1 over [T * k, I].
-    invoke_fused_moe_kernel(hidden, w2, b2, down.view(tokens * top_k, -1), a2_scale, w2_scale, w2_zp, weights,
+    invoke_fused_moe_kernel(hidden, w2, b2, down.view(tokens * top_k, w2.shape[1]), a2_scale, w2_scale, w2_zp, weights,
                             topk_ids, *lists, not on_input, 1, {"BLOCK_SIZE_M": block_rows}, dtype, **flags)
     if no_combine:
         return down

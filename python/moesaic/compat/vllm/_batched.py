@@ -140,7 +140,7 @@ def dequant(quant, t, scale):
     groups = scale.shape[1]
     values = torch.nn.functional.pad(t.to(torch.float32), (0, groups * group - columns))
     full = _gemm.sum_slots(values.view(-1, 1, group), scale.float().reshape(-1, 1).contiguous())
-    return full.view(rows, -1)[:, :columns]
+    return full.view(rows, groups * group)[:, :columns]
 
 
 def batched_moe_kernel_quantize_input(A, A_scale, num_tokens, E, N, expert_num_tokens, qtype,

@@ -73,6 +73,10 @@ class BatchedPrepareAndFinalize:
     counted in `dropped` (i32 [1]), which the caller may read."""
 
     def __init__(self, max_num_tokens, num_local_experts, num_dispatchers, rank):
+        for name, value, least in (("max_num_tokens", max_num_tokens, 0), ("num_local_experts", num_local_experts, 1),
+                                   ("num_dispatchers", num_dispatchers, 1), ("rank", rank, 0)):
+            if value is None or value < least:
+                raise ValueError(f"{name}: expected {least} or more, got {value}")
         self.max_num_tokens = max_num_tokens
         self.num_local_experts = num_local_experts
         self.rank = rank
@@ -99,6 +103,10 @@ class BatchedPrepareAndFinalize:
                     capacity=self.max_num_tokens)
 
     def _prepare(self, a1, a1_scale, topk_weights, topk_ids, num_experts, expert_map, on_input, quant_config):
+        last = self.num_local_experts * (self.rank + 1)
+        if expert_map is None and -1 != num_experts < last:  # -1: nobody said
+            raise ValueError(f"num_experts: expected {last} or more for rank {self.rank} with {self.num_local_experts} local experts, "
+                             f"got {num_experts}; pass the number of all ranks' experts, or an expert_map")
         # finalize is not told the map: it uses the one its rows were made with.
         self._expert_map = expert_map
         rows, row_scale, counts, self.dropped = _batched.prepare(

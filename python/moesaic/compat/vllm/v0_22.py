@@ -258,9 +258,11 @@ class FusedMoEKernel:
         if shared_experts is not None or shared_experts_input is not None:
             raise NotOffered("shared_experts: not run here; add their output yourself, or use moesaic.Layer with "
                              "shared_experts")
-        experts = self.fused_experts
+        experts, local = self.fused_experts, w1.shape[0]
+        if global_num_experts != -1 and global_num_experts < local:
+            raise ValueError(f"global_num_experts: expected {local} or more (w1 has {local}), or -1 for as many, got "
+                             f"{global_num_experts}")
         output = hidden_states if self.inplace else torch.empty_like(hidden_states)
-        local = w1.shape[0]
         global_num_experts = local if global_num_experts == -1 else global_num_experts
         rows, scale, meta, ids, weights = self.prepare_finalize.prepare(
             hidden_states, topk_weights, topk_ids, global_num_experts, expert_map, apply_router_weight_on_input,

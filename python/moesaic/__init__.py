@@ -70,6 +70,8 @@ def share_threads(module: _Optional[_ModuleType]) -> bool:
     pool would need. False, and nothing changes, where the package has loaded no OpenMP runtime (Linux only), and where MOESAIC_PIN
     asks for threads that stay on their cores. Results are the same bits. moesaic.integrations.transformers does it when imported.
     """
+    if not isinstance(module, (_ModuleType, type(None))):
+        raise TypeError(f"module: expected an imported package (or None), got {type(module).__name__}")
     path = "" if module is None else _openmp.runtime_of(module)
     if module is not None and (not path or _os.environ.get("MOESAIC_PIN")):
         return False

@@ -16,7 +16,27 @@ from ._arrays import Array, Typed, framework, stream_of, trouble, writable_alias
 # MOESAIC_LIBRARY: a build folder's shared object instead of the installed one (the tests use it).
 _PATH = os.environ.get("MOESAIC_LIBRARY") or pathlib.Path(__file__).with_name("libmoesaic_ffi.so")
 tvm_ffi.register_error("OSError", OSError)  # the registry knows ValueError and RuntimeError already
-lib: Any = tvm_ffi.load_module(str(_PATH), keep_module_alive=True)
+
+# What the package calls: a library without one of these is another version's.
+FUNCTIONS = ("activate", "align", "align_capacity", "checkpoint_layers", "devices", "experts", "finalize", "grouped_gemm",
+             "layer_config", "layer_forward", "layer_from_checkpoint", "layer_load", "layer_load_expert", "layer_load_shared",
+             "layer_new", "layer_ready", "layer_set_router", "layer_unpack_expert", "layer_weight_bytes", "layer_workspace_bytes",
+             "prepare", "quantize", "route", "schemes", "set_kernels", "set_num_threads", "sum_slots", "support_reason",
+             "use_openmp", "version")
+
+
+def _load(path: str) -> Any:
+    try:
+        library = tvm_ffi.load_module(path, keep_module_alive=True)
+        for name in FUNCTIONS:
+            getattr(library, name)
+    except Exception as error:
+        raise ImportError(f"moesaic: {path} is missing or not this version's; `pip install .`, or point MOESAIC_LIBRARY at it "
+                          f"({(str(error).splitlines() or [''])[0]})") from None
+    return library
+
+
+lib: Any = _load(str(_PATH))
 
 # What NumPy's own dtypes (and ml_dtypes') are called here. DLPack from NumPy knows none of the
 # sub-32-bit floats, so those go over as raw bits beside their name.
@@ -167,10 +187,19 @@ def first_trouble(error: Exception, values: dict) -> Exception:
     """What to raise for a call with `values` that failed with `error`: which array cannot go over, if one cannot."""
     if isinstance(error, ValueError):
         return error  # ours: it has a name already
-    for name, value in values.items():
-        if framework(type(value)) == "torch" and hasattr(value, "layout"):
+    return _bad_array(values, "") or error
+
+
+def _bad_array(values, prefix):
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            found = _bad_array(value, f"{name}.")
+            if found is not None:
+                return found
+        elif framework(type(value)) == "torch" and hasattr(value, "layout"):
             try:
                 _from_dlpack(value.detach())
             except Exception as cause:
                 return trouble(name, value, cause)
-    return error
+    return None

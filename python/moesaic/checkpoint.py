@@ -44,8 +44,9 @@ def load_checkpoint(path: Union[str, os.PathLike], layer: int, *, device: str = 
     input and output. Nothing larger than one expert is held twice. OSError for files, ValueError for what
     cannot be read, by name.
     """
-    options: dict = dict(max_tokens=max_tokens, local_first=local_first, local_count=local_count,
-                   shared_experts=shared_experts)
+    options: dict = {name: integer(value, name) for name, value in dict(
+        max_tokens=max_tokens, local_first=local_first, local_count=local_count).items()}
+    options["shared_experts"] = shared_experts
     options.update({k: v for k, v in (("scheme", scheme), ("dtype", dtype and dtype_text(dtype))) if v is not None})
     device = str(device)
     handle = lib.layer_from_checkpoint(_path(path), integer(layer, "layer"), options, device)

@@ -53,7 +53,7 @@ def grouped_gemm(a: Array, b: dict, c: Array, *, quant: Union[str, dict] = "bf16
     """
     if (slots is None) == (num_tokens is None):
         raise ValueError("slots, num_tokens: give the lists of align (sorted), or num_tokens (batched), and not both")
-    call = dict(quant=_spec(quant, "quant", "scheme"), b=b, a=a, a_scale=a_scale, slots=slots, block_experts=block_experts,
+    call = dict(quant=_spec(quant, "quant", "scheme", "bf16"), b=b, a=a, a_scale=a_scale, slots=slots, block_experts=block_experts,
                 num_padded=num_padded, num_tokens=num_tokens, top_k=top_k, a_order=a_order,
                 c_order=c_order, row_weights=row_weights, c=c)
     if block_rows:
@@ -114,9 +114,9 @@ def activate(input: Array, activation: Union[str, dict] = "swiglu", *, output: O
              row_expert: Optional[Array] = None, alpha: Optional[Array] = None, beta: Optional[Array] = None,
              limit: Optional[Array] = None) -> Array:
     """The function between the two products on rows [R, N]; gated ones halve N. Computed in fp32."""
-    spec = _spec(activation, "activation", "kind")
-    if not isinstance(spec.get("kind"), str):
-        raise ValueError("activation: needs a 'kind', e.g. 'swiglu'")
+    spec = _spec(activation, "activation", "kind", "swiglu")
+    if not isinstance(spec["kind"], str):
+        raise TypeError(f"activation: expected a name as 'kind', got {type(spec['kind']).__name__}")
     columns = as_array(input, "input", 2).shape[1] // (2 if spec["kind"].startswith(("swiglu", "geglu")) else 1)
     output = empty(input, (input.shape[0], columns), dtype_name(input, "input")) if output is None else output
     _call("activate", input, dict(spec=spec, input=input, row_expert=row_expert, alpha=alpha, beta=beta, limit=limit,
@@ -141,5 +141,5 @@ def sum_slots(input: Array, topk_weights: Optional[Array] = None, *, topk_ids: O
 def _size(array: Array) -> int:
     size = 1
     for extent in array.shape:
-        size *= extent
+        size *= int(extent)  # a traced function's are tensors
     return size

@@ -8,6 +8,7 @@ import weakref
 
 import torch
 
+from ._modes import no_gradient
 from .layer import Layer
 
 _layers: "weakref.WeakValueDictionary[int, Layer]" = weakref.WeakValueDictionary()
@@ -22,6 +23,8 @@ def register(layer: Layer) -> int:
     symbol for the number: a dictionary cannot be asked for that, and asking for its value would compile the function
     anew for every layer, up to torch's limit; its remainder is the same for all the layers of a model.
     """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer: expected a Layer, got {type(layer).__name__}")
     number = next(_numbers) * len(_DTYPES) + list(_DTYPES).index(layer.config["output_dtype"])
     _layers[number] = layer
     return number
@@ -44,3 +47,16 @@ def forward(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: t
 def _(hidden_states, topk_ids, topk_weights, layer):
     dtype = next(dtype for remainder, dtype in enumerate(_DTYPES.values()) if layer % len(_DTYPES) == remainder)
     return hidden_states.new_empty(hidden_states.shape, dtype=dtype)
+
+
+def _refuse(ctx, inputs, output):
+    """What torch calls during a forward whose backward it would have to know."""
+    names = ("hidden_states", "topk_ids", "topk_weights")
+    raise no_gradient(next((name for name, value in zip(names, inputs) if value.requires_grad), names[0]))
+
+
+def _backward(ctx, gradient):
+    raise no_gradient("hidden_states")  # the forward was refused before
+
+
+forward.register_autograd(_backward, setup_context=_refuse)

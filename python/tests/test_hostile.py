@@ -101,9 +101,8 @@ def test_odd_but_right_arrays():
     np.testing.assert_array_equal(read_only(X, IDS, P), expected)
     assert _forward(hidden_states=X[:0], topk_ids=IDS[:0], topk_weights=P[:0]).shape == (0, H)
     torch = pytest.importorskip("torch")
-    tracked = torch.from_numpy(X).requires_grad_()
-    y = _forward(hidden_states=torch.nn.Parameter(tracked), topk_ids=torch.from_numpy(IDS), topk_weights=P)
-    assert not y.requires_grad
+    parameter = torch.nn.Parameter(torch.from_numpy(X), requires_grad=False)
+    y = _forward(hidden_states=parameter, topk_ids=torch.from_numpy(IDS), topk_weights=P)
     np.testing.assert_array_equal(y.numpy(), expected)
 
 
@@ -132,7 +131,10 @@ def test_an_output_may_be_the_input_or_apart_from_it():
 
 @pytest.mark.parametrize("name,value,error", [
     ("experts", 0, ValueError), ("experts", -1, ValueError), ("experts", "4", TypeError), ("experts", 4.0, TypeError),
-    ("experts", 1 << 62, ValueError), ("experts", 1 << 70, TypeError), ("experts", None, ValueError), ("hidden", 1 << 40, ValueError),
+    ("experts", 1 << 62, ValueError), ("experts", 1 << 70, TypeError), ("experts", None, TypeError), ("hidden", 1 << 40, ValueError),
+    ("max_tokens", None, TypeError), ("local_count", None, TypeError), ("workspace_cap", None, TypeError), ("weight_on", None, TypeError),
+    ("quant", dict(scheme="bf16"), ValueError), ("activation", {}, ValueError), ("activation", dict(alpha=1.0), ValueError),
+    ("routing", {}, ValueError), ("routing", dict(groups=3), ValueError),
     ("intermediate", 0, ValueError), ("top_k", 5, ValueError), ("top_k", 0, ValueError), ("max_tokens", -1, ValueError),
     ("scheme", None, TypeError), ("scheme", 3, TypeError), ("scheme", "fp7", ValueError), ("quant", [1], TypeError),
     ("quant", dict(banana=1), ValueError), ("quant", dict(group_size="16"), TypeError), ("quant", dict(zero_points="yes"), TypeError),
@@ -242,6 +244,10 @@ _WRONG = {
                    (TypeError, lambda: moesaic.activate(X, 3))],
     "scale": [(TypeError, lambda: moesaic.sum_slots(_f(T, K, H), scale="x"))],
     "scheme": [(ValueError, lambda: moesaic.grouped_gemm(X, dict(weight=W1), _C, quant="zz", **_lists()))],
+    "quant": [(ValueError, lambda: moesaic.grouped_gemm(X, dict(weight=W1), _C, quant=dict(group_size=8), **_lists()))],
+    "max_tokens": [(TypeError, lambda: moesaic.load_checkpoint("nowhere", 0, max_tokens=None))],
+    "add": [(TypeError, lambda: _forward(add="yes", output=X.copy())),
+            (TypeError, lambda: moesaic.sum_slots(_f(T, K, H), add="yes", output=X.copy()))],
     "b": [(TypeError, lambda: moesaic.grouped_gemm(X, W1, _C, quant="f32", **_lists()))],
     "b.weight": [(ValueError, lambda: moesaic.grouped_gemm(X, None, _C, quant="f32", **_lists()))],
     "c": [(ValueError, lambda: moesaic.grouped_gemm(X, dict(weight=W1), _read_only(_C), quant="f32", **_lists()))],
@@ -276,48 +282,6 @@ def test_values_never_touch_memory_outside():
     assert count[0] == 0
     y = _forward(topk_ids=np.array([[1 << 30, -1], [-(1 << 31), 4], [5, 99]], np.int32))
     assert (y == 0).all()
-
-
-# --- bits without ml_dtypes --------------------------------------------------------------------------------
-
-def _bf16(x):
-    """bf16 bits, rounded to nearest even, of finite float32 numbers."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _wide(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def test_typed_bits(monkeypatch):
-    for module in [m for m in sys.modules if m.split(".")[0] == "ml_dtypes"]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # importing it fails
-    t = moesaic.typed
-    layer = _new(scheme="bf16")
-    layer.load(dict(weight=t(_bf16(W1), "bf16")), dict(weight=t(_bf16(W2), "bfloat16")))
-    y = layer(t(_bf16(X), "bf16"), IDS, P)
-    assert isinstance(y, np.ndarray) and y.dtype == np.uint16
-    exact = _loaded()
-    exact.load(dict(weight=_wide(_bf16(W1))), dict(weight=_wide(_bf16(W2))))
-    truth = exact(_wide(_bf16(X)), IDS, P)
-    assert np.linalg.norm(_wide(y) - truth) <= 1e-2 * np.linalg.norm(truth)
-    given = np.zeros((T, H), np.uint16)
-    layer(t(_bf16(X), "bf16"), IDS, P, output=t(given, "bf16"))
-    np.testing.assert_array_equal(given, y)
-    q, scale = moesaic.quantize(t(_bf16(X), "bf16"))
-    assert q.dtype == np.uint8 and scale.dtype == np.float32
-    again = moesaic.sum_slots(t(_bf16(_f(T, K, H)), "bf16"))
-    assert again.dtype == np.uint16
-    with pytest.raises(ValueError, match="^dtype: unknown 'bf17'"):
-        t(X, "bf17")
-    with pytest.raises(ValueError, match="^hidden_states: is to be read as bf16, but its elements have 32 bits"):
-        layer(t(X, "bf16"), IDS, P)
-    with pytest.raises(ValueError, match=r"^hidden_states: dtype uint16 .*moesaic\.typed"):
-        layer(_bf16(X), IDS, P, output=t(given, "bf16"))
-    with pytest.raises(ValueError, match="^output: is read-only"):
-        layer(t(_bf16(X), "bf16"), IDS, P, output=t(_read_only(given), "bf16"))
 
 
 # --- threads and frameworks ---------------------------------------------------------------------------------

@@ -75,6 +75,13 @@ def test_packages_without_a_runtime_and_pinned_threads_change_nothing(monkeypatc
     assert not moesaic.share_threads(torch)
 
 
+def test_modules_without_a_file_have_none_and_names_are_no_modules():
+    torch.ones(100_000).sum()
+    assert not moesaic.share_threads(sys)
+    with pytest.raises(TypeError, match="^module: expected an imported package .*got str"):
+        moesaic.share_threads("torch")
+
+
 @pytest.mark.parametrize("path,says", [("/no/such/libgomp.so.1", "is not loaded"), ("libc.so.6", "has no GOMP_parallel")])
 def test_what_is_no_runtime_is_named(path, says):
     with pytest.raises(ValueError, match=says):

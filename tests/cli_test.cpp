@@ -108,34 +108,6 @@ TEST_F(Cli, WhatHasNoMeaningIsRefused) {
   expect_usage("inspect ''", "inspect");
 }
 
-TEST_F(Cli, WhereTheJsonCannotGoIsSaidBeforeTheWork) {
-  expect_usage(
-      "bench --shape 4,64,64,2 --tokens 1 --seconds 600 --json " + file("no/such/folder.json"),
-      "--json");
-  const std::string full =
-      std::string(MOESAIC_COMMAND) + " info --json - >/dev/full 2>" + file("err");
-  EXPECT_EQ(WEXITSTATUS(std::system(full.c_str())), 1);
-  EXPECT_NE(read(file("err")).find("writ"), std::string::npos);
-}
-
-// Nor is anything written over what is being read.
-TEST_F(Cli, OutputsAreCheckedBeforeTheWork) {
-  const std::string run = "run --checkpoint " + file("copy") + " --layer 0 ";
-  fs::copy(kTiny, file("copy"));
-  const std::string before = read(file("copy/model.safetensors"));
-  expect_usage(run + "--output " + file("no/such/folder.safetensors"), "--output");
-  expect_usage(run + "--output " + file("copy"), "--output");
-  expect_usage(run + "--output " + file("copy/model.safetensors"), "of the checkpoint");
-  expect_usage(run + "--output /dev/null", "no regular file");
-  expect_usage("quantize " + kTiny + " /dev/null --layer 0 --scheme bf16", "no regular file");
-  EXPECT_TRUE(fs::is_character_file("/dev/null"));
-  expect_usage("quantize " + file("copy") + " " + file("copy/../copy/model.safetensors") +
-                   " --layer 0 --scheme int8_channel",
-               "of the checkpoint");
-  EXPECT_EQ(read(file("copy/model.safetensors")), before);
-  EXPECT_FALSE(fs::exists(file("no")));
-}
-
 // Bytes of a stranger's file or path reach neither a terminal nor the JSON as they are.
 TEST_F(Cli, ForeignBytesAreMadeHarmless) {
   const std::string folder = file("odd\xff\x1b[31m");

@@ -36,8 +36,24 @@ void expect_writable(std::string_view flag, const std::string& path) {
   if (!existed) std::filesystem::remove(path, error);  // failed work leaves no empty result
 }
 
+bool is_one_file(const std::string& a, const std::string& b) {
+  if (a.empty() || b.empty()) return false;
+  std::error_code error;
+  if (std::filesystem::equivalent(a, b, error)) return true;
+  const auto whole = [&](const std::string& path) {
+    return std::filesystem::weakly_canonical(std::filesystem::absolute(path, error), error);
+  };
+  return whole(a) == whole(b) && !error;
+}
+
 Output::Output(const Common& common) : json_(common.json) {
   if (!json_.empty() && json_ != "-") expect_writable("--json", json_);
+}
+
+void Output::keep_off(const std::function<bool(const std::string&)>& needs) const {
+  if (!json_.empty() && json_ != "-" && needs(json_))
+    throw UsageError(fmt::format(
+        "--json: '{}' is a file that this command reads or writes; name another", json_));
 }
 
 void Output::write_json(const nlohmann::json& value) const {

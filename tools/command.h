@@ -41,6 +41,8 @@ class Output {
   explicit Output(const Common& common);  // throws UsageError where the JSON cannot be written
   bool text() const { return json_ != "-"; }
   void line(std::string_view text) const;
+  // Throws UsageError where the JSON would be written over a file that the command needs.
+  void keep_off(const std::function<bool(const std::string& path)>& needs) const;
   void write_json(const nlohmann::json& value) const;  // nothing without --json
 
  private:
@@ -82,6 +84,8 @@ void add_common(CLI::App& app, Common& common);
 Device apply(const Common& common);
 // Before the work, not behind it: a result of minutes must not be lost to a mistyped folder.
 void expect_writable(std::string_view flag, const std::string& path);  // throws UsageError
+// By whatever spelling or link, also where nothing is yet. An empty path names no file.
+bool is_one_file(const std::string& a, const std::string& b);
 
 Command add_info(CLI::App& app);
 Command add_inspect(CLI::App& app);

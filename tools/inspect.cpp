@@ -64,6 +64,7 @@ Command add_inspect(CLI::App& parent) {
             apply(*common);
             const Output out(*common);
             const Checkpoint checkpoint = open(*flags);
+            out.keep_off([&](const std::string& path) { return checkpoint.reads(path); });
             print(out, checkpoint);
             out.write_json(to_json(checkpoint));
             return 0;

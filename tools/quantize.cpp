@@ -38,6 +38,9 @@ int quantize(const QuantizeFlags& flags, const Common& common) {
   }
   if (flags.zero_points) quant.zero_points = true;
   const Checkpoint checkpoint = open(flags.checkpoint);
+  out.keep_off([&](const std::string& path) {
+    return checkpoint.reads(path) || is_one_file(path, flags.out);
+  });
   const CheckpointLayer& layer = checkpoint.layer(flags.layer);
   {
     Progress progress;

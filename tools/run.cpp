@@ -186,7 +186,10 @@ int run(const RunFlags& flags, const Common& common) {
   const Output out(common);
   Progress progress;
   const Checkpoint checkpoint = open(flags.checkpoint);
-  if (!flags.output.empty() && checkpoint.files().is_mapped(flags.output))
+  out.keep_off([&](const std::string& path) {
+    return checkpoint.reads(path) || is_one_file(path, flags.output);
+  });
+  if (!flags.output.empty() && checkpoint.reads(flags.output))
     throw UsageError(
         fmt::format("--output: '{}' is a file of the checkpoint; name another", flags.output));
   if (!flags.output.empty()) {
@@ -203,6 +206,7 @@ int run(const RunFlags& flags, const Common& common) {
   std::int64_t tokens = flags.tokens;
   if (!flags.input.empty()) {
     in = read_input(flags.input, stored, wanted.top_k.value_or(stored.top_k));
+    out.keep_off([&](const std::string& path) { return in.file->is_mapped(path); });
     if (!flags.output.empty() && in.file->is_mapped(flags.output))
       throw UsageError(fmt::format("--output: '{}' is the input; name another file", flags.output));
     tokens = in.hidden_states.shape[0];

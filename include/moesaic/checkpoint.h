@@ -45,7 +45,8 @@ class MOESAIC_API TensorFile {
   // or alignment has no view (kMaxRank dimensions; dtypes of DType; aligned to its element).
   Tensor tensor(std::string_view name) const;
   const std::map<std::string, std::string>& metadata() const;  // of the first file
-  // Whether `path` names one of the mapped files, by whatever spelling or link: no place to write to.
+  // Whether `path` names one of the mapped files or their index, by whatever spelling or link: no
+  // place to write to.
   bool is_mapped(const std::string& path) const;
   // Tells the system that the mapped bytes of a tensor are not needed any more (they are read again
   // from disk if they are).
@@ -148,6 +149,9 @@ class MOESAIC_API Checkpoint {
   std::span<const CheckpointLayer> layers() const;         // ascending index
   const CheckpointLayer& layer(std::int64_t index) const;  // throws, lists the layers there are
   const TensorFile& files() const;
+  // Whether `path` names a file that this checkpoint was read from, config.json and the index
+  // included, by whatever spelling or link: no place to write to.
+  bool reads(const std::string& path) const;
 
   // A configuration ready for Layer's constructor.
   LayerConfig layer_config(std::int64_t index, const LayerOverrides& overrides = {}) const;

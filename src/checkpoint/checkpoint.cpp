@@ -93,6 +93,7 @@ ProductSpecs product_specs(const CheckpointLayer& layer, const QuantSpec& quant,
 
 struct Checkpoint::Impl {
   std::string path, family;
+  std::string config_path;  // empty: not read
   TensorFile files;
   bool native = false;
   std::vector<LayerSource> sources;
@@ -210,7 +211,10 @@ Checkpoint Checkpoint::open(const std::string& path, const CheckpointOptions& op
     impl->family = "moesaic";
     impl->sources.push_back(native_layer(impl->files));
   } else {
-    if (has_config) json = read_json_object(config_path);
+    if (has_config) {
+      json = read_json_object(config_path);
+      impl->config_path = config_path;
+    }
     const ModelConfig config(has_config ? &json : nullptr, config_path);
     if (!has_config && options.family.empty())
       unsupported(fmt::format(
@@ -234,6 +238,10 @@ const CheckpointLayer& Checkpoint::layer(std::int64_t index) const {
   return impl_->source(index).layer;
 }
 const TensorFile& Checkpoint::files() const { return impl_->files; }
+bool Checkpoint::reads(const std::string& path) const {
+  return impl_->files.is_mapped(path) ||
+         (!impl_->config_path.empty() && is_same_file(impl_->config_path, path));
+}
 
 LayerConfig Checkpoint::layer_config(std::int64_t index, const LayerOverrides& o) const {
   const LayerSource& s = impl_->source(index);
@@ -353,11 +361,8 @@ void quantize_layer(const Checkpoint& checkpoint, const QuantizeLayerArgs& args)
   const std::string& out_path = args.out_path;
   const Checkpoint::Impl& impl = *checkpoint.impl_;
   const LayerSource& s = impl.source(args.layer);
-  if (impl.files.is_mapped(out_path))
-    invalid(
-        fmt::format("out: '{}' is a file of the checkpoint itself, whose other tensors would be "
-                    "lost; name another",
-                    out_path));
+  if (checkpoint.reads(out_path))
+    invalid(fmt::format("out: '{}' is a file of the checkpoint itself; name another", out_path));
   const DType dtype = dtype_for(quant, s.layer.dtype);
   NativeDescription description{.layer = s.layer, .model = s.model};
   description.layer.quant = quant;

@@ -9,6 +9,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 namespace moesaic {
@@ -67,6 +68,10 @@ MappedFile::~MappedFile() {
 
 bool is_directory(const std::string& path) { return stat_is(path, S_IFDIR); }
 bool is_file(const std::string& path) { return stat_is(path, S_IFREG); }
+bool is_same_file(const std::string& a, const std::string& b) {
+  std::error_code missing;
+  return std::filesystem::equivalent(a, b, missing);
+}
 
 std::string join_path(const std::string& directory, const std::string& file) {
   if (directory.empty()) return file;

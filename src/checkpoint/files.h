@@ -34,6 +34,8 @@ class MappedFile {
 
 bool is_directory(const std::string& path);
 bool is_file(const std::string& path);
+// By whatever spelling or link; a path where nothing is yet is no file's.
+bool is_same_file(const std::string& a, const std::string& b);
 std::string join_path(const std::string& directory, const std::string& file);
 std::string parent_directory(const std::string& path);
 

@@ -12,7 +12,6 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "check.h"
@@ -273,7 +272,7 @@ std::string_view stored_name(DType dtype) {
 
 struct TensorFile::Impl {
   std::vector<std::unique_ptr<MappedFile>> maps;
-  std::vector<std::string> paths;     // of the maps
+  std::vector<std::string> paths;     // of the maps, and of the index
   std::vector<StoredTensor> tensors;  // sorted by name
   std::map<std::string, std::string> metadata;
 
@@ -308,6 +307,7 @@ struct TensorFile::Impl {
     const auto it = index.find("weight_map");
     if (it == index.end() || !it->is_object())
       corrupt(path + ": expected an object 'weight_map' from tensor names to files");
+    paths.push_back(path);
     std::vector<std::string> shards;
     for (const auto& [tensor, shard] : it->items()) {
       if (!shard.is_string())
@@ -370,10 +370,8 @@ TensorFile TensorFile::from_bytes(std::span<const std::byte> bytes) {
 std::span<const StoredTensor> TensorFile::tensors() const { return impl_->tensors; }
 const std::map<std::string, std::string>& TensorFile::metadata() const { return impl_->metadata; }
 bool TensorFile::is_mapped(const std::string& path) const {
-  return std::any_of(impl_->paths.begin(), impl_->paths.end(), [&](const std::string& mapped) {
-    std::error_code missing;  // a path where nothing is yet names none of them
-    return std::filesystem::equivalent(mapped, path, missing);
-  });
+  return std::any_of(impl_->paths.begin(), impl_->paths.end(),
+                     [&](const std::string& mapped) { return is_same_file(mapped, path); });
 }
 const StoredTensor* TensorFile::find(std::string_view name) const { return impl_->find(name); }
 

@@ -30,7 +30,7 @@ build/%/build.ninja: | deps
 	@cmake --preset $* $(CMAKE_FLAGS)
 
 build: build/cpu/build.ninja
-	@cmake --build --preset cpu -j $(JOBS) --target moesaic moesaic_command
+	@cmake --build --preset cpu -j $(JOBS) --target moesaic_library moesaic_command
 
 demo: build
 	build/cpu/moesaic info

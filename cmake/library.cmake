@@ -69,3 +69,6 @@ set_target_properties(moesaic PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION 0)
 if(MOESAIC_CUDA)
   target_link_libraries(moesaic PRIVATE $<BUILD_INTERFACE:moesaic_cuda_link>)
 endif()
+# The library by a name of its own: Ninja takes `moesaic` for the command's file.
+add_custom_target(moesaic_library)
+add_dependencies(moesaic_library moesaic)

@@ -65,7 +65,12 @@ target_include_directories(moesaic PUBLIC
   $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 target_compile_features(moesaic PUBLIC cxx_std_20)
 target_link_libraries(moesaic PUBLIC Threads::Threads)
-set_target_properties(moesaic PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION 0)
+# While the major version is 0, a new minor version may break a caller.
+set(MOESAIC_SOVERSION ${PROJECT_VERSION_MAJOR})
+if(MOESAIC_SOVERSION EQUAL 0)
+  set(MOESAIC_SOVERSION 0.${PROJECT_VERSION_MINOR})
+endif()
+set_target_properties(moesaic PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION ${MOESAIC_SOVERSION})
 if(MOESAIC_CUDA)
   target_link_libraries(moesaic PRIVATE $<BUILD_INTERFACE:moesaic_cuda_link>)
 endif()

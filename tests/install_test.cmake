@@ -1,6 +1,7 @@
 # What `make install` needs is what `make build` makes. Installs the build into a scratch prefix and lets an external
 # project find it there:
-#   cmake -DBUILD=... -DSOURCE=... -DWORK=... -DCXX=... -DFLAGS=... -DLIBRARY=libmoesaic.so.... -P install_test.cmake
+#   cmake -DBUILD=... -DSOURCE=... -DWORK=... -DCXX=... -DFLAGS=... -DLIBRARY=libmoesaic.so....
+#         -DLIBDIR=lib -DDOCDIR=share/doc/moesaic -P install_test.cmake
 function(run)
   execute_process(COMMAND ${ARGN} RESULT_VARIABLE rc OUTPUT_VARIABLE out ERROR_VARIABLE out)
   if(NOT rc EQUAL 0)
@@ -30,3 +31,47 @@ run(${CMAKE_COMMAND} -S ${SOURCE}/tests/external -B ${WORK}/build -G Ninja -DCMA
     "-DCMAKE_CXX_FLAGS=${FLAGS}" -DCMAKE_PREFIX_PATH=${WORK}/prefix)
 run(${CMAKE_COMMAND} --build ${WORK}/build)
 run(${WORK}/build/uses_moesaic)
+
+# A caller is bound to what may not break it: of 0.x.y that is 0.x.
+if(LIBRARY MATCHES "\\.so\\.(0\\.[0-9]+)\\.[0-9]+$")
+  if(NOT EXISTS ${WORK}/prefix/${LIBDIR}/libmoesaic.so.${CMAKE_MATCH_1})
+    message(FATAL_ERROR "the library's soname should end in ${CMAKE_MATCH_1}")
+  endif()
+endif()
+
+# By pkg-config, where it is: from a folder that has been moved.
+find_program(PKG_CONFIG NAMES pkg-config pkgconf)
+if(NOT EXISTS ${WORK}/prefix/${LIBDIR}/pkgconfig/moesaic.pc)
+  message(FATAL_ERROR "no moesaic.pc was installed")
+elseif(PKG_CONFIG)
+  file(RENAME ${WORK}/prefix ${WORK}/moved)
+  set(ENV{PKG_CONFIG_PATH} ${WORK}/moved/${LIBDIR}/pkgconfig)
+  execute_process(COMMAND ${PKG_CONFIG} --cflags --libs moesaic OUTPUT_VARIABLE flags COMMAND_ERROR_IS_FATAL ANY)
+  separate_arguments(flags UNIX_COMMAND "${flags} ${FLAGS}")
+  run(${CXX} -std=c++20 ${SOURCE}/tests/external/main.cpp -o ${WORK}/by_pkg_config ${flags} -pthread
+      -Wl,-rpath,${WORK}/moved/${LIBDIR})
+  run(${WORK}/by_pkg_config)
+  file(RENAME ${WORK}/moved ${WORK}/prefix)
+endif()
+
+# Every link of the installed pages leads somewhere. (Brackets would hold a CMake list together.)
+set(doc ${WORK}/prefix/${DOCDIR})
+file(GLOB pages ${doc}/*.md ${doc}/docs/*.md)
+set(links 0)
+foreach(page IN LISTS pages)
+  file(READ ${page} text)
+  string(REPLACE "](" "<<" text "${text}")
+  string(REGEX REPLACE "[][;]" " " text "${text}")
+  string(REGEX MATCHALL "<<[^):#]+[)#]" found "${text}")
+  get_filename_component(folder ${page} DIRECTORY)
+  foreach(link IN LISTS found)
+    string(REGEX REPLACE "^<<|[)#]$" "" link "${link}")
+    if(NOT EXISTS ${folder}/${link})
+      message(FATAL_ERROR "${page} points to ${link}, which is not installed")
+    endif()
+    math(EXPR links "${links} + 1")
+  endforeach()
+endforeach()
+if(links LESS 20)
+  message(FATAL_ERROR "only ${links} links were found in the pages installed in ${doc}")
+endif()

@@ -24,11 +24,13 @@ Comparison compare(const HostTensor& output, const std::vector<reference::Bounde
         load_element(output.bytes().data(), output.dtype(), static_cast<std::int64_t>(i));
     const reference::Bounded& want = oracle[i];
     if (!std::isfinite(want.value) || !std::isfinite(want.error)) {
+      ++c.not_finite;
       if (non_finite == NonFinite::kStrict && std::isfinite(got) && !std::isfinite(want.value) &&
           c.reason.empty())
         c.reason = where(i) + ": got " + std::to_string(got) + " where NaN or Inf belongs";
       continue;
     }
+    ++c.compared;
     const double error = std::abs(got - want.value);
     const double bound = reference::stored_error(want, output.dtype());
     if (!std::isfinite(got)) {

@@ -16,7 +16,10 @@ struct Comparison {
   double bound = 0;           // of the element with the largest ratio
   double ratio = 0;           // |y - y*| / bound, the largest
   double relative_error = 0;  // ||y - y*|| / ||y*||
-  std::string reason;         // empty: every element is within its bound
+  // Elements held against a bound, and those where the oracle itself has none: NaN, Inf, or so near
+  // the largest number that its bound is not finite.
+  std::int64_t compared = 0, not_finite = 0;
+  std::string reason;  // empty: every element is within its bound
 };
 
 // NaN and Inf in an oracle's row: such a row may hold anything when `loose`; otherwise the same

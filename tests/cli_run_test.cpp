@@ -4,6 +4,7 @@
 #include <pty.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -147,6 +148,71 @@ TEST_F(Cli, LongIdsAreNotCut) {
   const NamedTensor floats[] = {named[0], {"topk_ids", named[2].tensor}, named[2]};
   save_safetensors(file("floats.safetensors"), floats);
   expect_usage(base + file("floats.safetensors"), "topk_ids is f32");
+}
+
+// An error of nothing is not a small error: what could not be compared is said.
+TEST_F(Cli, NumbersThatAreNotFiniteAreCounted) {
+  const json layer = run_json("inspect " + kTiny)["layers"][0];
+  const std::int64_t hidden = layer["hidden"], top_k = layer["top_k"];
+  ASSERT_EQ(hidden, 128);
+  const std::string base =
+      "run --checkpoint " + kTiny + " --layer 0 --input " + file("x.safetensors");
+  std::vector<float> x(static_cast<std::size_t>(8 * hidden), 0.5f);
+  const auto save = [&](std::vector<NamedTensor> more) {
+    more.push_back({"hidden_states", Tensor::contiguous(x.data(), DType::kF32, {8, hidden})});
+    save_safetensors(file("x.safetensors"), more);
+  };
+  x[0] = std::nanf("");
+  save({});
+  EXPECT_NE(run(base).out.find("8 tokens); 128 of 1024 outputs are NaN or Inf, as in float64\n"),
+            std::string::npos)
+      << run(base).out;
+  const json some = run_json(base);
+  EXPECT_EQ(some["not_finite"], 128);
+  EXPECT_EQ(some["compared"], 1024 - 128);
+
+  std::fill(x.begin(), x.end(), std::nanf(""));
+  save({});
+  EXPECT_NE(
+      run(base).out.find("error    not measured: every output is NaN or Inf, as in float64\n"),
+      std::string::npos)
+      << run(base).out;
+  EXPECT_EQ(run_json(base)["compared"], 0);
+
+  std::fill(x.begin(), x.end(), 0.5f);
+  const std::vector<std::int32_t> nobody(static_cast<std::size_t>(8 * top_k), -1);
+  const std::vector<float> ones(nobody.size(), 1.0f);
+  save({{"topk_ids", Tensor::contiguous(nobody.data(), DType::kI32, {8, top_k})},
+        {"topk_weights", Tensor::contiguous(ones.data(), DType::kF32, {8, top_k})}});
+  EXPECT_NE(run(base).out.find("error    not measured: no token goes to an expert"),
+            std::string::npos)
+      << run(base).out;
+}
+
+TEST_F(Cli, QuantizeNamesWeightsThatAreNotFinite) {
+  fs::copy(kTiny, file("copy"));
+  const TensorFile from = TensorFile::open(kTiny);
+  std::vector<NamedTensor> tensors;
+  std::vector<std::uint16_t> broken;
+  const std::string name = "model.layers.1.mlp.experts.3.up_proj.weight";
+  for (const StoredTensor& t : from.tensors()) {
+    Tensor view = from.tensor(t.name);
+    if (t.name == name) {
+      broken.assign(view.as<std::uint16_t>(), view.as<std::uint16_t>() + view.numel());
+      broken[5] = 0x7f80;  // Inf in bf16
+      view.data = broken.data();
+    }
+    tensors.push_back({t.name, view});
+  }
+  ASSERT_FALSE(broken.empty());
+  save_safetensors(file("copy/model.safetensors"), tensors);
+  const std::string base = "quantize " + file("copy") + " " + file("q") + " --scheme bf16 --layer ";
+  const Result whole = run(base + "0");
+  EXPECT_EQ(whole.err, "");
+  const Result warned = run(base + "1");
+  EXPECT_EQ(warned.code, 0);
+  EXPECT_EQ(warned.err, "moesaic: warning: tensor '" + name + "' holds NaN or Inf\n");
+  EXPECT_EQ(run_json(base + "1")["not_finite"], json::array({name}));
 }
 
 TEST_F(Cli, NoTokensAreFine) {

@@ -114,6 +114,21 @@ TEST_F(Cli, ForeignBytesAreMadeHarmless) {
   fs::copy(kTiny, folder);
   EXPECT_EQ(run_json("inspect '" + folder + "'")["layers"].size(), 2u);
   expect_usage("inspect '" + folder + "/none\x1b'", "?[31m/none?");
+  // UTF-8 stays; what is none (cut short, too long, a surrogate) and its control codes do not.
+  expect_usage("inspect " + file("h\u00e9\u20ac\U0001f600"), "h\u00e9\u20ac\U0001f600:");
+  expect_usage("inspect " + file("a\xc2\x9b"
+                                 "b\xe2\x82"
+                                 "c\xc0\xaf"
+                                 "d\xed\xa0\x80"),
+               "a??b??c??d???:");
+  // Of the JSON library's words only those that say what is wrong.
+  fs::copy(kTiny, file("torn"));
+  std::ofstream(file("torn/config.json")) << "{\"model_type\": \"\xff\x9b\"}";
+  const std::string err = run("inspect " + file("torn")).err;
+  EXPECT_NE(err.find("config.json: is not valid JSON: parse error at line 1"), std::string::npos)
+      << err;
+  EXPECT_EQ(std::count_if(err.begin(), err.end(), [](char c) { return c < 0; }), 0) << err;
+  EXPECT_EQ(err.find("json.exception"), std::string::npos) << err;
 }
 
 TEST_F(Cli, GarbageFilesFailCleanly) {

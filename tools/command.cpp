@@ -11,6 +11,7 @@
 #include <fstream>
 
 #include "backend.h"
+#include "checkpoint/files.h"
 
 namespace moesaic::tool {
 
@@ -68,6 +69,10 @@ void Output::write_json(const nlohmann::json& value) const {
   file << text << '\n';
   file.close();
   if (!file) throw UsageError(fmt::format("--json: '{}' cannot be written", json_));
+}
+
+void say_on_stderr(std::string_view message) {
+  fmt::print(stderr, "moesaic: {}\n", printable(message));
 }
 
 Progress::Progress() : terminal_(isatty(STDERR_FILENO) != 0) {}

@@ -49,6 +49,9 @@ class Output {
   std::string json_;
 };
 
+// One line, and nothing that moves a terminal's cursor: parts of it may be a hostile file's bytes.
+void say_on_stderr(std::string_view message);
+
 // One line on stderr that overwrites itself; nothing unless stderr is a terminal. Gone when done.
 class Progress {
  public:

@@ -28,12 +28,8 @@ int exit_code(ErrorCode code) {
   return 1;
 }
 
-// One line, and nothing that moves a terminal's cursor: parts of it may be a hostile file's bytes.
 int complain(std::string_view message, int code) {
-  std::string line(message);
-  for (char& c : line)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
-  fmt::print(stderr, "moesaic: {}\n", line);
+  say_on_stderr(message);
   return code;
 }
 

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <filesystem>
 
 #include "scheme.h"
@@ -18,6 +20,44 @@ struct QuantizeFlags {
   std::int64_t layer = 0, group = -1;
   bool zero_points = false;
 };
+
+// The tensors of a layer that hold NaN or Inf. No scheme of integers can keep those.
+std::vector<std::string> not_finite(const Checkpoint& checkpoint, const CheckpointLayer& layer) {
+  const auto some = [](const StoredTensor& t, auto word, auto is) {
+    using Word = decltype(word);
+    const std::size_t count = t.bytes / sizeof(Word);
+    bool found = false;
+    for (std::size_t i = 0; i < count; ++i) {
+      std::memcpy(&word, t.data + i * sizeof(Word), sizeof(Word));
+      found |= is(word);
+    }
+    return found;
+  };
+  const auto exponent = [](auto mask) { return [mask](auto w) { return (w & mask) == mask; }; };
+  // Other families keep their layers in one set of files; this library's own file is one layer.
+  const std::string prefix = checkpoint.family() == "moesaic" ? "" : layer.name + ".";
+  std::vector<std::string> names;
+  for (const StoredTensor& t : checkpoint.files().tensors()) {
+    if (!t.name.starts_with(prefix)) continue;
+    const bool bad = t.dtype == "F32"       ? some(t, std::uint32_t{}, exponent(0x7f800000u))
+                     : t.dtype == "BF16"    ? some(t, std::uint16_t{}, exponent(0x7f80))
+                     : t.dtype == "F16"     ? some(t, std::uint16_t{}, exponent(0x7c00))
+                     : t.dtype == "F8_E4M3" ? some(t, std::uint8_t{}, exponent(0x7f))  // has no Inf
+                                            : false;
+    if (bad) names.push_back(t.name);
+    checkpoint.files().release(t);
+  }
+  return names;
+}
+
+void warn(const std::vector<std::string>& names) {
+  constexpr std::size_t kShown = 8;
+  for (std::size_t i = 0; i < std::min(names.size(), kShown); ++i)
+    say_on_stderr(fmt::format("warning: tensor '{}' holds NaN or Inf", names[i]));
+  if (names.size() > kShown)
+    say_on_stderr(fmt::format("warning: so do {} more; see not_finite in the JSON (--json)",
+                              names.size() - kShown));
+}
 
 int quantize(const QuantizeFlags& flags, const Common& common) {
   apply(common);
@@ -42,6 +82,8 @@ int quantize(const QuantizeFlags& flags, const Common& common) {
     return checkpoint.reads(path) || is_one_file(path, flags.out);
   });
   const CheckpointLayer& layer = checkpoint.layer(flags.layer);
+  const std::vector<std::string> bad = not_finite(checkpoint, layer);
+  warn(bad);
   {
     Progress progress;
     quantize_layer(checkpoint, {.layer = flags.layer,
@@ -62,6 +104,7 @@ int quantize(const QuantizeFlags& flags, const Common& common) {
                   {"scheme", name(quant.scheme)},
                   {"quantization", quant_text(quant)},
                   {"path", flags.out},
+                  {"not_finite", bad},
                   {"bytes_before", layer.bytes},
                   {"bytes_after", size}});
   return 0;

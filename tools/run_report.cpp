@@ -60,6 +60,21 @@ void print_load(const Output& out, const std::vector<std::int64_t>& load) {
   }
 }
 
+std::string error_text(const harness::Comparison& c, std::int64_t tokens, bool idle) {
+  if (c.reason.empty() && c.compared == 0)
+    return "error    not measured: every output is NaN or Inf, as in float64";
+  if (c.reason.empty() && idle && c.max_error == 0)
+    return "error    not measured: no token goes to an expert here, and every output is 0";
+  std::string text =
+      fmt::format("error    {:.2e} of the norm against float64, {:.2f} of the bound ({} tokens)",
+                  c.relative_error, c.ratio, tokens);
+  if (!c.reason.empty()) return text + "  OUTSIDE THE BOUND: " + c.reason;
+  if (c.not_finite > 0)
+    text += fmt::format("; {} of {} outputs are NaN or Inf, as in float64", c.not_finite,
+                        c.compared + c.not_finite);
+  return text;
+}
+
 }  // namespace
 
 void RunReport::compare(const harness::HostTensor& output, std::int64_t layer,
@@ -141,11 +156,9 @@ void RunReport::print(const Output& out) const {
                        name(config.activation.kind)));
   out.line(fmt::format("  {} ({}), {} format, on {}, {} packed", quant_text(config.quant),
                        stored->storage, name(format), to_string(device), bytes_text(packed_bytes)));
-  if (checked > 0)
-    out.line(fmt::format(
-        "error    {:.2e} of the norm against float64, {:.2f} of the bound ({} tokens){}",
-        comparison.relative_error, comparison.ratio, checked,
-        within_bound() ? "" : "  OUTSIDE THE BOUND"));
+  const bool idle = config.shared_experts == 0 &&
+                    std::all_of(load.begin(), load.end(), [](std::int64_t n) { return n == 0; });
+  if (checked > 0) out.line(error_text(comparison, checked, idle));
   if (ms_median > 0)
     out.line(fmt::format("time     {}, {:.2f} x the floor of {} ({}){}", time_text(ms_median),
                          floor_ms > 0 ? ms_median / floor_ms : 0.0, time_text(floor_ms),
@@ -173,6 +186,8 @@ nlohmann::json RunReport::to_json() const {
           {"relative_error", comparison.relative_error},
           {"max_error", comparison.max_error},
           {"bound_ratio", comparison.ratio},
+          {"compared", comparison.compared},
+          {"not_finite", comparison.not_finite},
           {"reason", comparison.reason},
           {"ms_median", ms_median},
           {"floor_ms", floor_ms},

@@ -142,8 +142,7 @@ class HeaderReader {
     return true;
   }
   bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& e) {
-    fail(fmt::format("invalid JSON near byte {}: {}", position,
-                     std::string_view(e.what()).substr(0, 200)));
+    fail(fmt::format("invalid JSON near byte {}: {}", position, json_complaint(e)));
   }
 
  private:

@@ -102,6 +102,22 @@ TEST(Families, IncompleteOrContradictoryFiles) {
     m->config["num_experts"] = 5;
     corrupt(*m, "num_experts is 5");
   }
+  // Every key that says something of the experts counts, not the first one alone.
+  for (const char* first : {"num_local_experts", "n_routed_experts"})
+    for (const char* second : {"num_experts", "moe_num_experts"}) {
+      auto m = fresh();
+      m->config.update({{first, kExperts}, {second, 16}});
+      corrupt(*m, std::string(second) + " is 16");
+    }
+  for (const auto& [key, good] :
+       {std::pair{"hidden_size", kHidden}, {"moe_intermediate_size", kWidth}}) {
+    auto m = fresh();
+    m->config.update({{key, good}, {"intermediate_size", 99}});
+    EXPECT_NO_THROW(m->open()) << key;
+    m->config[key] = good + 2;
+    corrupt(*m, std::string(key) + " is ");
+    EXPECT_NO_THROW(m->open({.family = "generic"})) << key;
+  }
   {
     auto m = fresh();
     m->config["num_experts_per_tok"] = 9;

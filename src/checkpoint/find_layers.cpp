@@ -161,17 +161,24 @@ void find_shared(const TensorFile& files, const std::string& block, const ModelC
   }
 }
 
-void check_against_config(const ModelConfig& config, const std::string& block,
-                          std::int64_t experts) {
+// Everything that config.json says of the experts, under each of the names that families have for it.
+void check_against_config(const ModelConfig& config, const Family& family, const std::string& block,
+                          const StoredLayout& experts) {
   for (const std::string_view key :
-       {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}) {
-    const auto said = config.integer(key);
-    if (!said) continue;
-    if (*said != experts)
+       {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"})
+    if (const auto said = config.integer(key); said && *said != experts.names.experts)
       corrupt(fmt::format("{}: {} is {}, but {} has {} experts; a shard may be missing",
-                          config.file(), key, *said, show_name(block), experts));
-    return;
-  }
+                          config.file(), key, *said, show_name(block), experts.names.experts));
+  // `generic` is for models of which nobody knows what these keys mean: experts may be narrower than
+  // the model. Where experts have no key of their own, `intermediate_size` may be the dense layers'.
+  if (family.name == "generic") return;
+  for (const auto& [key, have] :
+       {std::pair<std::string_view, std::int64_t>{"hidden_size", experts.hidden},
+        {"moe_intermediate_size", experts.intermediate}})
+    if (const auto said = config.integer(key); said && *said != have)
+      corrupt(fmt::format("{}: {} is {}, but the experts of {} have {}; one of the files may be "
+                          "another model's",
+                          config.file(), key, *said, show_name(block), have));
 }
 
 LayerSource make_layer(const TensorFile& files, const std::string& path, const Block& seen,
@@ -205,11 +212,10 @@ LayerSource make_layer(const TensorFile& files, const std::string& path, const B
       unsupported(
           fmt::format("{}: {} experts, at most {}", show_name(path), names.experts, kMaxExperts));
   }
-  check_against_config(config, path, names.experts);
-
   const QuantizationConfig quantization = read_quantization(config);
   source.experts =
       detect_layout(files, names, generic ? options.fused : family.fused, quantization);
+  check_against_config(config, family, path, source.experts);
   source.refusal = source.experts.refusal;
   source.model = describe(family, config);
 

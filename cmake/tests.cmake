@@ -60,7 +60,7 @@ add_test(NAME install_test COMMAND ${CMAKE_COMMAND} -DBUILD=${PROJECT_BINARY_DIR
 include(cmake/examples.cmake)
 
 # The tests of the command run the command.
-foreach(stem cli_test cli_run_test cli_files_test checkpoint_transformers_test readme_test)
+foreach(stem cli_test cli_run_test cli_files_test cli_flags_test checkpoint_transformers_test readme_test)
   if(TARGET ${stem} AND TARGET moesaic_command)
     target_compile_definitions(${stem} PRIVATE MOESAIC_COMMAND="$<TARGET_FILE:moesaic_command>")
     add_dependencies(${stem} moesaic_command)

@@ -127,9 +127,11 @@ class Bench {
     const Support support = supports(config_, spec_.format, spec_.device);
     if (!support.supported) throw Error(ErrorCode::kUnsupported, support.reason);
     if (spec_.source == RoutingSource::kLogits && spec_.format != Format::kStandard)
-      invalid("source: the standard format alone routes inside the layer");
+      invalid(
+          "--route: logits are for the standard format, which alone routes inside the layer; take "
+          "--format standard, or --route ids");
     if (spec_.experts_only && spec_.format == Format::kStandard)
-      invalid("experts alone: the standard format is one call");
+      invalid("--experts-only: the standard format is one call; take --format sorted or batched");
     say("probing the machine");
     BenchMachine& m = result_.machine;
     m.start_ms = ms_since(spec_.process_start);

@@ -54,24 +54,27 @@ std::vector<Terms> terms_of(const BenchFlags& flags) {
   return terms;
 }
 
+// A tactic that a product has; -1: the policy's own choice, also for `each`.
+int parse_tactic(std::string_view flag, const std::string& text, const std::vector<Tactic>& known) {
+  if (text == "each") return -1;
+  int value = 0;
+  const char* end = text.data() + text.size();
+  const auto [at, error] = std::from_chars(text.data(), end, value);
+  const bool there = value == -1 || std::any_of(known.begin(), known.end(),
+                                                [&](const Tactic& t) { return t.id == value; });
+  if (error != std::errc{} || at != end || !there)
+    throw UsageError(fmt::format(
+        "{}: expected the number of a tactic from 0 to {}, -1 for the policy's choice, or each, "
+        "got '{}'",
+        flag, static_cast<std::ptrdiff_t>(known.size()) - 1, text));
+  return value;
+}
+
 // The policy's own choice first, as what the others are held against, and last; in between every
 // tactic of the products of which all are wanted, the other product's at its own.
 std::vector<TacticPair> tactic_pairs(const BenchFlags& flags, const harness::Shape& shape,
                                      const harness::Variant& variant, Device device) {
-  const auto number = [](std::string_view flag, const std::string& text) {
-    if (text == "each") return -1;
-    int value = 0;
-    const char* end = text.data() + text.size();
-    const auto [at, error] = std::from_chars(text.data(), end, value);
-    if (error != std::errc{} || at != end)
-      throw UsageError(fmt::format("{}: expected a number or each, got '{}'", flag, text));
-    return value;
-  };
-  const TacticPair given{.gemm1 = number("--tactic1", flags.tactic1),
-                         .gemm2 = number("--tactic2", flags.tactic2)};
-  const bool each1 = flags.tactic1 == "each", each2 = flags.tactic2 == "each";
-  std::vector<TacticPair> pairs{given};
-  if (!each1 && !each2) return pairs;
+  if (flags.tactic1 == "-1" && flags.tactic2 == "-1") return {TacticPair{}};
   LayerConfig config{.experts = 1,  // tactics are a product's: its rows, columns and scheme
                      .hidden = shape.hidden,
                      .intermediate = shape.intermediate,
@@ -81,10 +84,14 @@ std::vector<TacticPair> tactic_pairs(const BenchFlags& flags, const harness::Sha
   config.input_dtype = variant.input;
   config.output_dtype = variant.output;
   const Layer layer(config, device);
-  if (each1)
+  const TacticPair given{.gemm1 = parse_tactic("--tactic1", flags.tactic1, layer.tactics_gemm1()),
+                         .gemm2 = parse_tactic("--tactic2", flags.tactic2, layer.tactics_gemm2())};
+  std::vector<TacticPair> pairs{given};
+  if (flags.tactic1 != "each" && flags.tactic2 != "each") return pairs;
+  if (flags.tactic1 == "each")
     for (const Tactic& t : layer.tactics_gemm1())
       pairs.push_back({.gemm1 = t.id, .gemm2 = given.gemm2});
-  if (each2)
+  if (flags.tactic2 == "each")
     for (const Tactic& t : layer.tactics_gemm2())
       pairs.push_back({.gemm1 = given.gemm1, .gemm2 = t.id});
   pairs.push_back(given);
@@ -99,6 +106,11 @@ harness::BenchResult measure(const BenchFlags& flags, Device device) {
     throw UsageError("--tokens: 0 tokens take no time; give counts from 1 on");
   if (flags.route != "ids" && flags.route != "logits")
     throw UsageError("--route: expected ids or logits, got '" + flags.route + "'");
+  if (flags.capacity > 0)
+    for (const std::string& format : split(flags.format))
+      if (format != name(Format::kBatched))
+        throw UsageError(fmt::format(
+            "--capacity: the {} format has none; take --format batched, or leave it out", format));
   std::vector<harness::Shape> shapes;
   for (const std::string& text : flags.shapes) shapes.push_back(harness::parse_shape(text));
   for (const std::string& scheme : split(flags.scheme))
@@ -141,21 +153,39 @@ int run_bench(const BenchFlags& flags, const Common& common) {
   const harness::BenchResult all = measure(flags, device);
   print_machine(out, all.machine);
   out.line("");
-  Table table({"shape", "scheme", "format", "load", "tokens", "active", "weights", "median", "min",
-               "max", "floor", "by", "x floor", "of roof", "GFLOP/s", "GB/s", "host us", "MHz",
-               ""});
+  std::vector<std::string> header{"shape",  "scheme",  "format",  "load",    "tokens",
+                                  "active", "weights", "median",  "min",     "max",
+                                  "floor",  "by",      "x floor", "of roof", "GFLOP/s",
+                                  "GB/s",   "host us", "MHz",     ""};
+  const bool tactics = flags.tactic1 != "-1" || flags.tactic2 != "-1";
+  constexpr std::ptrdiff_t kTactics = 5;  // the columns' place: behind the tokens
+  if (tactics) header.insert(header.begin() + kTactics, {"tactic1", "tactic2"});
+  const auto tactic = [](int id) { return id < 0 ? std::string("own") : fmt::format("{}", id); };
+  Table table(std::move(header));
   std::string invalid = all.machine.invalid;
   for (const harness::BenchRow& r : all.rows) {
-    table.row({r.shape, r.variant, r.experts_only ? r.format + " experts" : r.format,
-               r.source == "ids" ? r.load : r.source, fmt::format("{}", r.tokens),
-               fmt::format("{:.1f}", r.active_experts), bytes_text(r.weight_bytes),
-               time_text(r.ms_median), time_text(r.ms_min), time_text(r.ms_max),
-               time_text(r.floor_ms), r.floor_bound, fmt::format("{:.2f}", r.ratio_to_floor),
-               fmt::format("{:.2f}", r.fraction_of_roof), fmt::format("{:.0f}", r.gflops),
-               fmt::format("{:.1f}", r.gbytes_s),
-               r.host_us > 0 ? fmt::format("{:.1f}", r.host_us) : "",
-               r.clock_mhz > 0 ? fmt::format("{:.0f}", r.clock_mhz) : "",
-               r.invalid.empty() ? "" : "INVALID"});
+    std::vector<std::string> cells{r.shape,
+                                   r.variant,
+                                   r.experts_only ? r.format + " experts" : r.format,
+                                   r.source == "ids" ? r.load : r.source,
+                                   fmt::format("{}", r.tokens),
+                                   fmt::format("{:.1f}", r.active_experts),
+                                   bytes_text(r.weight_bytes),
+                                   time_text(r.ms_median),
+                                   time_text(r.ms_min),
+                                   time_text(r.ms_max),
+                                   time_text(r.floor_ms),
+                                   r.floor_bound,
+                                   fmt::format("{:.2f}", r.ratio_to_floor),
+                                   fmt::format("{:.2f}", r.fraction_of_roof),
+                                   fmt::format("{:.0f}", r.gflops),
+                                   fmt::format("{:.1f}", r.gbytes_s),
+                                   r.host_us > 0 ? fmt::format("{:.1f}", r.host_us) : "",
+                                   r.clock_mhz > 0 ? fmt::format("{:.0f}", r.clock_mhz) : "",
+                                   r.invalid.empty() ? "" : "INVALID"};
+    if (tactics)
+      cells.insert(cells.begin() + kTactics, {tactic(r.tactics.gemm1), tactic(r.tactics.gemm2)});
+    table.row(std::move(cells));
     if (invalid.empty()) invalid = r.invalid;
   }
   table.print(out);
@@ -180,27 +210,26 @@ Command add_bench(CLI::App& parent) {
   app->add_option("--shape", flags->shapes, "names or E,H,I,k; several apart by blanks")
       ->capture_default_str();
   app->add_option("--tokens", flags->tokens, "token counts")->capture_default_str();
-  app->add_option("--scheme", flags->scheme, "schemes, or variants such as int4_w4a16+g64")
+  app->add_option("--scheme", flags->scheme, "schemes, or variants such as int4_w4a16+g64+zp")
       ->capture_default_str();
   app->add_option("--format", flags->format, "standard, sorted, batched")->capture_default_str();
   app->add_flag("--experts-only", flags->experts_only,
                 "sorted, batched: their stage `experts` alone");
-  app->add_option("--load", flags->load, "uniform, zipf, one")->capture_default_str();
+  app->add_option("--load", flags->load, "uniform, zipf, one, holes, duplicates, remote")
+      ->capture_default_str();
   app->add_option("--route", flags->route, "ids: routing is given; logits: the layer routes")
       ->capture_default_str();
   app->add_option("--capacity", flags->capacity, "batched: rows per expert, 0: as many as needed")
       ->capture_default_str()
-      ->check(CLI::Range(std::int64_t{0}, kMaxCount));
+      ->check(whole(0, kMaxCount));
   app->add_option("--activation", flags->activation, "names of activations")->capture_default_str();
   app->add_flag("--bias", flags->bias, "with biases");
-  app->add_option("--seed", flags->seed, "of weights, tokens and routing")
-      ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+  add_seed(*app, flags->seed, "of weights, tokens and routing");
   app->add_option("--seconds", flags->seconds, "time to measure per row")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 600.0));
+      ->check(real(0, 600));
   app->add_option("--tactic1", flags->tactic1,
-                  "force a tactic of the first product; each: all in turn")
+                  "number of a tactic of the first product; -1: its own choice; each: all in turn")
       ->capture_default_str();
   app->add_option("--tactic2", flags->tactic2, "the same for the second product")
       ->capture_default_str();

@@ -21,7 +21,7 @@ void add_reading(CLI::App& app, CheckpointFlags& flags) {
 
 void add_overrides(CLI::App& app, CheckpointFlags& flags) {
   app.add_option("--top-k", flags.top_k, "experts per token, instead of the checkpoint's")
-      ->check(CLI::Range(1, 1024));
+      ->check(whole(1, 1024));
   app.add_option("--routing", flags.routing, "routing method, instead of the checkpoint's");
   app.add_option("--activation", flags.activation, "activation, instead of the checkpoint's");
   app.add_option("--scheme", flags.scheme, "scheme or variant, instead of the checkpoint's");
@@ -33,13 +33,27 @@ Checkpoint open(const CheckpointFlags& flags) {
   const Fused fused = flags.fused == "nk"   ? Fused::kNK
                       : flags.fused == "kn" ? Fused::kKN
                                             : Fused::kAuto;
-  return Checkpoint::open(
+  Checkpoint checkpoint = Checkpoint::open(
       flags.path,
       {.family = flags.family,
        .fused = fused,
        .gate_order = flags.gate_order == "up_first" ? GateOrder::kUpFirst : GateOrder::kGateFirst,
        .gate_layout =
            flags.gate_layout == "interleaved" ? GateLayout::kInterleaved : GateLayout::kHalves});
+  const std::string& family = checkpoint.family();
+  if (family == "moesaic" && !flags.family.empty())
+    throw UsageError(fmt::format(
+        "--family: '{}' is moesaic's own file, which says itself how it is read; leave it out",
+        flags.path));
+  if (family != "generic")
+    for (const auto& [flag, value] : {std::pair{"--fused", &flags.fused},
+                                      {"--gate-order", &flags.gate_order},
+                                      {"--gate-layout", &flags.gate_layout}})
+      if (!value->empty())
+        throw UsageError(
+            fmt::format("{}: family {} has its own; leave it out{}", flag, family,
+                        family == "moesaic" ? "" : ", or read this with --family generic"));
+  return checkpoint;
 }
 
 LayerOverrides overrides(const CheckpointFlags& flags) {

@@ -11,7 +11,7 @@ namespace moesaic::tool {
 
 struct CheckpointFlags {
   std::string path;
-  std::string family, fused = "auto", gate_order = "gate_first", gate_layout = "halves";
+  std::string family, fused, gate_order, gate_layout;  // empty: not given
   // Overrides of what the checkpoint says.
   std::int64_t top_k = 0;
   std::string routing, activation, scheme;

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 
 #include "backend.h"
 #include "checkpoint/files.h"
@@ -106,10 +107,44 @@ void Table::print(const Output& out) const {
   }
 }
 
+namespace {
+
+template <typename T>
+CLI::Validator number_check(T low, T high, std::string_view kind) {
+  const std::string range = fmt::format("{} to {}", low, high);
+  return {[=, kind = std::string(kind)](std::string& text) -> std::string {
+            T value{};
+            const char* const end = text.data() + text.size();
+            const auto [at, error] = std::from_chars(text.data(), end, value);
+            if (error == std::errc{} && at == end && value >= low && value <= high) return {};
+            return fmt::format("expected a {} from {}, got '{}'", kind, range, text);
+          },
+          range};
+}
+
+}  // namespace
+
+CLI::Validator whole(std::uint64_t low, std::uint64_t high) {
+  return number_check(low, high, "whole number");
+}
+CLI::Validator real(double low, double high) { return number_check(low, high, "number"); }
+
+void add_layer(CLI::App& app, std::int64_t& layer) {
+  app.add_option("--layer", layer, "the model's own number of the layer")
+      ->required()
+      ->check(whole(0, std::numeric_limits<std::int32_t>::max()).description(""));
+}
+
+void add_seed(CLI::App& app, std::uint64_t& seed, const std::string& what) {
+  app.add_option("--seed", seed, what)
+      ->capture_default_str()
+      ->check(whole(0, std::numeric_limits<std::uint64_t>::max()).description(""));
+}
+
 void add_common(CLI::App& app, Common& common) {
   app.add_option("--backend", common.backend, "cpu, cuda or cuda:N")->capture_default_str();
   app.add_option("--threads", common.threads, "CPU threads; default: MOESAIC_THREADS or every core")
-      ->check(CLI::Range(1, 4096));
+      ->check(whole(1, 4096));
   app.add_option("--kernels", common.kernels,
                  "force an instruction set or architecture, e.g. avx2, sm80 (see info)");
   app.add_option("--json", common.json, "write the result as JSON to a file; - is stdout");
@@ -150,9 +185,10 @@ std::vector<std::int64_t> parse_counts(std::string_view flag, std::string_view l
   for (const std::string& word : split(list)) {
     std::int64_t value = -1;
     const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
-    if (error != std::errc{} || end != word.data() + word.size() || value < 0)
-      throw UsageError(
-          fmt::format("{}: '{}' is not a count; give numbers such as 1,16,128", flag, word));
+    if (error != std::errc{} || end != word.data() + word.size() || value < 0 || value > kMaxCount)
+      throw UsageError(fmt::format(
+          "{}: expected whole numbers from 0 to {}, got '{}'; give some such as 1,16,128", flag,
+          kMaxCount, word));
     out.push_back(value);
   }
   return out;

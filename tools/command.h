@@ -23,7 +23,9 @@ class UsageError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline constexpr std::int64_t kMaxCount = 1'000'000'000;  // what a count on the command line may be
+// What a count on the command line may be. Every layer can be made for so many tokens, so that no
+// second bound comes behind this one.
+inline constexpr std::int64_t kMaxCount = 1'000'000;
 
 // When main began: it calls this first.
 std::chrono::steady_clock::time_point process_start();
@@ -83,6 +85,11 @@ struct Command {
   std::function<int()> run;
 };
 void add_common(CLI::App& app, Common& common);
+// Checks of flags: what is no number from `low` to `high` is refused in a sentence of its own.
+CLI::Validator whole(std::uint64_t low, std::uint64_t high);
+CLI::Validator real(double low, double high);
+void add_layer(CLI::App& app, std::int64_t& layer);                          // --layer
+void add_seed(CLI::App& app, std::uint64_t& seed, const std::string& what);  // --seed
 // Sets threads and kernels. The device to use: throws where this machine has none such.
 Device apply(const Common& common);
 // Before the work, not behind it: a result of minutes must not be lost to a mistyped folder.

@@ -45,15 +45,17 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   const Command commands[] = {add_info(app),   add_inspect(app), add_run(app),
                               add_verify(app), add_bench(app),   add_quantize(app)};
-  if (argc > 1 && argv[1][0] != '-') {  // CLI11 would only say that a subcommand is missing
+  if (argc > 1) {  // CLI11 would only say that a subcommand is missing
+    const std::string_view first = argv[1];
     std::string names;
-    bool known = false;
+    bool known = app.get_option_no_throw(argv[1]) != nullptr;
     for (const Command& command : commands) {
-      known = known || command.app->get_name() == argv[1];
+      known = known || command.app->get_name() == first;
       names += (names.empty() ? "" : ", ") + command.app->get_name();
     }
     if (!known)
-      return complain(fmt::format("there is no command '{}'; the commands are {}", argv[1], names),
+      return complain(fmt::format("there is no {} '{}'; the commands are {}",
+                                  first.starts_with('-') ? "option" : "command", first, names),
                       2);
   }
   for (int i = 1; i < argc; ++i)  // CLI11 takes an empty value for one that was not given
@@ -62,6 +64,18 @@ int run(int argc, char** argv) {
           fmt::format("the argument behind '{}' is empty; give a value, or leave the flag out",
                       argv[i - 1]),
           2);
+  for (const Command& command : commands)  // CLI11 takes a flag for the value of the one before
+    for (int i = 2; i + 1 < argc; ++i) {
+      if (command.app->get_name() != argv[1] || !std::string_view(argv[i + 1]).starts_with("--"))
+        continue;
+      const CLI::Option* option = command.app->get_option_no_throw(argv[i]);
+      if (option != nullptr && std::string_view(argv[i]).starts_with('-') &&
+          option->get_items_expected_min() > 0)
+        return complain(fmt::format("{}: expected a value, got the flag '{}'; a file of that name "
+                                    "is ./{}",
+                                    argv[i], argv[i + 1], argv[i + 1]),
+                        2);
+    }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

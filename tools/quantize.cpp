@@ -120,11 +120,11 @@ Command add_quantize(CLI::App& parent) {
                   "a folder, a .safetensors file or an index.json")
       ->required();
   app->add_option("out", flags->out, "the .safetensors file to write")->required();
-  app->add_option("--layer", flags->layer, "the model's own number of the layer")->required();
+  add_layer(*app, flags->layer);
   app->add_option("--scheme", flags->scheme, "scheme, or a variant such as int4_w4a16+g64+zp")
       ->required();
   app->add_option("--group", flags->group, "elements of K per scale; 0: the whole of K")
-      ->check(CLI::Range(std::int64_t{0}, kMaxCount));
+      ->check(whole(0, kMaxCount));
   app->add_flag("--zero-points", flags->zero_points, "asymmetric, where the scheme can");
   add_reading(*app, flags->checkpoint);
   add_common(*app, *common);

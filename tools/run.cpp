@@ -273,22 +273,20 @@ Command add_run(CLI::App& parent) {
   app->add_option("--checkpoint", flags->checkpoint.path,
                   "a folder, a .safetensors file or an index.json")
       ->required();
-  app->add_option("--layer", flags->layer, "the model's own number of the layer")->required();
+  add_layer(*app, flags->layer);
   CLI::Option* input = app->add_option(
       "--input", flags->input,
       "safetensors with hidden_states, and router_logits or topk_ids and topk_weights if you like");
   app->add_option("--tokens", flags->tokens, "without --input: so many random tokens")
       ->capture_default_str()
-      ->check(CLI::Range(std::int64_t{0}, kMaxCount))
+      ->check(whole(0, kMaxCount))
       ->excludes(input);
-  app->add_option("--seed", flags->seed, "of the random tokens")
-      ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+  add_seed(*app, flags->seed, "of the random tokens");
   app->add_option("--output", flags->output, "write output, topk_ids and topk_weights here");
   app->add_option("--format", flags->format, "standard, sorted or batched")->capture_default_str();
   app->add_option("--check", flags->check,
                   "tokens to compare with the oracle; default: as many as take seconds")
-      ->check(CLI::Range(std::int64_t{0}, kMaxCount));
+      ->check(whole(0, kMaxCount));
   add_reading(*app, flags->checkpoint);
   add_overrides(*app, flags->checkpoint);
   add_common(*app, *common);

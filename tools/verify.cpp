@@ -135,7 +135,7 @@ Command add_verify(CLI::App& parent) {
   app->add_option("--shape", flags->shape, "only this shape: a name or E,H,I,k");
   app->add_option("--tokens", flags->tokens, "only these token counts, e.g. 1,17");
   app->add_option("--limit", flags->limit, "an even sample of this many cases")
-      ->check(CLI::Range(std::int64_t{1}, kMaxCount));
+      ->check(whole(1, kMaxCount));
   app->add_option("--part", flags->part,
                   "the i-th of n parts, such as 2/8: one process each shares the list");
   app->add_flag("--bits", flags->bits, "check instead that bits depend on the token alone");

@@ -19,6 +19,11 @@ TEST_F(Cli, WhereTheJsonCannotGoIsSaidBeforeTheWork) {
       std::string(MOESAIC_COMMAND) + " info --json - >/dev/full 2>" + file("err");
   EXPECT_EQ(WEXITSTATUS(std::system(full.c_str())), 1);
   EXPECT_NE(read(file("err")).find("writ"), std::string::npos);
+  const Result r = run("info --json /dev/full");
+  EXPECT_EQ(r.code, 1);
+  EXPECT_NE(r.err.find("moesaic: --json: '/dev/full': the result cannot be written"),
+            std::string::npos)
+      << r.err;
 }
 
 // Nor is anything written over what is being read.

@@ -228,6 +228,9 @@ TEST_F(Cli, QuantizedLayersRun) {
     const json ran =
         run_json("run --checkpoint " + file("q.safetensors") + " --layer 0 --tokens 4");
     EXPECT_EQ(ran["scheme"], made["scheme"]);
+    const std::string head = file("q.safetensors") + ": moesaic, layer 0\n";
+    EXPECT_TRUE(
+        run("run --checkpoint " + file("q.safetensors") + " --layer 0").out.starts_with(head));
     EXPECT_LE(ran["bound_ratio"].get<double>(), 1) << ran;
   }
 }

@@ -52,6 +52,7 @@ TEST_F(Cli, MistakesExitWithTwoAndOneSentence) {
   expect_usage("info --kernels mmx", "mmx");
   expect_usage("inspect", "checkpoint");
   expect_usage("inspect " + file("missing"), "missing");
+  expect_usage("inspect " + kTiny + "/config.json", "config.json: is no index; name the folder");
   expect_usage("run --checkpoint " + kTiny, "--layer");
   expect_usage("run --checkpoint " + kTiny + " --layer 99", "99");
   expect_usage("run --checkpoint " + kTiny + " --layer 0 --tokens -1", "--tokens");

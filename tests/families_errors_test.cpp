@@ -75,6 +75,72 @@ TEST(Families, RefusalsNameWhatToDo) {
   }
 }
 
+// A refusal says of which file it speaks, what is there, and what could be there instead.
+TEST(Families, RefusalsNameFileValueAndChoices) {
+  const auto fresh = [] {
+    auto m = std::make_unique<Model>();
+    m->per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
+    return m;
+  };
+  const auto says = [](const std::string& text, const std::string& words) {
+    EXPECT_NE(text.find(words), std::string::npos) << "'" << text << "' lacks '" << words << "'";
+  };
+  const auto refusal = [](const Checkpoint& c) -> std::string {
+    try {
+      c.layer_config(0);
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "";
+  };
+  const std::string weight = "model.layers.0.mlp.experts.0.gate_proj.weight";
+  {
+    auto m = fresh();
+    m->remove(weight);
+    says(m->complaint(ErrorCode::kCorruptFile),
+         m->path() + ": 'model.layers.0.mlp.experts.0.gate_proj': no weight tensor");
+  }
+  {
+    auto m = fresh();
+    m->open();
+    // As a writer of int16 would: the same bytes under another name.
+    std::string bytes;
+    const std::string file = m->path() + "/model.safetensors";
+    {
+      std::ostringstream all;
+      all << std::ifstream(file, std::ios::binary).rdbuf();
+      bytes = all.str();
+    }
+    for (std::size_t at; (at = bytes.find("\"BF16\"")) != std::string::npos;)
+      bytes.replace(at, 6, "\"I16\" ");
+    std::ofstream(file, std::ios::binary) << bytes;
+    try {
+      Checkpoint::open(m->path());
+      ADD_FAILURE() << "I16 was read";
+    } catch (const Error& e) {
+      says(e.what(), m->path() + ": tensor 'model.layers.0.mlp.experts.0.");
+      says(e.what(), "dtype I16 is not read here, only F32, F16, BF16, F8_E4M3, F8_E8M0, I8, ");
+    }
+  }
+  {
+    auto m = fresh();
+    m->config["num_experts_per_tok"] = 0;
+    says(m->complaint(ErrorCode::kCorruptFile), "'num_experts_per_tok' is 0, expected 1 to 65536");
+    m->config["num_experts_per_tok"] = 4.5;
+    says(m->complaint(ErrorCode::kCorruptFile), "should be a whole number, is 4.5");
+    m->config["num_experts_per_tok"] = "two\x1b";
+    says(m->complaint(ErrorCode::kCorruptFile), "should be a whole number, is \"two\\u001b\"");
+    m->config["num_experts_per_tok"] = Json::array({1});
+    says(m->complaint(ErrorCode::kCorruptFile), "should be a whole number, is a JSON array");
+  }
+  {
+    auto m = fresh();
+    m->config["hidden_act"] = "foo";
+    says(refusal(m->open()), "(--activation), one of: swiglu, geglu, geglu_tanh, swiglu_oai");
+    says(refusal(m->open({.family = "generic"})), "(--routing), one of: softmax_topk, renormalize");
+  }
+}
+
 TEST(Families, IncompleteOrContradictoryFiles) {
   const auto fresh = [] {
     auto m = std::make_unique<Model>();

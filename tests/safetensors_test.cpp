@@ -147,6 +147,7 @@ TEST(Safetensors, HostileHeaders) {
   expect_corrupt(file_bytes("{\"a\":null}", 0), "did not expect null");
   expect_corrupt(file_bytes("{\"a\":\"b\"}", 0), "did not expect a string");
   expect_corrupt(file_bytes("{\"__metadata__\":{\"a\":1}}", 0), "did not expect a number");
+  expect_corrupt(one("\"shape\":[-1]"), "tensor 'x': did not expect a negative number at 'shape'");
   expect_corrupt(file_bytes("{\"__metadata__\":{\"a\":{}}}", 0), "did not expect an object");
   expect_corrupt(file_bytes(R"({"__metadata__":{},"__metadata__":{}})", 0), "twice");
   expect_corrupt(one(R"("dtype":"F32","shape":[2])"), "needs dtype, shape");

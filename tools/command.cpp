@@ -12,7 +12,7 @@
 #include <limits>
 
 #include "backend.h"
-#include "checkpoint/files.h"
+#include "printable.h"
 
 namespace moesaic::tool {
 
@@ -69,7 +69,9 @@ void Output::write_json(const nlohmann::json& value) const {
   std::ofstream file(json_);
   file << text << '\n';
   file.close();
-  if (!file) throw UsageError(fmt::format("--json: '{}' cannot be written", json_));
+  if (!file)  // the machine's failure, not the command line's: that was tried before the work
+    throw std::runtime_error(
+        fmt::format("--json: '{}': the result cannot be written; is the disk full?", json_));
 }
 
 void say_on_stderr(std::string_view message) {

@@ -13,6 +13,7 @@
 #include "checkpoint/layer_source.h"
 #include "checkpoint/native.h"
 #include "checkpoint/slice.h"
+#include "checkpoint/stack.h"
 #include "checkpoint/writer.h"
 
 namespace moesaic {
@@ -44,37 +45,17 @@ DType dtype_for(const QuantSpec& quant, DType checkpoint) {
   return is_16bit(checkpoint) ? checkpoint : DType::kBF16;
 }
 
-// Views on [leading, ...] filled one expert at a time.
-class Stack {
- public:
-  Stack(std::int64_t count, Arena& arena) : count_(count), arena_(arena) {}
-  void put(std::int64_t i, const LayerWeights& one) {
-    for (const auto product : {&LayerWeights::fc1, &LayerWeights::fc2})
-      for (const auto member :
-           {&GemmWeights::weight, &GemmWeights::scale, &GemmWeights::zero_point, &GemmWeights::bias,
-            &GemmWeights::input_scale, &GemmWeights::prequant, &GemmWeights::alpha})
-        put(i, one.*product.*member, all_.*product.*member);
+// A complaint about tensors says of which checkpoint, unless it begins with one of its files.
+template <typename Read>
+auto naming(const std::string& path, const std::string& config_path, Read read) {
+  try {
+    return read();
+  } catch (const Error& e) {
+    const std::string_view text = e.what();
+    if (text.starts_with(path) || text.starts_with(config_path)) throw;
+    throw Error(e.code(), fmt::format("{}: {}", path, text));
   }
-  const LayerWeights& all() const { return all_; }
-
- private:
-  void put(std::int64_t i, const Tensor& one, Tensor& all) {
-    if (!one.defined()) return;
-    if (!all.defined()) {
-      std::array<std::int64_t, Tensor::kMaxRank> shape = one.shape;
-      shape[0] = count_;
-      all = Tensor::contiguous(nullptr, one.dtype,
-                               std::span(shape).first(static_cast<std::size_t>(one.rank)));
-      all.data = arena_.allocate(static_cast<std::size_t>(all.numel()) * size_of(all.dtype));
-    }
-    const auto bytes = static_cast<std::size_t>(one.numel()) * size_of(one.dtype);
-    copy_dense(one, all.as<std::byte>() + static_cast<std::size_t>(i) * bytes);
-  }
-
-  std::int64_t count_;
-  Arena& arena_;
-  LayerWeights all_{};
-};
+}
 
 }  // namespace
 
@@ -209,7 +190,7 @@ Checkpoint Checkpoint::open(const std::string& path, const CheckpointOptions& op
   if (is_native(impl->files)) {
     impl->native = true;
     impl->family = "moesaic";
-    impl->sources.push_back(native_layer(impl->files));
+    impl->sources.push_back(naming(path, config_path, [&] { return native_layer(impl->files); }));
   } else {
     if (has_config) {
       json = read_json_object(config_path);
@@ -223,7 +204,8 @@ Checkpoint Checkpoint::open(const std::string& path, const CheckpointOptions& op
           directory));
     const Family& family = find_family(options, config);
     impl->family = family.name;
-    impl->sources = find_layers(impl->files, family, config, options);
+    impl->sources = naming(path, config_path,
+                           [&] { return find_layers(impl->files, family, config, options); });
   }
   for (const LayerSource& s : impl->sources) impl->layers.push_back(s.layer);
   Checkpoint checkpoint;

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "moesaic/types.h"
@@ -18,5 +19,7 @@ struct StoredDType {
 // Null: no such dtype.
 const StoredDType* find_stored_dtype(std::string_view name);
 std::string_view stored_name(DType dtype);
+// Those that have a view, for messages.
+std::string read_dtypes();
 
 }  // namespace moesaic

@@ -14,9 +14,16 @@ namespace {
 
 using FusedLayout = CheckpointOptions::FusedLayout;
 
+std::string show_json(const nlohmann::json& value) {
+  return printable(
+      value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).substr(0, 80));
+}
+
 [[noreturn]] void wrong_type(const std::string& file, std::string_view key,
                              std::string_view expected, const nlohmann::json& got) {
-  corrupt(fmt::format("{}: '{}' should be {}, is a JSON {}", file, key, expected, got.type_name()));
+  const std::string shown =
+      got.is_structured() ? fmt::format("a JSON {}", got.type_name()) : show_json(got);
+  corrupt(fmt::format("{}: '{}' should be {}, is {}", file, key, expected, shown));
 }
 
 // --- routing, one function per wording of config.json -------------------------------------------
@@ -89,7 +96,9 @@ void ernie(const ModelConfig& config, ModelDescription& d) {
 void llama4(const ModelConfig&, ModelDescription& d) { d.routing.method = RoutingMethod::kLlama4; }
 
 void ask_routing(const ModelConfig&, ModelDescription& d) {
-  d.routing_refusal = "family generic: nothing says how this model routes; name it (--routing)";
+  d.routing_refusal =
+      "family generic: nothing says how this model routes; name it (--routing), one of: " +
+      routing_names();
 }
 
 // --- activation ---------------------------------------------------------------------------------
@@ -99,9 +108,8 @@ void gated_act(const ModelConfig& config, ModelDescription& d) {
     d.activation.kind = *known;
   } else {
     d.activation_refusal = fmt::format(
-        "{}: hidden_act {} has no gated form here; override the "
-        "activation (--activation)",
-        config.file(), show_name(act));
+        "{}: hidden_act {} has no gated form here; name the activation (--activation), one of: {}",
+        config.file(), show_name(act), activation_names(true));
   }
 }
 
@@ -113,8 +121,9 @@ void gpt_oss_act(const ModelConfig& config, ModelDescription& d) {
 
 void ask_activation(const ModelConfig&, ModelDescription& d) {
   d.activation_refusal =
-      "family generic: nothing says which activation this model has; name it "
-      "(--activation)";
+      "family generic: nothing says which activation this model has; name it (--activation), one "
+      "of: " +
+      activation_names(false);
 }
 
 // --- the table ----------------------------------------------------------------------------------
@@ -218,6 +227,23 @@ std::string family_names() {
 
 }  // namespace
 
+std::string routing_names() {
+  std::string names;
+  for (int i = 0; i < kNumRoutingMethods; ++i)
+    names += (i ? ", " : "") + std::string(name(static_cast<RoutingMethod>(i)));
+  return names;
+}
+
+std::string activation_names(bool only_gated) {
+  std::string names;
+  for (int i = 0; i < kNumActivations; ++i) {
+    const auto a = static_cast<Activation>(i);
+    if (only_gated && !is_gated(a)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(name(a));
+  }
+  return names;
+}
+
 const nlohmann::json* ModelConfig::find(std::string_view key) const {
   if (json_ == nullptr) return nullptr;
   const std::string k(key);
@@ -284,8 +310,7 @@ ModelDescription describe(const Family& family, const ModelConfig& config) {
   for (const std::string_view key :
        {"num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k"}) {
     if (const auto k = config.integer(key)) {
-      if (*k < 1 || *k > 65536) corrupt(fmt::format("{}: '{}' is {}", config.file(), key, *k));
-      d.top_k = *k;
+      d.top_k = small(config, key, *k);
       break;
     }
   }

@@ -59,6 +59,10 @@ std::span<const Family> all_families();
 const Family& find_family(const CheckpointOptions& options, const ModelConfig& config);
 ModelDescription describe(const Family& family, const ModelConfig& config);
 
+// For messages that ask for one.
+std::string routing_names();
+std::string activation_names(bool only_gated);
+
 // hidden_act of config.json -> our name; gated or not.
 std::optional<Activation> activation_from(std::string_view hidden_act, bool gated);
 

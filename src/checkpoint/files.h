@@ -11,15 +11,13 @@
 #include <string_view>
 
 #include "moesaic/types.h"
+#include "printable.h"
 
 namespace moesaic {
 
 [[noreturn]] void corrupt(const std::string& message);   // kCorruptFile
 [[noreturn]] void io_error(const std::string& message);  // kIo
 
-// Text of unknown origin as a terminal and a UTF-8 reader may have it: what is no UTF-8, or moves a
-// cursor, becomes '?'.
-std::string printable(std::string_view text);
 // A name from a file, safe to put into a message: quoted, short, printable.
 std::string show_name(std::string_view text);
 // What the JSON library has to say, without its own numbers and bytes that no terminal should see.

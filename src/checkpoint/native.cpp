@@ -227,8 +227,8 @@ LayerSource native_layer(const TensorFile& files) {
                     version, kVersion));
   LayerSource source;
   CheckpointLayer& l = source.layer;
-  l.name = "moesaic";
   l.index = r.whole("index", 0, INT32_MAX);
+  l.name = fmt::format("layer {}", l.index);  // of its model, whose name for it is not kept
   l.experts = r.whole("experts", 1, 65536);
   l.hidden = r.whole("hidden", 1, kMaxExtent);
   l.intermediate = r.whole("intermediate", 1, kMaxExtent);
@@ -242,12 +242,14 @@ LayerSource native_layer(const TensorFile& files) {
   read_activation(r, l.activation);
   if (r.has("activation_unknown"))
     source.model.activation_refusal =
-        "the file does not say which activation this layer has; name it (--activation)";
+        "the file does not say which activation this layer has; name it (--activation), one of: " +
+        activation_names(false);
   if (r.has("routing")) {
     read_routing(r, l.routing);
   } else {
     source.model.routing_refusal =
-        "the file does not say how this layer routes; name it (--routing)";
+        "the file does not say how this layer routes; name it (--routing), one of: " +
+        routing_names();
   }
   source.model.top_k = l.top_k;
   source.experts.hidden = l.hidden;

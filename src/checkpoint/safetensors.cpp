@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -26,27 +25,6 @@ namespace {
 
 constexpr std::size_t kLengthBytes = 8;
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the official reader's limit
-
-constexpr std::array<StoredDType, 20> kStoredDTypes{{{"F32", 32, DType::kF32},
-                                                     {"F16", 16, DType::kF16},
-                                                     {"BF16", 16, DType::kBF16},
-                                                     {"F8_E4M3", 8, DType::kF8E4M3},
-                                                     {"F8_E8M0", 8, DType::kE8M0},
-                                                     {"I8", 8, DType::kI8},
-                                                     {"U8", 8, DType::kU8},
-                                                     {"I32", 32, DType::kI32},
-                                                     {"I64", 64, DType::kI64},
-                                                     {"BOOL", 8, {}},
-                                                     {"F8_E5M2", 8, {}},
-                                                     {"I16", 16, {}},
-                                                     {"U16", 16, {}},
-                                                     {"U32", 32, {}},
-                                                     {"U64", 64, {}},
-                                                     {"F64", 64, {}},
-                                                     {"C64", 64, {}},
-                                                     {"F4", 4, {}},
-                                                     {"F6_E2M3", 6, {}},
-                                                     {"F6_E3M2", 6, {}}}};
 
 // What the header says of one tensor.
 struct Entry {
@@ -150,8 +128,10 @@ class HeaderReader {
 
   [[noreturn]] void fail(const std::string& what) const { corrupt(file_ + ": header: " + what); }
   bool unexpected(std::string_view what) const {
-    fail(
-        fmt::format("did not expect {} at {}", what, key_.empty() ? "the start" : show_name(key_)));
+    const std::string of =
+        place_ == Place::kTensor ? "tensor " + show_name(entries_.back().name) + ": " : "";
+    fail(fmt::format("{}did not expect {} at {}", of, what,
+                     key_.empty() ? "the start" : show_name(key_)));
   }
 
   const std::string& file_;
@@ -257,18 +237,6 @@ Parsed parse_file(const std::string& file, std::span<const std::byte> bytes) {
 
 }  // namespace
 
-const StoredDType* find_stored_dtype(std::string_view name) {
-  const auto it = std::find_if(kStoredDTypes.begin(), kStoredDTypes.end(),
-                               [&](const StoredDType& d) { return d.name == name; });
-  return it == kStoredDTypes.end() ? nullptr : &*it;
-}
-
-std::string_view stored_name(DType dtype) {
-  const auto it = std::find_if(kStoredDTypes.begin(), kStoredDTypes.end(),
-                               [&](const StoredDType& d) { return d.view == dtype; });
-  return it->name;
-}
-
 struct TensorFile::Impl {
   std::vector<std::unique_ptr<MappedFile>> maps;
   std::vector<std::string> paths;     // of the maps, and of the index
@@ -304,7 +272,11 @@ struct TensorFile::Impl {
   void map_index(const std::string& path) {
     const nlohmann::json index = read_json_object(path);
     const auto it = index.find("weight_map");
-    if (it == index.end() || !it->is_object())
+    if (it == index.end())
+      corrupt(path +
+              ": is no index; name the folder, a .safetensors file or "
+              "model.safetensors.index.json");
+    if (!it->is_object())
       corrupt(path + ": expected an object 'weight_map' from tensor names to files");
     paths.push_back(path);
     std::vector<std::string> shards;

@@ -74,8 +74,8 @@ std::optional<Slice> find_slice(const TensorFile& files, const ExpertNames& name
     if (stored == nullptr) continue;
     const auto dtype = find_stored_dtype(stored->dtype)->view;
     if (!dtype)
-      unsupported(fmt::format("tensor {}: dtype {} is not read here", show_name(stored->name),
-                              stored->dtype));
+      unsupported(fmt::format("tensor {}: dtype {} is not read here, only {}; convert it",
+                              show_name(stored->name), stored->dtype, read_dtypes()));
     Slice slice{.stored = stored,
                 .suffix = suffix,
                 .dtype = *dtype,

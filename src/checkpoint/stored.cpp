@@ -39,8 +39,10 @@ Storage storage_of(const Slice& weight, std::string_view suffix, const Quantizat
     case DType::kI8:
       return Storage::kInt8;
     default:
-      unsupported(fmt::format("tensor {}: expert weights of dtype {} are not read",
-                              show_name(weight.stored->name), weight.stored->dtype));
+      unsupported(fmt::format(
+          "tensor {}: expert weights of dtype {} are not read, only F32, F16, BF16, F8_E4M3, I8 "
+          "and the packed layouts of docs/checkpoints.md; convert it",
+          show_name(weight.stored->name), weight.stored->dtype));
   }
 }
 

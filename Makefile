@@ -26,7 +26,8 @@ deps:
 	@scripts/install_deps.sh build
 
 # Configured once; Ninja configures again by itself when a CMake file changes.
-build/%/build.ninja: | deps
+# Configured again behind scripts/setup_venv.sh, too: it brings the Python tests.
+build/%/build.ninja: $(wildcard .venv/pyvenv.cfg) | deps
 	@cmake --preset $* $(CMAKE_FLAGS)
 
 build: build/cpu/build.ninja
@@ -39,6 +40,7 @@ demo: build
 test: build/cpu/build.ninja
 	@cmake --build --preset cpu -j $(JOBS)
 	@ctest --preset cpu -j $(JOBS) --output-log build/cpu/Testing/Temporary/summary.log
+	@cat build/cpu/not_tested.txt
 	@sed -n '/^MOESAIC_PYTHON (/{s/^/comparisons with transformers were skipped: /p;q}' build/cpu/Testing/Temporary/LastTest.log
 
 build/cuda/build.ninja: CMAKE_FLAGS += -DCMAKE_CUDA_COMPILER=$(NVCC)

@@ -15,18 +15,38 @@ import json
 import pathlib
 import re
 import statistics
+import sys
 
 # Our names of what the peers' file calls differently.
 ALIASES = {"int4_w4a16": "int4_g128", "fp8_tensor+static": "fp8_tensor"}
 SLACK = 0.005  # ratios are printed with two digits
 
 
+def fail(text):
+    print(f"compare.py: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read(path):
+    try:
+        return pathlib.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'is no text'}")
+
+
+def read_json(path, what, pick):
+    """pick(the file's JSON); `what` says what it should have been."""
+    try:
+        return pick(json.loads(read(path)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fail(f"{path}: expected {what}")
+
+
 def our_rows(paths):
     for path in paths:
-        with open(path) as file:
-            for row in json.load(file)["rows"]:
-                if row["format"] == "standard" and row["load"] == "uniform" and row.get("source", "ids") == "ids":
-                    yield row
+        yield from read_json(path, "what `moesaic bench --json` writes", lambda all_rows: [
+            row for row in all_rows["rows"]
+            if row["format"] == "standard" and row["load"] == "uniform" and row.get("source", "ids") == "ids"])
 
 
 def verdict(row, peer):
@@ -51,6 +71,8 @@ def glance(page):
             ratios = re.fullmatch(r"\S+ ([\d.]+)[-+=!] \(\S+ ([\d.]+) -> [\d.]+\)", cell)
             if ratios:
                 tables.setdefault(scheme, {}).setdefault(t, []).append(float(ratios[2]) / float(ratios[1]))
+    if not tables:
+        return None
     columns = list(next(iter(tables.values())))
     lines = ["| best peer / ours | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for scheme, gains in tables.items():
@@ -67,11 +89,13 @@ def main():
     parser.add_argument("--misses", action="store_true", help="only a line for each row behind its peer or target")
     args = parser.parse_args()
     if args.glance:
-        return print(glance(args.glance.read_text()))
+        table = glance(read(args.glance))
+        return print(table or fail(f"{args.glance}: holds no table of T=1, T=4 ... against a peer; name a page such as docs/performance_cuda.md"))
     if not args.rows or not args.peers:
         parser.error("rows and --peers, or --glance")
-    with open(args.peers) as file:
-        peers = {(p["scheme"], p["shape"], p["tokens"]): p for p in json.load(file)}
+    peers = read_json(args.peers, "a JSON list of {\"scheme\", \"shape\", \"tokens\", \"peer\", \"ratio\", \"target\"}", lambda list_of: {
+        (p["scheme"], p["shape"], p["tokens"]): {"peer": str(p["peer"]), "ratio": float(p["ratio"]), "target": float(p["target"])}
+        for p in list_of})
 
     tables = {}  # scheme -> shape -> tokens -> cell
     for row in our_rows(args.rows):

@@ -70,11 +70,12 @@ endforeach()
 # The Python package, where the tests' interpreter can import what it needs; otherwise it says why not.
 execute_process(COMMAND ${MOESAIC_TEST_PYTHON} -c "import tvm_ffi, numpy, pytest"
                 RESULT_VARIABLE MOESAIC_NO_PYTHON OUTPUT_QUIET ERROR_QUIET)
+set(not_tested)
 if(MOESAIC_SANITIZE)
-  message(STATUS "Python package: not tested under sanitizers (they would have to be loaded into Python first)")
+  set(not_tested "Python package: not tested under sanitizers (they would have to be loaded into Python first)")
 elseif(MOESAIC_NO_PYTHON)
-  message(STATUS "Python package: not tested, ${MOESAIC_TEST_PYTHON} cannot import tvm_ffi, numpy and pytest "
-                 "(scripts/setup_venv.sh .venv)")
+  string(CONCAT not_tested "Python package: not tested, ${MOESAIC_TEST_PYTHON} cannot import tvm_ffi, numpy and pytest "
+         "(scripts/setup_venv.sh .venv)")
 else()
   if(NOT MOESAIC_PYTHON)
     set(Python_EXECUTABLE ${MOESAIC_TEST_PYTHON})
@@ -86,3 +87,8 @@ else()
     "PYTHONPATH=${PROJECT_SOURCE_DIR}/python;MOESAIC_LIBRARY=$<TARGET_FILE:moesaic_python>\
 ;MOESAIC_WHEEL_BUILD=${PROJECT_BINARY_DIR}-wheel;MOESAIC_WHEEL_CXX=${CMAKE_CXX_COMPILER}")
 endif()
+if(not_tested)
+  message(STATUS "${not_tested}")
+  string(APPEND not_tested "\n")
+endif()
+file(WRITE ${PROJECT_BINARY_DIR}/not_tested.txt "${not_tested}")  # `make test` says it at its end, too

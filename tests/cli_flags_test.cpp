@@ -39,9 +39,9 @@ TEST_F(Cli, FlagsThatWouldDoNothingAreRefused) {
   for (const char* tactic : {"99", "-2", "2x"})
     for (const std::string flag : {"--tactic1", "--tactic2"})
       expect_usage(kBench + flag + " " + tactic, flag + ": expected the number of a tactic from 0");
-  expect_usage(kBench + "--capacity 1", "--capacity: the standard format has none; take --format");
-  expect_usage(kBench + "--format batched,sorted --capacity 1", "the sorted format has none");
-  EXPECT_EQ(run(kBench + "--format batched --capacity 1").code, 0);
+  expect_usage(kBench + "--capacity 1", "--capacity: the batched format alone has one");
+  expect_usage(kBench + "--format standard,sorted --capacity 1", "take --format batched");
+  EXPECT_EQ(run(kBench + "--format sorted,batched --capacity 1").code, 0);
   for (const std::string flag :
        {"--gate-order up_first", "--gate-layout halves", "--fused auto", "--fused kn"}) {
     const std::string words = flag.substr(0, flag.find(' ')) + ": family ";

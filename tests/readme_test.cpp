@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -75,6 +76,13 @@ TEST(Readme, CommandsAreThere) {
   const std::string readme = read("README.md");
   EXPECT_NE(readme.find("make demo"), std::string::npos);
   EXPECT_NE(readme.find("make test"), std::string::npos);
+  // What `make test` leaves out without Python it says at its end, and README.md how to have it.
+  EXPECT_NE(readme.find("scripts/setup_venv.sh .venv"), std::string::npos);
+  if (std::system("make --version >/dev/null 2>&1") == 0) {
+    const std::string steps = output_of("make -n -C " + kRoot.string() + " test");
+    EXPECT_LT(steps.find("ctest"), steps.find("cat build/cpu/not_tested.txt")) << steps;
+    EXPECT_NE(steps.find("cat build/cpu/not_tested.txt"), std::string::npos) << steps;
+  }
 }
 
 // All columns in a build with CUDA, with or without a device; the CPU's in one without.
@@ -122,6 +130,41 @@ TEST(Readme, LinksLeadSomewhere) {
           << page << " points to " << target;
     }
   }
+}
+
+// A script that says by its first line what runs it can be typed as the pages type it.
+TEST(Readme, ScriptsCanBeRun) {
+  int scripts = 0;
+  for (const char* folder : {"bench", "scripts"})
+    for (const auto& entry : fs::directory_iterator(kRoot / folder)) {
+      if (!entry.is_regular_file()) continue;
+      std::string first;
+      std::getline(std::ifstream(entry.path()), first);
+      if (!first.starts_with("#!")) continue;
+      ++scripts;
+      EXPECT_NE(entry.status().permissions() & fs::perms::owner_exec, fs::perms::none)
+          << entry.path();
+    }
+  EXPECT_GE(scripts, 8);
+}
+
+// bench/compare.py says in one line what is wrong with its files, and reads what is right.
+TEST(Readme, ComparingSaysWhatIsWrong) {
+  if (std::system("python3 --version >/dev/null 2>&1") != 0) GTEST_SKIP() << "no python3";
+  const std::string compare = "cd " + kRoot.string() + " && bench/compare.py ";
+  const auto said = [&](const std::string& arguments) {
+    return output_of(compare + arguments + " 2>&1; echo exit $?");
+  };
+  for (const std::string arguments :
+       {"rows.json --peers nope.json", "--glance README.md", "--glance nope.md",
+        "rows.json --peers README.md", "rows.json --peers CMakePresets.json"}) {
+    const std::string text = said(arguments);
+    EXPECT_TRUE(text.starts_with("compare.py: ") && text.ends_with("\nexit 2\n")) << text;
+    EXPECT_EQ(lines(text).size(), 2u) << text;
+  }
+  const std::string table = said("--glance docs/performance_cuda.md");
+  EXPECT_TRUE(table.starts_with("| best peer / ours | T=1 |") && table.ends_with("exit 0\n"))
+      << table;
 }
 
 // Every variable that the sources read is in the table.

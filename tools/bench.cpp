@@ -106,11 +106,13 @@ harness::BenchResult measure(const BenchFlags& flags, Device device) {
     throw UsageError("--tokens: 0 tokens take no time; give counts from 1 on");
   if (flags.route != "ids" && flags.route != "logits")
     throw UsageError("--route: expected ids or logits, got '" + flags.route + "'");
-  if (flags.capacity > 0)
-    for (const std::string& format : split(flags.format))
-      if (format != name(Format::kBatched))
-        throw UsageError(fmt::format(
-            "--capacity: the {} format has none; take --format batched, or leave it out", format));
+  const std::vector<std::string> formats = split(flags.format);
+  if (flags.capacity > 0 &&
+      std::find(formats.begin(), formats.end(), name(Format::kBatched)) == formats.end())
+    throw UsageError(
+        fmt::format("--capacity: the batched format alone has one, got --format {}; take --format "
+                    "batched, or leave --capacity out",
+                    flags.format));
   std::vector<harness::Shape> shapes;
   for (const std::string& text : flags.shapes) shapes.push_back(harness::parse_shape(text));
   for (const std::string& scheme : split(flags.scheme))

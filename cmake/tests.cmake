@@ -55,7 +55,8 @@ endforeach()
 # The installed package, found by an external project.
 add_test(NAME install_test COMMAND ${CMAKE_COMMAND} -DBUILD=${PROJECT_BINARY_DIR} -DSOURCE=${PROJECT_SOURCE_DIR}
   -DWORK=${PROJECT_BINARY_DIR}/install_test -DCXX=${CMAKE_CXX_COMPILER} "-DFLAGS=${MOESAIC_SANITIZE_FLAG}"
-  -DLIBRARY=$<TARGET_FILE_NAME:moesaic> -DLIBDIR=${CMAKE_INSTALL_LIBDIR} -DDOCDIR=${CMAKE_INSTALL_DOCDIR}
+  -DLIBRARY=$<TARGET_FILE_NAME:moesaic> -DTOOLS=$<TARGET_EXISTS:moesaic_command>
+  -DLIBDIR=${CMAKE_INSTALL_LIBDIR} -DDOCDIR=${CMAKE_INSTALL_DOCDIR}
   -P ${PROJECT_SOURCE_DIR}/tests/install_test.cmake)
 include(cmake/examples.cmake)
 

@@ -11,7 +11,7 @@ endfunction()
 
 find_program(MAKE make)
 find_program(NINJA NAMES ninja ninja-build)
-if(MAKE AND NINJA AND EXISTS ${BUILD}/build.ninja)
+if(TOOLS AND MAKE AND NINJA AND EXISTS ${BUILD}/build.ninja)
   execute_process(COMMAND ${MAKE} -n build WORKING_DIRECTORY ${SOURCE} OUTPUT_VARIABLE out COMMAND_ERROR_IS_FATAL ANY)
   if(NOT out MATCHES "--target ([a-z_ ]+)")
     message(FATAL_ERROR "`make -n build` names no targets:\n${out}")

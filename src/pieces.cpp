@@ -36,6 +36,7 @@ void route(const RouteArgs& args) {
         .contiguous()
         .on(device);
     experts = args.router.weight.shape[0];
+    check_range("router.weight: experts", experts, 1, kMaxExperts);
     check("hidden_states", args.hidden_states)
         .shape({tokens, args.router.weight.shape[1]})
         .dtype({DType::kF32, DType::kF16, DType::kBF16})
@@ -50,6 +51,7 @@ void route(const RouteArgs& args) {
         .inner_contiguous()
         .on(device);
     experts = args.logits.shape[1];
+    check_range("logits: experts", experts, 1, kMaxExperts);
   }
   const auto per_expert = [&](std::string_view argument, const Tensor& t) {
     if (t.defined())
@@ -59,7 +61,6 @@ void route(const RouteArgs& args) {
           .contiguous()
           .on(device);
   };
-  check_range(computes ? "router.weight: experts" : "logits: experts", experts, 1, kMaxExperts);
   per_expert("router.bias", args.router.bias);
   per_expert("router.selection_bias", args.router.selection_bias);
   check_routing(args.spec, experts, top_k);

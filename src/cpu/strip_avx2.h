@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The 256-bit levels: AVX2, FMA and F16C, without and with AVX-VNNI. Blocks of up to 6 rows x 16 columns,
-// 12 sums in registers; weights are unpacked to fp32 (or bytes) in scratch first.
+// The 256-bit levels: AVX2, FMA and F16C, without and with AVX-VNNI. Blocks of up to 6 rows x 16
+// columns, 12 sums in registers; weights are unpacked to fp32 (or bytes) in scratch first.
 #pragma once
 
 #include <immintrin.h>
 
-#include "cpu/strip.h"
+#include "cpu/strip_unpacking.h"
 
 namespace moesaic {
 namespace {
@@ -48,90 +48,37 @@ struct Dot<Compute::kByte> {
   static __m256 value(Sum sum) { return _mm256_cvtepi32_ps(sum); }
 };
 
-// kRows rows x 16 columns from `c` on.
-template <Compute kCompute, int kRows>
-void block(const Panel& p, const std::uint8_t* b, std::int64_t units, std::int64_t c) {
-  using D = Dot<kCompute>;
-  typename D::Sum sums[kRows][2];
-  for (int r = 0; r < kRows; ++r)
-    for (int i = 0; i < 2; ++i)
-      sums[r][i] = D::begin(p, r, c + 8 * i);
-  b += 4 * c;
-  for (std::int64_t u = 0; u < units; ++u, b += 4 * kTileCols) {
-    const __m256i b0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-    const __m256i b1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32));
+struct Level : UnpackingLevel<Level> {
+  template <Compute kCompute, int kRows>
+  static void block(const Panel& p, const std::uint8_t* b, std::int64_t units, std::int64_t c) {
+    using D = Dot<kCompute>;
+    typename D::Sum sums[kRows][2];
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < 2; ++i) sums[r][i] = D::begin(p, r, c + 8 * i);
+    b += 4 * c;
+    for (std::int64_t u = 0; u < units; ++u, b += 4 * kTileCols) {
+      const __m256i b0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+      const __m256i b1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32));
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i x = _mm256_set1_epi32(static_cast<int>(p.a[r * p.a_stride + u]));
-      sums[r][0] = D::add(sums[r][0], b0, x);
-      sums[r][1] = D::add(sums[r][1], b1, x);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < 2; ++i) {
-      const std::int64_t at = r * p.c_stride + c + 8 * i;
-      if (p.end == End::kRaw) {
-        D::store(p.raw + at, sums[r][i]);
-        continue;
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i x = _mm256_set1_epi32(static_cast<int>(p.a[r * p.a_stride + u]));
+        sums[r][0] = D::add(sums[r][0], b0, x);
+        sums[r][1] = D::add(sums[r][1], b1, x);
       }
-      __m256 v = D::value(sums[r][i]);
-      if (p.scale != nullptr) v = _mm256_mul_ps(v, _mm256_loadu_ps(p.scale + c + 8 * i));
-      if (p.row_scale != nullptr)
-        v = _mm256_mul_ps(v, _mm256_set1_ps(p.row_scale[r * p.row_stride]));
-      if (p.end == End::kAdd) v = _mm256_add_ps(v, _mm256_loadu_ps(p.total + at));
-      _mm256_storeu_ps(p.total + at, v);
     }
-  }
-}
-
-struct Level {
-  static constexpr bool has_b16() { return false; }
-
-  template <Compute kCompute>
-  static void unpack(const Segments& segment, void* out) {
-    if constexpr (kCompute == Compute::kF32)
-      unpack_values(segment, static_cast<float*>(out));
-    else
-      unpack_bytes(segment, static_cast<std::uint8_t*>(out));
-  }
-
-  template <Compute>
-  static constexpr std::int64_t panel_rows(Code) {
-    return 6;
-  }
-  template <Compute>
-  static constexpr std::int64_t streamed_rows() {
-    return 6;
-  }
-  template <Compute>
-  static constexpr std::int64_t readable_rows() {
-    return 1;
-  }
-  template <Compute>
-  static constexpr bool can_fuse() {
-    return false;
-  }
-  static constexpr OddScales odd_scales() { return OddScales::kFloats; }
-  template <Compute kCompute>
-  static void fused(const Panel&, const Segments&) {}
-
-  template <Compute kCompute>
-  static void native(const Panel& panel, const Segments& segments) {
-    for (std::int64_t i = 0; i < segments.count; ++i)
-      one<kCompute>(panel.at(i), segments.data + i * segments.data_stride, segments.steps_of(i));
-  }
-
- private:
-  template <Compute kCompute>
-  static void one(const Panel& p, const std::uint8_t* b, std::int64_t units) {
-    for (std::int64_t c = 0; c < kTileCols; c += 16) {
-      switch (p.rows) {
-        case 1: block<kCompute, 1>(p, b, units, c); break;
-        case 2: block<kCompute, 2>(p, b, units, c); break;
-        case 3: block<kCompute, 3>(p, b, units, c); break;
-        case 4: block<kCompute, 4>(p, b, units, c); break;
-        case 5: block<kCompute, 5>(p, b, units, c); break;
-        case 6: block<kCompute, 6>(p, b, units, c); break;
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        const std::int64_t at = r * p.c_stride + c + 8 * i;
+        if (p.end == End::kRaw) {
+          D::store(p.raw + at, sums[r][i]);
+          continue;
+        }
+        __m256 v = D::value(sums[r][i]);
+        if (p.scale != nullptr) v = _mm256_mul_ps(v, _mm256_loadu_ps(p.scale + c + 8 * i));
+        if (p.row_scale != nullptr)
+          v = _mm256_mul_ps(v, _mm256_set1_ps(p.row_scale[r * p.row_stride]));
+        if (p.end == End::kAdd) v = _mm256_add_ps(v, _mm256_loadu_ps(p.total + at));
+        _mm256_storeu_ps(p.total + at, v);
       }
     }
   }

@@ -5,7 +5,7 @@
 
 #include <arm_neon.h>
 
-#include "cpu/strip.h"
+#include "cpu/strip_unpacking.h"
 
 namespace moesaic {
 namespace {
@@ -68,87 +68,34 @@ struct Dot<Compute::kByte> {
   static float32x4_t value(Sum sum) { return vcvtq_f32_s32(sum); }
 };
 
-// kRows rows x 16 columns from `c` on.
-template <Compute kCompute, int kRows>
-void block(const Panel& p, const std::uint8_t* b, std::int64_t units, std::int64_t c) {
-  using D = Dot<kCompute>;
-  typename D::Sum sums[kRows][4];
-  for (int r = 0; r < kRows; ++r)
-    for (int i = 0; i < 4; ++i) sums[r][i] = D::begin(p, r, c + 4 * i);
-  b += 4 * c;
-  for (std::int64_t u = 0; u < units; ++u, b += 4 * kTileCols) {
-    uint32x4_t w[4];
-    for (int i = 0; i < 4; ++i) w[i] = vreinterpretq_u32_u8(vld1q_u8(b + 16 * i));
-    for (int r = 0; r < kRows; ++r) {
-      const uint32x4_t x = vdupq_n_u32(p.a[r * p.a_stride + u]);
-      for (int i = 0; i < 4; ++i) sums[r][i] = D::add(sums[r][i], w[i], x);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < 4; ++i) {
-      const std::int64_t at = r * p.c_stride + c + 4 * i;
-      if (p.end == End::kRaw) {
-        D::store(p.raw + at, sums[r][i]);
-        continue;
+struct Level : UnpackingLevel<Level, kHasB16> {
+  template <Compute kCompute, int kRows>
+  static void block(const Panel& p, const std::uint8_t* b, std::int64_t units, std::int64_t c) {
+    using D = Dot<kCompute>;
+    typename D::Sum sums[kRows][4];
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < 4; ++i) sums[r][i] = D::begin(p, r, c + 4 * i);
+    b += 4 * c;
+    for (std::int64_t u = 0; u < units; ++u, b += 4 * kTileCols) {
+      uint32x4_t w[4];
+      for (int i = 0; i < 4; ++i) w[i] = vreinterpretq_u32_u8(vld1q_u8(b + 16 * i));
+      for (int r = 0; r < kRows; ++r) {
+        const uint32x4_t x = vdupq_n_u32(p.a[r * p.a_stride + u]);
+        for (int i = 0; i < 4; ++i) sums[r][i] = D::add(sums[r][i], w[i], x);
       }
-      float32x4_t v = D::value(sums[r][i]);
-      if (p.scale != nullptr) v = vmulq_f32(v, vld1q_f32(p.scale + c + 4 * i));
-      if (p.row_scale != nullptr) v = vmulq_n_f32(v, p.row_scale[r * p.row_stride]);
-      if (p.end == End::kAdd) v = vaddq_f32(v, vld1q_f32(p.total + at));
-      vst1q_f32(p.total + at, v);
     }
-  }
-}
-
-struct Level {
-  static constexpr bool has_b16() { return kHasB16; }
-  template <Compute>
-  static constexpr std::int64_t panel_rows(Code) {
-    return 6;
-  }
-  template <Compute>
-  static constexpr std::int64_t streamed_rows() {
-    return 6;
-  }
-  template <Compute>
-  static constexpr std::int64_t readable_rows() {
-    return 1;
-  }
-  template <Compute>
-  static constexpr bool can_fuse() {
-    return false;
-  }
-  static constexpr OddScales odd_scales() { return OddScales::kFloats; }
-  template <Compute kCompute>
-  static void fused(const Panel&, const Segments&) {}
-
-  template <Compute kCompute>
-  static void unpack(const Segments& segment, void* out) {
-    if constexpr (kCompute == Compute::kF32)
-      unpack_values(segment, static_cast<float*>(out));
-    else if constexpr (kCompute == Compute::kB16)
-      unpack_values(segment, static_cast<std::uint16_t*>(out));
-    else
-      unpack_bytes(segment, static_cast<std::uint8_t*>(out));
-  }
-
-  template <Compute kCompute>
-  static void native(const Panel& panel, const Segments& segments) {
-    for (std::int64_t i = 0; i < segments.count; ++i)
-      one<kCompute>(panel.at(i), segments.data + i * segments.data_stride, segments.steps_of(i));
-  }
-
- private:
-  template <Compute kCompute>
-  static void one(const Panel& p, const std::uint8_t* b, std::int64_t units) {
-    for (std::int64_t c = 0; c < kTileCols; c += 16) {
-      switch (p.rows) {
-        case 1: block<kCompute, 1>(p, b, units, c); break;
-        case 2: block<kCompute, 2>(p, b, units, c); break;
-        case 3: block<kCompute, 3>(p, b, units, c); break;
-        case 4: block<kCompute, 4>(p, b, units, c); break;
-        case 5: block<kCompute, 5>(p, b, units, c); break;
-        case 6: block<kCompute, 6>(p, b, units, c); break;
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 4; ++i) {
+        const std::int64_t at = r * p.c_stride + c + 4 * i;
+        if (p.end == End::kRaw) {
+          D::store(p.raw + at, sums[r][i]);
+          continue;
+        }
+        float32x4_t v = D::value(sums[r][i]);
+        if (p.scale != nullptr) v = vmulq_f32(v, vld1q_f32(p.scale + c + 4 * i));
+        if (p.row_scale != nullptr) v = vmulq_n_f32(v, p.row_scale[r * p.row_stride]);
+        if (p.end == End::kAdd) v = vaddq_f32(v, vld1q_f32(p.total + at));
+        vst1q_f32(p.total + at, v);
       }
     }
   }

@@ -1,48 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The level that any machine has: plain C++, what the compiler makes of it.
-#include "cpu/strip.h"
+#include "cpu/strip_unpacking.h"
 
 namespace moesaic {
 namespace {
 
-struct Level {
-  static constexpr bool has_b16() { return false; }
-
-  template <Compute kCompute>
-  static void unpack(const Segments& segment, void* out) {
-    if constexpr (kCompute == Compute::kF32)
-      unpack_values(segment, static_cast<float*>(out));
-    else
-      unpack_bytes(segment, static_cast<std::uint8_t*>(out));
-  }
-
-  template <Compute>
-  static constexpr std::int64_t panel_rows(Code) {
-    return 6;
-  }
-  template <Compute>
-  static constexpr std::int64_t streamed_rows() {
-    return 6;
-  }
-  template <Compute>
-  static constexpr std::int64_t readable_rows() {
-    return 1;
-  }
-  template <Compute>
-  static constexpr bool can_fuse() {
-    return false;
-  }
-  static constexpr OddScales odd_scales() { return OddScales::kFloats; }
-  template <Compute kCompute>
-  static void fused(const Panel&, const Segments&) {}
-
-  template <Compute kCompute>
-  static void native(const Panel& panel, const Segments& segments) {
-    for (std::int64_t i = 0; i < segments.count; ++i)
-      one<kCompute>(panel.at(i), segments.data + i * segments.data_stride, segments.steps_of(i));
-  }
-
- private:
+struct Level : UnpackingLevel<Level> {
   template <Compute kCompute>
   static void one(const Panel& p, const std::uint8_t* b, std::int64_t units) {
     using Sum = std::conditional_t<kCompute == Compute::kF32, float, std::int32_t>;
@@ -65,8 +28,8 @@ struct Level {
           std::int8_t x[4];
           std::memcpy(x, a + u, 4);
           for (std::int64_t c = 0; c < kTileCols; ++c)
-            sums[c] += w[4 * c] * x[0] + w[4 * c + 1] * x[1] + w[4 * c + 2] * x[2] +
-                       w[4 * c + 3] * x[3];
+            sums[c] +=
+                w[4 * c] * x[0] + w[4 * c + 1] * x[1] + w[4 * c + 2] * x[2] + w[4 * c + 3] * x[3];
         }
       }
       if (p.end == End::kRaw) {

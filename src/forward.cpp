@@ -70,19 +70,27 @@ std::size_t bytes_for(const LayerPlan& plan, const LayerPlan* shared, std::int64
   return arena.used();
 }
 
-// The most tokens that run at once under the byte cap. Found for max_tokens whatever T is: so a
-// workspace for more tokens serves fewer.
+// The largest count below `end` whose bytes are at most `cap`; those of 1 are, and they grow with it.
+template <typename Bytes>
+std::int64_t most_within(std::size_t cap, std::int64_t end, Bytes bytes) {
+  std::int64_t low = 1;
+  while (end - low > 1) {
+    const std::int64_t middle = low + (end - low) / 2;
+    (bytes(middle) <= cap ? low : end) = middle;
+  }
+  return low;
+}
+
+// The tokens that run at once under the byte cap: all where they fit. Where they do not, a chunk has
+// the size that max_tokens need (one token always fits: check_workspace_cap saw to it), so that it
+// is one size for any T.
 std::int64_t chunk_tokens(const LayerPlan& plan, const LayerPlan* shared, std::int64_t tokens) {
   const std::size_t cap = plan.config.workspace_cap;
   const std::int64_t most = plan.config.max_tokens;
-  if (cap == 0 || tokens <= 1 || bytes_for(plan, shared, most, most) <= cap) return tokens;
-  // A single token always fits: check_workspace_cap saw to it.
-  std::int64_t low = 1, high = most;
-  while (high - low > 1) {
-    const std::int64_t middle = low + (high - low) / 2;
-    (bytes_for(plan, shared, most, middle) <= cap ? low : high) = middle;
-  }
-  return std::min(low, tokens);
+  if (cap == 0 || tokens <= 1 || bytes_for(plan, shared, tokens, tokens) <= cap) return tokens;
+  return most_within(cap, most, [&](std::int64_t chunk) {
+    return bytes_for(plan, shared, most, chunk);
+  });
 }
 
 struct Chunk {
@@ -231,7 +239,12 @@ void check_workspace_cap(const LayerPlan& plan, const LayerPlan* shared) {
 
 std::size_t forward_workspace_bytes(const LayerPlan& plan, const LayerPlan* shared,
                                     std::int64_t tokens) {
-  return bytes_for(plan, shared, tokens, chunk_tokens(plan, shared, tokens));
+  const std::int64_t chunk = chunk_tokens(plan, shared, tokens);
+  const std::size_t bytes = bytes_for(plan, shared, tokens, chunk);
+  if (chunk == tokens) return bytes;
+  // A workspace for more tokens serves fewer, those that run in one chunk included.
+  const auto whole = [&](std::int64_t t) { return bytes_for(plan, shared, t, t); };
+  return std::max(bytes, whole(most_within(plan.config.workspace_cap, tokens, whole)));
 }
 
 void forward(const LoadedLayer& layer, const ForwardArgs& args) {
@@ -274,6 +287,11 @@ void forward(const LoadedLayer& layer, const ForwardArgs& args) {
                             .row_weights = on_input ? weights.as<float>() : nullptr,
                             .layout = input_layout(plan, last * config.top_k)}))
     plan.backend->check_rows(plan.fc1, args.hidden_states);
+  if (tokens > 0 && layer.shared_plan != nullptr &&
+      takes_input_as_it_is({.plan = layer.shared_plan,
+                            .fc1 = layer.shared_fc1,
+                            .input = {.values = args.hidden_states, .row = RowOf::kToken}}))
+    plan.backend->check_rows(layer.shared_plan->fc1, args.hidden_states);
   auto* counts = args.tokens_per_expert.as<std::int32_t>();
   const bool one_chunk = chunk == tokens && tokens > 0;
   if (counts != nullptr &&

@@ -182,9 +182,7 @@ void Layer::Impl::attach(std::int64_t local_expert, const LayerWeights& weights)
 void Layer::unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Tensor& fc2) const {
   const Impl& self = *impl_;
   check_range("local_expert", local_expert, 0, self.plan.fc1.experts - 1);
-  if (!self.is_ready)
-    throw Error(ErrorCode::kNotReady,
-                "unpack_expert: the layer has no weights yet; call load or load_expert");
+  check_ready(self, "unpack_expert");
   check("fc1", fc1).distinct().within(self.plan.device);
   check("fc2", fc2).distinct().within(self.plan.device);
   self.fc1.unpack(local_expert, fc1, "fc1");
@@ -213,13 +211,18 @@ void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
         .dtype({DType::kF32, DType::kF16, DType::kBF16});
   }
   if (gate.defined()) check("shared.gate", gate).within(self.plan.device);
+  Tensor kept;
+  std::list<WorkspaceBuffer> memory;
+  if (gate.defined()) kept = self.keep(row, {1, self.plan.config.hidden}, &memory);
   check_and_keep(self.shared->plan, weights, &self.shared->fc1, &self.shared->fc2, "shared.");
+  {
+    const std::lock_guard lock(self.mutex);
+    self.shared->loaded = self.is_ready = false;
+  }
   self.shared->fc1.load(0, weights.fc1, weights.activation, "shared.fc1");
   self.shared->fc2.load(0, weights.fc2, {}, "shared.fc2");
-  self.shared->gate_memory.clear();
-  self.shared->gate = {};
-  if (gate.defined())
-    self.shared->gate = self.keep(row, {1, self.plan.config.hidden}, &self.shared->gate_memory);
+  self.shared->gate = kept;
+  self.shared->gate_memory = std::move(memory);
   const std::lock_guard lock(self.mutex);
   self.shared->loaded = true;
   self.finish_if_complete();
@@ -228,13 +231,13 @@ void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
 void Layer::Impl::finish_if_complete() {
   if (std::find(loaded.begin(), loaded.end(), false) != loaded.end()) return;
   if (shared && !shared->loaded) return;
-  fc1.finish("fc1");
-  fc2.finish("fc2");
-  if (shared) {
+  uneven = fc1.finish("fc1");
+  if (uneven.empty()) uneven = fc2.finish("fc2");
+  if (shared) {  // one expert: never uneven
     shared->fc1.finish("shared.fc1");
     shared->fc2.finish("shared.fc2");
   }
-  is_ready = true;
+  is_ready = uneven.empty();
 }
 
 Tensor Layer::Impl::keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape,
@@ -308,7 +311,7 @@ std::size_t Layer::workspace_bytes(std::int64_t tokens) const {
 }
 
 void Layer::forward(const ForwardArgs& args) const {
-  check_ready(*impl_);
+  check_ready(*impl_, "forward");
   check_forward(*impl_, args);
   moesaic::forward(impl_->loaded_layer(), args);
 }

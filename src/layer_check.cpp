@@ -45,19 +45,17 @@ void check_overlap(const Tensor& in, const Tensor& out) {
 
 }  // namespace
 
-void check_ready(const Layer::Impl& layer) {
+void check_ready(const Layer::Impl& layer, std::string_view call) {
   if (layer.is_ready) return;
   const auto& loaded = layer.loaded;
   const auto missing = std::find(loaded.begin(), loaded.end(), false);
-  throw Error(
-      ErrorCode::kNotReady,
-      missing != loaded.end()
-          ? fmt::format("forward: local expert {} has no weights yet; call load or load_expert",
-                        missing - loaded.begin())
-      : layer.shared && !layer.shared->loaded
-          ? std::string("forward: the shared experts have no weights yet; call load_shared")
-          : std::string("forward: some experts came with a tensor (a bias, say) that others lack; "
-                        "give it to all or to none"));
+  std::string reason = layer.uneven;
+  if (missing != loaded.end())
+    reason = fmt::format("local expert {} has no weights yet; call load or load_expert",
+                         missing - loaded.begin());
+  else if (layer.shared && !layer.shared->loaded)
+    reason = "the shared experts have no weights yet; call load_shared";
+  throw Error(ErrorCode::kNotReady, fmt::format("{}: {}", call, reason));
 }
 
 void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {

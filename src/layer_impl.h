@@ -24,7 +24,8 @@ class PackedProduct {
   // tensors alone.
   void keep(const GemmWeights& all);
   void unpack(std::int64_t expert, const Tensor& weight, std::string_view argument) const;
-  void finish(std::string_view argument);
+  // All experts came. Empty, or which small tensor only some of them have.
+  std::string finish(std::string_view argument);
   const WeightOperand& operand() const { return operand_; }
   std::size_t bytes() const { return (packed_ ? packed_->bytes() : 0) + side_.bytes(); }
 
@@ -56,6 +57,7 @@ struct Layer::Impl {
   TacticPair tactics{};
   std::vector<bool> loaded;
   bool is_ready = false;
+  std::string uneven;  // all experts came, but not with the same tensors: which
   std::list<WorkspaceBuffer> router_memory;
   std::mutex mutex;
 

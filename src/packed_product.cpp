@@ -38,8 +38,9 @@ void PackedProduct::unpack(std::int64_t expert, const Tensor& weight,
   packed_->unpack(expert, weight);
 }
 
-void PackedProduct::finish(std::string_view argument) {
-  side_.complete(argument);
+std::string PackedProduct::finish(std::string_view argument) {
+  std::string missing = side_.complete(argument);
+  if (!missing.empty()) return missing;
   operand_.side = side_.tensors();
   // The same static scale for every expert (the usual file) is a scalar: x is then quantized once
   // per token instead of once per slot.
@@ -49,6 +50,7 @@ void PackedProduct::finish(std::string_view argument) {
     if (std::all_of(values.begin(), values.end(), [&](float v) { return v == values[0]; }))
       scale = scale.slice(0, 1);
   }
+  return {};
 }
 
 }  // namespace moesaic

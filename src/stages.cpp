@@ -10,6 +10,7 @@
 #include "check.h"
 #include "experts.h"
 #include "layer_impl.h"
+#include "layer_check.h"
 #include "stages_check.h"
 #include "weights.h"
 
@@ -239,9 +240,7 @@ void prepare(const Layer& layer, const PrepareArgs& args) {
 
 void experts(const Layer& layer, const ExpertsArgs& args) {
   const Layer::Impl& self = layer.impl();
-  if (!layer.ready())
-    throw Error(ErrorCode::kNotReady,
-                "experts: the layer's weights are not complete; call load first");
+  check_ready(self, "experts");
   run_experts_stage(self.plan, self.fc1.operand(), self.fc2.operand(), self.tactics, args);
 }
 

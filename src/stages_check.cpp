@@ -80,7 +80,7 @@ BatchedShape check_prepare(const LayerPlan& plan, const PrepareArgs& args) {
   if (plan.fc1.act_scale != ActScale::kDefault) {
     const bool per_tensor = plan.fc1.act_scale == ActScale::kTensorStatic ||
                             plan.fc1.act_scale == ActScale::kTensorDynamic;
-    if (per_tensor && args.hidden_scale.defined() && args.hidden_scale.numel() != 1)
+    if (per_tensor && args.hidden_scale.defined() && args.hidden_scale.numel() > 1)
       invalid(fmt::format(
           "hidden_scale: expected f32[1], since row_scale has one value per expert, got "
           "{}; quantize with one scale, or take a scheme with scales per token",

@@ -266,7 +266,7 @@ void SideStore::load(std::int64_t expert, const SideTensors& one, std::string_vi
   }
 }
 
-void SideStore::complete(std::string_view argument) {
+std::string SideStore::complete(std::string_view argument) {
   for (Entry& entry : entries_) {
     if (std::find(entry.seen.begin(), entry.seen.end(), true) == entry.seen.end()) {
       slot(entry) = {};
@@ -274,12 +274,12 @@ void SideStore::complete(std::string_view argument) {
     }
     const auto missing = std::find(entry.seen.begin(), entry.seen.end(), false);
     if (missing != entry.seen.end())
-      throw Error(
-          ErrorCode::kNotReady,
-          fmt::format("{}.{}: was given for some experts and not for local expert {}; give it "
-                      "for all or for none",
-                      argument, entry.name, missing - entry.seen.begin()));
+      return fmt::format(
+          "{}.{} was given for some experts and not for local expert {}; give it for all or for "
+          "none",
+          argument, entry.name, missing - entry.seen.begin());
   }
+  return {};
 }
 
 }  // namespace moesaic

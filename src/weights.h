@@ -39,7 +39,8 @@ class SideStore {
   SideStore& operator=(const SideStore&) = delete;
 
   void load(std::int64_t expert, const SideTensors& one, std::string_view argument);
-  void complete(std::string_view argument);
+  // Empty, or what is missing.
+  std::string complete(std::string_view argument);
   const SideTensors& tensors() const { return tensors_; }
   std::size_t bytes() const { return bytes_; }
 

@@ -75,6 +75,17 @@ TEST(Families, RefusalsNameWhatToDo) {
   }
 }
 
+// A list has a value for each layer of the model: nothing to compare one layer with.
+TEST(Families, ListsInTheConfigAreNotHeldAgainstALayer) {
+  for (const char* key : {"moe_intermediate_size", "num_local_experts", "hidden_size"}) {
+    Model m;
+    m.per_expert("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj");
+    m.config[key] = {1, 2};
+    EXPECT_NO_THROW(m.open()) << key;
+    EXPECT_NO_THROW(m.open({.family = "generic"})) << key;
+  }
+}
+
 // A refusal says of which file it speaks, what is there, and what could be there instead.
 TEST(Families, RefusalsNameFileValueAndChoices) {
   const auto fresh = [] {

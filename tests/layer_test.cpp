@@ -4,36 +4,17 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <new>
 #include <thread>
 
+#include "allocations.h"
 #include "harness/fixture.h"
 #include "scheme.h"
 
-// Every C++ allocation of this process, the library's own included, passes here.
-namespace {
-std::atomic<bool> watching{false};
-std::atomic<int> allocations{0};
-
-void* counted(std::size_t bytes, std::size_t alignment) {
-  if (watching.load(std::memory_order_relaxed)) ++allocations;
-  const std::size_t whole = (bytes + alignment - 1) / alignment * alignment;
-  if (void* p = std::aligned_alloc(alignment, whole == 0 ? alignment : whole)) return p;
-  throw std::bad_alloc();
-}
-}  // namespace
-void* operator new(std::size_t bytes) { return counted(bytes, alignof(std::max_align_t)); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return counted(bytes, static_cast<std::size_t>(alignment));
-}
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-
 namespace moesaic::harness {
 namespace {
+
+using testing::allocations;
+using testing::watching;
 
 TEST(Layer, TokenChunksUnderAWorkspaceCapGiveTheSameBits) {
   for (const Variant& variant :

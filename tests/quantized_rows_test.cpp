@@ -198,6 +198,19 @@ TEST(QuantizedRows, PrepareTakesOneScalePerTensor) {
   run(one.view());
   EXPECT_EQ(row_scale.as<float>()[0], 3.0f);
   EXPECT_EQ(row_scale.as<float>()[1], 3.0f);
+
+  // No tokens have no scales.
+  std::fill_n(counts.as<std::int32_t>(), kExperts, 7);
+  HostTensor none(DType::kF8E4M3, {0, kWidth}), no_ids(DType::kI32, {0, s.config.top_k}),
+      no_scale(DType::kF32, {0, 1});
+  prepare(s.config, {.hidden_states = none.view(),
+                     .hidden_scale = no_scale.view(),
+                     .topk_ids = no_ids.view(),
+                     .rows = rows.view(),
+                     .row_scale = row_scale.view(),
+                     .num_tokens = counts.view(),
+                     .workspace = workspace.view()});
+  for (std::int64_t e = 0; e < kExperts; ++e) EXPECT_EQ(counts.as<std::int32_t>()[e], 0);
 }
 
 // Scales of 8-bit rows are read alike whether the scheme calls them static or not.

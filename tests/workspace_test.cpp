@@ -47,11 +47,19 @@ TEST(Workspace, UnderACapOneServesFewerTokens) {
     for (const std::size_t cap : {0, 200000, 300000, 500000, 1000000}) {
       config.workspace_cap = cap;
       const LayerPlan plan = make_plan(config, info.device);
+      LayerPlan free = plan;
+      free.config.workspace_cap = 0;
       std::size_t before = 0;
       for (std::int64_t tokens = 0; tokens <= config.max_tokens; ++tokens) {
         const std::size_t bytes = forward_workspace_bytes(plan, nullptr, tokens);
         ASSERT_GE(bytes, before) << to_string(info.device) << " cap " << cap << " T=" << tokens;
-        if (cap > 0) ASSERT_LE(bytes, cap);
+        if (cap > 0) {
+          ASSERT_LE(bytes, cap);
+        }
+        const std::size_t whole = forward_workspace_bytes(free, nullptr, tokens);
+        if (whole <= cap) {
+          ASSERT_EQ(bytes, whole) << "in chunks without need, T=" << tokens;
+        }
         before = bytes;
       }
     }

@@ -62,7 +62,8 @@ MOESAIC_C_API void moesaic_layer_destroy(moesaic_layer* layer); /* NULL is fine 
  * layer.h. */
 MOESAIC_C_API moesaic_status moesaic_layer_load(moesaic_layer* layer,
                                                 const moesaic_layer_weights* weights);
-/* ... or one by one (leading extent 1), which never holds more than one expert twice. */
+/* ... or one by one (leading extent 1), which never holds more than one expert twice. Ready when all
+ * came, and with the same tensors. */
 MOESAIC_C_API moesaic_status moesaic_layer_load_expert(moesaic_layer* layer, int64_t local_expert,
                                                        const moesaic_layer_weights* weights);
 /* The way back, bit for bit, into the caller's [1, N, K]. UNSUPPORTED for 4 bits on the CPU. */
@@ -74,12 +75,13 @@ MOESAIC_C_API moesaic_status moesaic_layer_unpack_expert(const moesaic_layer* la
 MOESAIC_C_API moesaic_status moesaic_layer_load_shared(moesaic_layer* layer,
                                                        const moesaic_layer_weights* weights,
                                                        const moesaic_tensor* gate);
+/* A router or gate that is replaced is freed: capture CUDA graphs of forward again. */
 MOESAIC_C_API moesaic_status moesaic_layer_set_router(moesaic_layer* layer,
                                                       const moesaic_router_weights* router);
 /* *ready: 1 when every expert has been loaded. */
 MOESAIC_C_API moesaic_status moesaic_layer_ready(const moesaic_layer* layer, int32_t* ready);
 MOESAIC_C_API moesaic_status moesaic_layer_weight_bytes(const moesaic_layer* layer, size_t* bytes);
-/* A pure function of the configuration and tokens, 0 <= tokens <= max_tokens. */
+/* A pure function of the configuration and tokens, 0 <= tokens <= max_tokens; never less for more. */
 MOESAIC_C_API moesaic_status moesaic_layer_workspace_bytes(const moesaic_layer* layer,
                                                            int64_t tokens, size_t* bytes);
 /* Allocates nothing, synchronizes nothing, reads nothing back: may be captured in a CUDA graph.

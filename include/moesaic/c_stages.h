@@ -15,7 +15,7 @@ extern "C" {
 typedef struct moesaic_prepare_args {
   size_t struct_size;
   const moesaic_tensor* hidden_states; /* [T, H] */
-  const moesaic_tensor* hidden_scale;  /* with 8-bit hidden_states */
+  const moesaic_tensor* hidden_scale;  /* with 8-bit hidden_states; [1] for schemes per tensor */
   const moesaic_tensor* topk_ids;      /* [T, k] i32 or i64, global */
   const moesaic_tensor* topk_weights;  /* [T, k] f32; only with MOESAIC_WEIGHT_ON_INPUT */
   const moesaic_tensor* expert_map;    /* optional i32 [experts]: global -> local, -1 remote */

@@ -91,8 +91,10 @@ class MOESAIC_API Layer {
   const LayerConfig& config() const;
   Device device() const;
 
-  // Attach weights, or put others in their place: what these leave out (a bias, say) is gone. They are copied and packed; the caller's tensors, host or device memory, may go
-  // away afterwards. Throws kInvalidArgument for tensors that do not fit, kOutOfMemory.
+  // Attach weights, or put others in their place: what these leave out (a bias, say) is gone. They
+  // are copied and packed; the caller's tensors, host or device memory, may go away afterwards.
+  // Throws kInvalidArgument for tensors that do not fit, which changes nothing; after kOutOfMemory
+  // and kDevice the layer may not be ready any more. Not while a forward runs.
   // WeightStorage::kInPlace: fc1.weight and fc2.weight must be dense, on the layer's device and
   // 16-byte aligned. Keep them alive and unwritten until the layer is destroyed. On SM90 the layer
   // may permute uint4 weights where they lie and never undoes it; unpack_expert gives the caller's
@@ -100,6 +102,7 @@ class MOESAIC_API Layer {
   // aligned, else copied; all other tensors are copied. load may be called once.
   void load(const LayerWeights& weights);  // every local expert, leading extent E_local
   // One expert (leading extent 1): nothing larger than one expert is ever held twice. Not in place.
+  // The layer is ready when all experts came, and with the same tensors: forward says what differs.
   void load_expert(std::int64_t local_expert, const LayerWeights& weights);
   // The way back, bit for bit: fc1 and fc2 are the caller's [1, N, K], any strides. For callers that drop
   // their copy after load. Refused on the CPU for weights of four bits, on CUDA for an inner stride other than 1.
@@ -107,13 +110,15 @@ class MOESAIC_API Layer {
   // Leading extent 1, intermediate = shared_intermediate. `gate` (optional, [H] or [1, H], float):
   // the shared output is multiplied by sigmoid(x . gate), as in Qwen2-MoE.
   void load_shared(const LayerWeights& weights, const Tensor& gate = {});
-  // Copied, too. Throws kInvalidArgument for shapes and dtypes. Not while a forward runs.
+  // Copied, too. Throws kInvalidArgument for shapes and dtypes, kUnsupported for a selection bias
+  // with sparsemixer. Not while a forward runs. A router or gate that is replaced is freed: capture
+  // CUDA graphs of forward again after set_router and load_shared.
   void set_router(const RouterWeights& router);
   bool ready() const;                // every local expert, and the shared ones, have weights
   std::size_t weight_bytes() const;  // packed, on the device; not what lies in place
 
   // Bytes: a pure function of the configuration and T (0 <= T <= max_tokens), never above
-  // workspace_cap.
+  // workspace_cap, and never less for more tokens.
   std::size_t workspace_bytes(std::int64_t tokens) const;
 
   // Allocates nothing, synchronizes nothing, reads nothing back. Throws kNotReady (experts or a

@@ -68,7 +68,8 @@ struct RouteArgs {
 MOESAIC_API std::size_t route_workspace_bytes(std::int64_t tokens, std::int64_t experts);
 // Chooses top_k experts for every token, and their weights. A token's ids and bits depend on its own
 // logits alone. Throws kInvalidArgument for shapes, dtypes, strides or a workspace that do not fit
-// and for options that contradict the number of experts (groups, top_k); values never raise.
+// and for options that contradict the number of experts (groups, top_k), kUnsupported for a
+// selection bias with sparsemixer; values never raise.
 MOESAIC_API void route(const RouteArgs& args);
 
 }  // namespace moesaic

@@ -20,7 +20,8 @@ MOESAIC_API Format parse_format(std::string_view text);  // throws kInvalidArgum
 // --- prepare: tokens -> the batched format, quantized when the scheme has 8-bit activations ------
 struct PrepareArgs {
   Tensor hidden_states;  // [T, H]
-  Tensor hidden_scale;   // with 8-bit hidden_states
+  Tensor hidden_scale;   // with 8-bit hidden_states: as ForwardArgs::hidden_scale, but [1] alone for
+                         // schemes per tensor (row_scale has one value per expert)
   Tensor topk_ids;       // [T, k] i32 or i64, global
   Tensor topk_weights;   // [T, k] f32; read only with WeightOn::kInput
   Tensor expert_map;     // optional i32 [experts]: global -> local, -1 remote; else config.local

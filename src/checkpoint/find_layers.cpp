@@ -164,9 +164,15 @@ void find_shared(const TensorFile& files, const std::string& block, const ModelC
 // Everything that config.json says of the experts, under each of the names that families have for it.
 void check_against_config(const ModelConfig& config, const Family& family, const std::string& block,
                           const StoredLayout& experts) {
+  // A list has a value for each layer, and counts layers as its family does: not compared.
+  const auto integer = [&](std::string_view key) -> std::optional<std::int64_t> {
+    const nlohmann::json* value = config.find(key);
+    if (value != nullptr && value->is_array()) return {};
+    return config.integer(key);
+  };
   for (const std::string_view key :
        {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"})
-    if (const auto said = config.integer(key); said && *said != experts.names.experts)
+    if (const auto said = integer(key); said && *said != experts.names.experts)
       corrupt(fmt::format("{}: {} is {}, but {} has {} experts; a shard may be missing",
                           config.file(), key, *said, show_name(block), experts.names.experts));
   // `generic` is for models of which nobody knows what these keys mean: experts may be narrower than
@@ -175,7 +181,7 @@ void check_against_config(const ModelConfig& config, const Family& family, const
   for (const auto& [key, have] :
        {std::pair<std::string_view, std::int64_t>{"hidden_size", experts.hidden},
         {"moe_intermediate_size", experts.intermediate}})
-    if (const auto said = config.integer(key); said && *said != have)
+    if (const auto said = integer(key); said && *said != have)
       corrupt(fmt::format("{}: {} is {}, but the experts of {} have {}; one of the files may be "
                           "another model's",
                           config.file(), key, *said, show_name(block), have));

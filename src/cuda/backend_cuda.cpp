@@ -297,12 +297,11 @@ Support cuda_support(const LayerConfig& config) {
 }
 
 void set_cuda_kernels(std::string_view level) {
-  const cuda::Level chosen = cuda::parse_level(level, "set_kernels");
   const std::vector<std::string> here = available_cuda_kernels();
   if (!level.empty() && std::find(here.begin(), here.end(), level) == here.end())
     unsupported(fmt::format("set_kernels: no device of this machine runs {} kernels; it has: {}",
                             level, here.empty() ? "none" : fmt::to_string(fmt::join(here, ", "))));
-  cuda::level() = chosen;
+  cuda::level() = cuda::parse_level(level, "set_kernels");
 }
 
 std::vector<std::string> available_cuda_kernels() {

@@ -8,6 +8,7 @@
 #include <map>
 #include <string_view>
 #include <thread>
+#include <tuple>
 
 #include "backend.h"
 #include "experts.h"
@@ -57,6 +58,8 @@ struct Loaded {
       : config(layer_config(c)), layer(config, kGpu), batch(make_batch(config, batch_options(c))) {
     const WeightData weights = make_weights(config, weight_options(c));
     layer.load(weights.weights);
+    if (config.shared_experts > 0)
+      layer.load_shared(make_shared(config, weight_options(c)).weights);
   }
   LayerConfig config;
   Layer layer;
@@ -356,8 +359,14 @@ TEST_P(OnCuda, FusedAndSeparateQuantizersGiveTheSameBits) {
 // Rows that no product reads where they lie: refused before any output is written, the counts of
 // align included, which runs in front of the products.
 TEST_P(OnCuda, MisalignedRowsAreRefusedBeforeAnythingIsWritten) {
-  for (const std::int64_t tokens : {3, 700}) {
-    const Loaded loaded(small_case(default_variant(Scheme::kBF16), tokens));
+  for (const auto& [tokens, weight_on, shared_experts] :
+       {std::tuple{3, WeightOn::kOutput, 0},
+        {700, WeightOn::kOutput, 0},
+        {3, WeightOn::kInput, 1}}) {  // the shared expert alone reads x as it lies
+    Case c = small_case(default_variant(Scheme::kBF16), tokens);
+    c.weight_on = weight_on;
+    c.shared_experts = shared_experts;
+    const Loaded loaded(c);
     const Call call(loaded, loaded.batch);
     const LayerConfig& config = loaded.layer.config();
     DeviceTensor counts(kGpu, DType::kI32, {config.experts});

@@ -9,8 +9,8 @@
 
 #include "check.h"
 #include "experts.h"
-#include "layer_impl.h"
 #include "layer_check.h"
+#include "layer_impl.h"
 #include "stages_check.h"
 #include "weights.h"
 

@@ -53,6 +53,9 @@ __device__ __forceinline__ void align_few(const AlignParams& p) {
     }
   }
   const unsigned all_tiles = __reduce_add_sync(kAllLanes, tiles);
+  static_assert(kTileWindow == 32);  // a lane each
+  if (p.writer.tiles != nullptr && lane >= static_cast<int>(all_tiles) && lane < p.writer.max_tiles)
+    p.writer.tiles[lane] = kNoTile;
   const int all_lost = __reduce_add_sync(kAllLanes, lost);
   if (lane == 0) {
     if (p.num_tiles != nullptr)

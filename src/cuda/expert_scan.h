@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cuda/element.h"
-#include "row_map.h"
+#include "cuda/stages.h"
 
 namespace moesaic::cuda {
 
@@ -73,13 +73,19 @@ struct TileWriter {
   int groups = 0;             // local experts
 };
 
-// Every thread of `stride` writes the tiles begin, begin + stride, ...
+// Every thread of `stride` writes the tiles begin, begin + stride, ... of `total`, and what is left
+// of the window.
 __device__ __forceinline__ void write_tiles(const TileWriter& w, const GroupTable& table,
                                             std::int64_t total, std::int64_t begin,
                                             std::int64_t stride) {
   if (w.tiles == nullptr) return;
   if (total > w.max_tiles) total = w.max_tiles;
-  for (std::int64_t i = begin; i < total; i += stride) {
+  const std::int64_t window = w.max_tiles < kTileWindow ? w.max_tiles : kTileWindow;
+  for (std::int64_t i = begin; i < total || i < window; i += stride) {
+    if (i >= total) {
+      w.tiles[i] = kNoTile;
+      continue;
+    }
     const int g = group_at(table.first_tile, w.groups, static_cast<std::int32_t>(i));
     const std::int64_t row = (i - table.first_tile[g]) * w.tile_rows;
     const std::int64_t left = table.live[g] - row;

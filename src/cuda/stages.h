@@ -13,6 +13,12 @@
 
 namespace moesaic::cuda {
 
+// A warp that walks a list of tiles asks for its first so many before it knows how many there are.
+// What it does not use of them means nothing, but all memory that is read has been written: align
+// and tiles leave kNoTile there, as far as the list has room.
+inline constexpr int kTileWindow = 32;
+inline constexpr Tile kNoTile{.expert = -1, .rows = 0, .first = 0};
+
 void run_router(const RouteStage& stage, const DeviceTraits& device,
                 cudaStream_t stream);  // logits_scratch
 void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t stream);

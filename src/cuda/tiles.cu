@@ -105,6 +105,13 @@ __device__ __forceinline__ int expert_of(const SortedParams& p, std::int64_t blo
   return expert >= 0 && expert < p.experts ? expert : -1;
 }
 
+// By one block, behind its last tile.
+__device__ __forceinline__ void end_list(const SortedParams& p, std::int64_t tiles) {
+  if (threadIdx.x == 0) *p.num_tiles = static_cast<std::int32_t>(min(tiles, p.max_tiles));
+  const std::int64_t place = tiles + threadIdx.x;
+  if (place < kTileWindow && place < p.max_tiles) p.tiles[place] = kNoTile;
+}
+
 // --- tiles smaller than blocks
 // A chunk is a window of the list: [first, first + kThreads) with a halo behind it, because a tile
 // that begins in the window may end in later blocks.
@@ -179,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1) sorted_tiles(SortedParams p, int 
     }
     __syncthreads();
   }
-  if (threadIdx.x == 0) *p.num_tiles = static_cast<std::int32_t>(min(written, p.max_tiles));
+  end_list(p, written);
 }
 
 // --- tiles of whole blocks and more
@@ -251,8 +258,7 @@ __global__ void __launch_bounds__(kFewThreads) joined_tiles(SortedParams p, int 
     }
     ++at;
   });
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0)
-    *p.num_tiles = static_cast<std::int32_t>(min(std::int64_t{sums.all}, p.max_tiles));
+  if (blockIdx.x == gridDim.x - 1) end_list(p, sums.all);
 }
 
 // --- batched -------------------------------------------------------------------------------------

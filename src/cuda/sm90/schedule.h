@@ -66,7 +66,7 @@ class Schedule : private SecondWalk<kOrder> {
     } else {
       const int here = lane();
       const int capacity = static_cast<int>(p.rows.max_tiles);
-      tile_ = load(here < capacity ? here : 0);  // not behind num_tiles: one latency, not two
+      tile_ = load(here < capacity ? here : 0);  // kTileWindow: one latency, not two
       const int count = __ldcg(p.rows.num_tiles);
       num_tiles_ = count < capacity ? count : capacity;
     }

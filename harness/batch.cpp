@@ -9,6 +9,7 @@
 #include "harness/data.h"
 #include "numeric.h"
 #include "scheme.h"
+#include "words.h"
 
 namespace moesaic::harness {
 namespace {
@@ -134,7 +135,7 @@ Load parse_load(std::string_view text) {
   for (int i = 0; i < kNumLoads; ++i)
     if (kLoadNames[i] == text) return static_cast<Load>(i);
   std::string known;
-  for (const std::string_view n : kLoadNames) known += (known.empty() ? "" : ", ") + std::string(n);
+  for (const std::string_view n : kLoadNames) append_word(known, n);
   invalid("load: unknown name '" + std::string(text) + "'; known: " + known);
 }
 

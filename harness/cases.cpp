@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "scheme.h"
+#include "words.h"
 
 namespace moesaic::harness {
 namespace {
@@ -152,7 +153,7 @@ Shape parse_shape(std::string_view text) {
     if (error != std::errc{} || *fields[i] < 1 || !separated) {
       std::string known;
       for (const auto* list : {&models(), &tests()})
-        for (const Shape& k : *list) known += (known.empty() ? "" : ", ") + k.name;
+        for (const Shape& k : *list) append_word(known, k.name);
       invalid("shape: '" + std::string(text) +
               "' is neither experts,hidden,intermediate,top_k nor one of " + known);
     }
@@ -178,7 +179,7 @@ const Variant& parse_variant(std::string_view text) {
   for (const Variant& v : variants()) {
     if (v.quant.scheme != scheme) continue;
     if (v.name == text) return v;
-    known += (known.empty() ? "" : ", ") + v.name;
+    append_word(known, v.name);
   }
   invalid("scheme: '" + std::string(text) + "' is no variant of " + std::string(scheme_name) +
           "; known: " + known);

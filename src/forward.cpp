@@ -224,6 +224,24 @@ void forward_chunk(const LoadedLayer& layer, const ForwardArgs& args, const Chun
   plan.backend->combine(combine, args.stream);
 }
 
+// Rows that a GEMM1 cannot read where they lie are refused before any output is written.
+void check_input_rows(const LoadedLayer& layer, const Tensor& x, std::int64_t chunk) {
+  const std::int64_t tokens = x.shape[0];
+  if (tokens == 0) return;
+  const auto check = [&](const LayerPlan& plan, const WeightOperand& fc1, RowOf layout) {
+    const Rows input{.values = x, .row = RowOf::kToken};
+    if (takes_input_as_it_is({.plan = &plan, .fc1 = &fc1, .input = input, .layout = layout}))
+      plan.backend->check_rows(plan.fc1, x);
+  };
+  // Routing weights on the input make other rows of them. The last chunk has the fewest tokens, and
+  // may be the only one that is not laid out.
+  const LayerConfig& config = layer.plan->config;
+  const std::int64_t last = (tokens - 1) % chunk + 1;
+  if (config.weight_on == WeightOn::kOutput)
+    check(*layer.plan, *layer.fc1, input_layout(*layer.plan, last * config.top_k));
+  if (layer.shared_plan != nullptr) check(*layer.shared_plan, *layer.shared_fc1, RowOf::kToken);
+}
+
 }  // namespace
 
 void check_workspace_cap(const LayerPlan& plan, const LayerPlan* shared) {
@@ -276,22 +294,7 @@ void forward(const LoadedLayer& layer, const ForwardArgs& args) {
           args.stream);
     }
   }
-  // Rows that GEMM1 cannot read where they lie are refused before any output is written. (The last
-  // chunk has the fewest, and may be the only one that is not laid out.)
-  const std::int64_t last = tokens == 0 ? 0 : (tokens - 1) % chunk + 1;
-  const bool on_input = config.weight_on == WeightOn::kInput;
-  if (tokens > 0 &&
-      takes_input_as_it_is({.plan = &plan,
-                            .fc1 = layer.fc1,
-                            .input = {.values = args.hidden_states, .row = RowOf::kToken},
-                            .row_weights = on_input ? weights.as<float>() : nullptr,
-                            .layout = input_layout(plan, last * config.top_k)}))
-    plan.backend->check_rows(plan.fc1, args.hidden_states);
-  if (tokens > 0 && layer.shared_plan != nullptr &&
-      takes_input_as_it_is({.plan = layer.shared_plan,
-                            .fc1 = layer.shared_fc1,
-                            .input = {.values = args.hidden_states, .row = RowOf::kToken}}))
-    plan.backend->check_rows(layer.shared_plan->fc1, args.hidden_states);
+  check_input_rows(layer, args.hidden_states, chunk);
   auto* counts = args.tokens_per_expert.as<std::int32_t>();
   const bool one_chunk = chunk == tokens && tokens > 0;
   if (counts != nullptr &&

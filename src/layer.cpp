@@ -228,16 +228,23 @@ void Layer::load_shared(const LayerWeights& weights, const Tensor& gate) {
   self.finish_if_complete();
 }
 
+std::string Layer::Impl::missing() const {
+  const auto empty = std::find(loaded.begin(), loaded.end(), false);
+  if (empty != loaded.end())
+    return fmt::format("local expert {} has no weights yet; call load or load_expert",
+                       empty - loaded.begin());
+  if (shared && !shared->loaded)  // one expert, whose tensors cannot differ from others'
+    return "the shared experts have no weights yet; call load_shared";
+  std::string uneven = fc1.missing("fc1");
+  return uneven.empty() ? fc2.missing("fc2") : uneven;
+}
+
 void Layer::Impl::finish_if_complete() {
-  if (std::find(loaded.begin(), loaded.end(), false) != loaded.end()) return;
-  if (shared && !shared->loaded) return;
-  uneven = fc1.finish("fc1");
-  if (uneven.empty()) uneven = fc2.finish("fc2");
-  if (shared) {  // one expert: never uneven
-    shared->fc1.finish("shared.fc1");
-    shared->fc2.finish("shared.fc2");
-  }
-  is_ready = uneven.empty();
+  if (!missing().empty()) return;
+  for (PackedProduct* product : {&fc1, &fc2}) product->finish();
+  if (shared)
+    for (PackedProduct* product : {&shared->fc1, &shared->fc2}) product->finish();
+  is_ready = true;
 }
 
 Tensor Layer::Impl::keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape,

@@ -47,15 +47,11 @@ void check_overlap(const Tensor& in, const Tensor& out) {
 
 void check_ready(const Layer::Impl& layer, std::string_view call) {
   if (layer.is_ready) return;
-  const auto& loaded = layer.loaded;
-  const auto missing = std::find(loaded.begin(), loaded.end(), false);
-  std::string reason = layer.uneven;
-  if (missing != loaded.end())
-    reason = fmt::format("local expert {} has no weights yet; call load or load_expert",
-                         missing - loaded.begin());
-  else if (layer.shared && !layer.shared->loaded)
-    reason = "the shared experts have no weights yet; call load_shared";
-  throw Error(ErrorCode::kNotReady, fmt::format("{}: {}", call, reason));
+  const std::string missing = layer.missing();
+  throw Error(
+      ErrorCode::kNotReady,
+      fmt::format("{}: {}", call,
+                  missing.empty() ? "loading the weights failed; load them again" : missing));
 }
 
 void check_forward(const Layer::Impl& layer, const ForwardArgs& args) {

@@ -24,8 +24,9 @@ class PackedProduct {
   // tensors alone.
   void keep(const GemmWeights& all);
   void unpack(std::int64_t expert, const Tensor& weight, std::string_view argument) const;
-  // All experts came. Empty, or which small tensor only some of them have.
-  std::string finish(std::string_view argument);
+  // Which small tensor only some experts have, or "".
+  std::string missing(std::string_view argument) const { return side_.missing(argument); }
+  void finish();  // all experts came, and nothing is missing
   const WeightOperand& operand() const { return operand_; }
   std::size_t bytes() const { return (packed_ ? packed_->bytes() : 0) + side_.bytes(); }
 
@@ -57,7 +58,6 @@ struct Layer::Impl {
   TacticPair tactics{};
   std::vector<bool> loaded;
   bool is_ready = false;
-  std::string uneven;  // all experts came, but not with the same tensors: which
   std::list<WorkspaceBuffer> router_memory;
   std::mutex mutex;
 
@@ -65,6 +65,7 @@ struct Layer::Impl {
   Tensor keep(const Tensor& tensor, std::initializer_list<std::int64_t> shape,
               std::list<WorkspaceBuffer>* memory) const;
   void attach(std::int64_t local_expert, const LayerWeights& weights);  // checked
+  std::string missing() const;  // what forward waits for, or ""
   void finish_if_complete();
   LoadedLayer loaded_layer() const;
 };

@@ -7,6 +7,7 @@
 #include "check.h"
 #include "moesaic/moesaic.h"
 #include "scheme.h"
+#include "words.h"
 
 namespace moesaic {
 namespace {
@@ -26,7 +27,7 @@ E parse(const Names<E, N>& names, std::string_view what, std::string_view text) 
   std::string known;
   for (const auto& [e, n] : names) {
     if (n == text) return e;
-    known += (known.empty() ? "" : ", ") + std::string(n);
+    append_word(known, n);
   }
   invalid(std::string(what) + ": unknown name '" + std::string(text) + "'; known: " + known);
 }
@@ -107,7 +108,7 @@ Scheme parse_scheme(std::string_view text) {
   std::string known;
   for (const SchemeTraits& t : all_schemes()) {
     if (t.name == text) return t.scheme;
-    known += (known.empty() ? "" : ", ") + std::string(t.name);
+    append_word(known, t.name);
   }
   invalid("scheme: unknown name '" + std::string(text) + "'; known: " + known);
 }

@@ -38,9 +38,8 @@ void PackedProduct::unpack(std::int64_t expert, const Tensor& weight,
   packed_->unpack(expert, weight);
 }
 
-std::string PackedProduct::finish(std::string_view argument) {
-  std::string missing = side_.complete(argument);
-  if (!missing.empty()) return missing;
+void PackedProduct::finish() {
+  side_.complete();
   operand_.side = side_.tensors();
   // The same static scale for every expert (the usual file) is a scalar: x is then quantized once
   // per token instead of once per slot.
@@ -50,7 +49,6 @@ std::string PackedProduct::finish(std::string_view argument) {
     if (std::all_of(values.begin(), values.end(), [&](float v) { return v == values[0]; }))
       scale = scale.slice(0, 1);
   }
-  return {};
 }
 
 }  // namespace moesaic

@@ -266,20 +266,20 @@ void SideStore::load(std::int64_t expert, const SideTensors& one, std::string_vi
   }
 }
 
-std::string SideStore::complete(std::string_view argument) {
-  for (Entry& entry : entries_) {
-    if (std::find(entry.seen.begin(), entry.seen.end(), true) == entry.seen.end()) {
-      slot(entry) = {};
-      continue;
-    }
-    const auto missing = std::find(entry.seen.begin(), entry.seen.end(), false);
-    if (missing != entry.seen.end())
-      return fmt::format(
-          "{}.{} was given for some experts and not for local expert {}; give it for all or for "
-          "none",
-          argument, entry.name, missing - entry.seen.begin());
+std::string SideStore::missing(std::string_view argument) const {
+  for (const Entry& entry : entries_) {
+    const auto without = std::find(entry.seen.begin(), entry.seen.end(), false);
+    if (without == entry.seen.end() || !entry.given()) continue;
+    return fmt::format(
+        "{}.{} was given for some experts and not for local expert {}; give it for all or for none",
+        argument, entry.name, without - entry.seen.begin());
   }
   return {};
+}
+
+void SideStore::complete() {
+  for (const Entry& entry : entries_)
+    if (!entry.given()) slot(entry) = {};
 }
 
 }  // namespace moesaic

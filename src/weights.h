@@ -3,6 +3,7 @@
 // beside the packed ones copied to the device in f32.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <string_view>
@@ -29,8 +30,8 @@ SideTensors side_views(const WeightSpec& spec, std::int64_t experts, const GemmW
                        const ActivationWeights& activation, std::string_view argument);
 
 // Device copies of one product's side tensors, filled expert by expert. A tensor that one expert has
-// every expert must have: `complete` says so by name. Loading an expert again replaces its tensors; one
-// that no expert has any more is undefined again.
+// every expert must have: `missing` names one that they have not. Loading an expert again replaces
+// its tensors; one that no expert has any more is undefined again.
 class SideStore {
  public:
   SideStore(const Backend& backend, const WeightSpec& spec) : backend_(&backend), spec_(spec) {}
@@ -39,8 +40,9 @@ class SideStore {
   SideStore& operator=(const SideStore&) = delete;
 
   void load(std::int64_t expert, const SideTensors& one, std::string_view argument);
-  // Empty, or what is missing.
-  std::string complete(std::string_view argument);
+  // Which tensor only some experts have, or "".
+  std::string missing(std::string_view argument) const;
+  void complete();  // every expert came, and nothing is missing
   const SideTensors& tensors() const { return tensors_; }
   std::size_t bytes() const { return bytes_; }
 
@@ -52,6 +54,7 @@ class SideStore {
     std::int64_t width = 1;  // values per expert
     Tensor memory{};  // of all experts, once one had such a tensor
     std::vector<bool> seen{};
+    bool given() const { return std::find(seen.begin(), seen.end(), true) != seen.end(); }
   };
   Tensor& slot(const Entry& entry);
 

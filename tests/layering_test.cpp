@@ -19,8 +19,8 @@ const fs::path kRoot = MOESAIC_SOURCE_DIR;
 const std::vector<std::pair<std::string, std::string>> kHouses = {
     {"include/moesaic/", "public"}, {"src/scheme.", "nouns"},     {"src/row_map.", "nouns"},
     {"src/check.", "nouns"},        {"src/numeric.", "nouns"},    {"src/log.", "nouns"},
-    {"src/divide.", "nouns"},       {"src/printable.", "nouns"},  {"src/backend.", "contract"},
-    {"src/cpu/", "cpu"},
+    {"src/divide.", "nouns"},       {"src/printable.", "nouns"},  {"src/words.", "nouns"},
+    {"src/backend.", "contract"},   {"src/cpu/", "cpu"},
     {"src/cuda/", "cuda"},          {"src/reference/", "reference"},
     {"src/checkpoint/", "checkpoint"}, {"src/", "core"},          {"harness/", "harness"},
     {"tools/", "tools"},            {"examples/", "examples"},    {"python/", "python"}};

@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing on the CPU: against the routers of the transformers library, against the float64 model,
-// and on logits that somebody chose to hurt.
+// Routing on the CPU: against the float64 model, and on logits that somebody chose to hurt.
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "reference/routing.h"
-#include "stage_testing.h"
+#include "route_testing.h"
 
 namespace moesaic {
 namespace {
@@ -17,114 +14,24 @@ namespace {
 using harness::HostTensor;
 using testing::for_each_level;
 using testing::for_each_thread_count;
+using testing::ids_of;
 using testing::random_tensor;
+using testing::Result;
+using testing::run_route;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-struct Result {
-  std::vector<std::int32_t> ids;
-  std::vector<float> weights;
-  std::int64_t top_k = 0;
-  friend bool operator==(const Result& a, const Result& b) {
-    return a.ids == b.ids &&
-           std::memcmp(a.weights.data(), b.weights.data(), a.weights.size() * sizeof(float)) == 0;
-  }
-};
-
-Result run(RouteArgs args, std::int64_t tokens, std::int64_t top_k) {
-  Result r{.ids = testing::poisoned<std::int32_t>(tokens * top_k),
-           .weights = testing::poisoned<float>(tokens * top_k),
-           .top_k = top_k};
-  args.topk_ids = Tensor::contiguous(r.ids.data(), DType::kI32, {tokens, top_k});
-  args.topk_weights = Tensor::contiguous(r.weights.data(), DType::kF32, {tokens, top_k});
-  // Whether there are too many experts is for route to say, not for the size of its workspace.
-  const std::int64_t experts =
-      std::min<std::int64_t>(2048, args.router.weight.defined() ? args.router.weight.shape[0] : 1);
-  const WorkspaceBuffer workspace({}, route_workspace_bytes(tokens, experts));
-  args.workspace = workspace.view();
-  route(args);
-  return r;
-}
 Result run_logits(const RoutingSpec& spec, const std::vector<std::vector<float>>& z,
                   std::int64_t top_k, const RouterWeights& router = {}) {
   std::vector<float> flat;
   for (const auto& row : z) flat.insert(flat.end(), row.begin(), row.end());
   const auto tokens = static_cast<std::int64_t>(z.size());
   const auto experts = static_cast<std::int64_t>(z[0].size());
-  return run({.spec = spec,
-              .logits = Tensor::contiguous(flat.data(), DType::kF32, {tokens, experts}),
-              .router = router},
-             tokens, top_k);
-}
-
-std::vector<std::int32_t> ids_of(const Result& r, std::int64_t token) {
-  return {r.ids.begin() + token * r.top_k, r.ids.begin() + (token + 1) * r.top_k};
-}
-
-// --- the transformers library --------------------------------------------------------------------
-
-RoutingSpec spec_of(const nlohmann::json& j) {
-  RoutingSpec s{.method = parse_routing(j.at("method").get<std::string>())};
-  s.scale = j.value("scale", s.scale);
-  s.groups = j.value("groups", s.groups);
-  s.topk_groups = j.value("topk_groups", s.topk_groups);
-  s.jitter = j.value("jitter", s.jitter);
-  s.sum_floor = j.value("sum_floor", s.sum_floor);
-  const std::string renormalize = j.value("renormalize", "default");
-  if (renormalize != "default")
-    s.renormalize = renormalize == "always" ? Renormalize::kAlways : Renormalize::kNever;
-  return s;
-}
-HostTensor tensor_of(const nlohmann::json& rows) {
-  std::vector<std::int64_t> shape{static_cast<std::int64_t>(rows.size())};
-  std::vector<float> flat;
-  if (rows[0].is_array()) {
-    shape.push_back(static_cast<std::int64_t>(rows[0].size()));
-    for (const auto& row : rows)
-      for (const auto& v : row) flat.push_back(v.get<float>());
-  } else {
-    for (const auto& v : rows) flat.push_back(v.get<float>());
-  }
-  HostTensor t(DType::kF32, shape);
-  std::copy(flat.begin(), flat.end(), t.as<float>());
-  return t;
-}
-
-TEST(RouteGolden, ChoosesWhatTheModelsThemselvesChoose) {
-  std::ifstream file(MOESAIC_SOURCE_DIR "/tests/golden/routing.json");
-  const nlohmann::json golden = nlohmann::json::parse(file);
-  ASSERT_GE(golden.at("cases").size(), 15u);
-  for_each_level([&] {
-    for (const auto& c : golden.at("cases")) {
-      SCOPED_TRACE(c.at("name").get<std::string>());
-      const HostTensor x = tensor_of(c.at("hidden_states")), w = tensor_of(c.at("weight"));
-      HostTensor bias, selection_bias;
-      if (c.contains("bias")) bias = tensor_of(c.at("bias"));
-      if (c.contains("selection_bias")) selection_bias = tensor_of(c.at("selection_bias"));
-      const auto& ids = c.at("ids");
-      const auto tokens = static_cast<std::int64_t>(ids.size());
-      const auto top_k = static_cast<std::int64_t>(ids[0].size());
-      const Result r = run({.spec = spec_of(c.at("spec")),
-                            .hidden_states = x.view(),
-                            .router = {.weight = w.view(),
-                                       .bias = bias.view(),
-                                       .selection_bias = selection_bias.view()}},
-                           tokens, top_k);
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        for (std::int64_t j = 0; j < top_k; ++j) {
-          const auto expected = ids[t][j].get<std::int32_t>();
-          const auto chosen = ids_of(r, t);
-          const auto at = std::find(chosen.begin(), chosen.end(), expected);
-          ASSERT_NE(at, chosen.end()) << "token " << t << " misses expert " << expected;
-          const float weight =
-              r.weights[static_cast<std::size_t>(t * top_k + (at - chosen.begin()))];
-          const auto theirs = c.at("weights")[t][j].get<float>();
-          EXPECT_NEAR(weight, theirs, 1e-6f + 2e-5f * std::abs(theirs)) << "token " << t;
-        }
-      }
-    }
-  });
+  return run_route({.spec = spec,
+                    .logits = Tensor::contiguous(flat.data(), DType::kF32, {tokens, experts}),
+                    .router = router},
+                   tokens, top_k);
 }
 
 // --- the float64 model ---------------------------------------------------------------------------
@@ -199,8 +106,8 @@ TEST(Route, EveryMethodLikeTheModel) {
       for (const RoutingSpec& spec : all_specs(shape)) {
         RouterWeights router{.bias = bias.view()};
         if (has_selection_bias(spec.method)) router.selection_bias = selection_bias.view();
-        const Result r =
-            run({.spec = spec, .logits = logits.view(), .router = router}, tokens, shape.top_k);
+        const Result r = run_route({.spec = spec, .logits = logits.view(), .router = router},
+                                   tokens, shape.top_k);
         for (std::int64_t t = 0; t < tokens; ++t) {
           std::vector<double> z, b;
           for (std::int64_t e = 0; e < shape.experts; ++e) {
@@ -227,8 +134,8 @@ TEST(Route, LogitsAreTheProductInFp32) {
         const RoutingSpec raw{.method = RoutingMethod::kTopK};  // the weights are the logits
         for_each_level([&] {
           const Result r =
-              run({.spec = raw, .hidden_states = x.view(), .router = {.weight = w.view()}}, tokens,
-                  experts);
+              run_route({.spec = raw, .hidden_states = x.view(), .router = {.weight = w.view()}},
+                        tokens, experts);
           for (std::int64_t t = 0; t < tokens; ++t) {
             for (std::int64_t j = 0; j < experts; ++j) {
               const std::int64_t e = r.ids[static_cast<std::size_t>(t * experts + j)];
@@ -260,15 +167,15 @@ TEST(Route, SameBitsInAnyBatchOnAnyThreadsAtAnyLevel) {
   for (const RoutingSpec& spec : all_specs({experts, top_k, 8, 3})) {
     RouteArgs args{.spec = spec, .hidden_states = x.view(), .router = {.weight = w.view()}};
     if (has_selection_bias(spec.method)) args.router.selection_bias = bias.view();
-    const Result whole = run(args, tokens, top_k);
+    const Result whole = run_route(args, tokens, top_k);
     for_each_level([&] {
       for_each_thread_count(
-          [&] { EXPECT_TRUE(run(args, tokens, top_k) == whole) << name(spec.method); });
+          [&] { EXPECT_TRUE(run_route(args, tokens, top_k) == whole) << name(spec.method); });
     });
     for (const std::int64_t t : {std::int64_t{0}, std::int64_t{17}, tokens - 1}) {
       RouteArgs one = args;
       one.hidden_states = x.view().slice(t, 1);
-      const Result alone = run(one, 1, top_k);
+      const Result alone = run_route(one, 1, top_k);
       for (std::int64_t j = 0; j < top_k; ++j) {
         const auto at = static_cast<std::size_t>(t * top_k + j);
         EXPECT_EQ(alone.ids[static_cast<std::size_t>(j)], whole.ids[at]);
@@ -351,8 +258,8 @@ TEST(Route, ATokenWithNaNLeavesTheOthersAlone) {
     const std::int64_t top_k = spec.method == RoutingMethod::kLlama4 ? 1 : 2;
     HostTensor bad = z;
     bad.as<float>()[3 * experts + 5] = kNaN;
-    const Result clean = run({.spec = spec, .logits = z.view()}, tokens, top_k);
-    const Result dirty = run({.spec = spec, .logits = bad.view()}, tokens, top_k);
+    const Result clean = run_route({.spec = spec, .logits = z.view()}, tokens, top_k);
+    const Result dirty = run_route({.spec = spec, .logits = bad.view()}, tokens, top_k);
     for (std::int64_t t = 0; t < tokens; ++t) {
       if (t == 3) continue;
       for (std::int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
@@ -383,9 +290,9 @@ TEST(Route, ScaleIsAppliedExactlyOnce) {
   for (int m = 0; m < kNumRoutingMethods; ++m) {
     const auto method = static_cast<RoutingMethod>(m);
     const std::int64_t top_k = method == RoutingMethod::kLlama4 ? 1 : 2;
-    const Result one = run({.spec = {.method = method}, .logits = z.view()}, 4, top_k);
+    const Result one = run_route({.spec = {.method = method}, .logits = z.view()}, 4, top_k);
     const Result four =
-        run({.spec = {.method = method, .scale = 4.0f}, .logits = z.view()}, 4, top_k);
+        run_route({.spec = {.method = method, .scale = 4.0f}, .logits = z.view()}, 4, top_k);
     for (std::size_t i = 0; i < one.weights.size(); ++i)
       EXPECT_EQ(one.weights[i] * 4, four.weights[i]);
   }
@@ -403,20 +310,20 @@ TEST(Route, StridedLogitsAndHiddenStates) {
   const RouteArgs product{.hidden_states = x, .router = {.weight = w.view()}};
   RouteArgs same = product;
   same.hidden_states = dense.view();
-  EXPECT_TRUE(run(product, 6, 4) == run(same, 6, 4));
-  EXPECT_TRUE(run({.logits = x}, 6, 4) == run({.logits = dense.view()}, 6, 4));
+  EXPECT_TRUE(run_route(product, 6, 4) == run_route(same, 6, 4));
+  EXPECT_TRUE(run_route({.logits = x}, 6, 4) == run_route({.logits = dense.view()}, 6, 4));
 }
 
 TEST(Route, AsManyExpertsAsThereMayBe) {
   FRESH_RNG(rng);
   const HostTensor most = random_tensor(rng, DType::kF32, {2, 2048});
-  const Result result = run({.logits = most.view()}, 2, 4);
+  const Result result = run_route({.logits = most.view()}, 2, 4);
   for (const std::int32_t id : result.ids) EXPECT_TRUE(id >= 0 && id < 2048);
   const HostTensor more = random_tensor(rng, DType::kF32, {1, 2049});
   const HostTensor x(DType::kF32, {1, 8}), router(DType::kF32, {2049, 8});
   const auto refusal = [](const RouteArgs& args) -> std::string {
     try {
-      run(args, 1, 4);
+      run_route(args, 1, 4);
     } catch (const Error& error) {
       return error.what();
     }
@@ -429,16 +336,16 @@ TEST(Route, AsManyExpertsAsThereMayBe) {
 
 TEST(Route, SparseMixerHasNoSelectionBias) {
   const HostTensor z(DType::kF32, {1, 16}), bias(DType::kF32, {16});
-  EXPECT_THROW(run({.spec = {.method = RoutingMethod::kSparseMixer},
-                    .logits = z.view(),
-                    .router = {.selection_bias = bias.view()}},
-                   1, 2),
+  EXPECT_THROW(run_route({.spec = {.method = RoutingMethod::kSparseMixer},
+                          .logits = z.view(),
+                          .router = {.selection_bias = bias.view()}},
+                         1, 2),
                Error);
 }
 
 TEST(Route, NoTokens) {
   const HostTensor z(DType::kF32, {0, 16});
-  EXPECT_NO_THROW(run({.logits = z.view()}, 0, 4));
+  EXPECT_NO_THROW(run_route({.logits = z.view()}, 0, 4));
 }
 
 }  // namespace

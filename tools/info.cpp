@@ -10,6 +10,7 @@
 #include "harness/cases.h"
 #include "scheme.h"
 #include "tools/command.h"
+#include "words.h"
 
 namespace moesaic::tool {
 namespace {
@@ -80,7 +81,7 @@ void print(const Output& out, const std::vector<Cell>& cells) {
                          d.note.empty() ? "" : "  ", d.note));
   std::string levels;
   for (const std::string& level : available_kernels(DeviceType::kCpu))
-    levels += (levels.empty() ? "" : ", ") + level;
+    append_word(levels, level);
   out.line(fmt::format("  threads  {}   CPU kernels: {}", num_threads(), levels));
   out.line("");
 

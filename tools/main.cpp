@@ -8,6 +8,7 @@
 #include <new>
 
 #include "tools/command.h"
+#include "words.h"
 
 namespace moesaic::tool {
 namespace {
@@ -51,7 +52,7 @@ int run(int argc, char** argv) {
     bool known = app.get_option_no_throw(argv[1]) != nullptr;
     for (const Command& command : commands) {
       known = known || command.app->get_name() == first;
-      names += (names.empty() ? "" : ", ") + command.app->get_name();
+      append_word(names, command.app->get_name());
     }
     if (!known)
       return complain(fmt::format("there is no {} '{}'; the commands are {}",

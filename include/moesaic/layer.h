@@ -104,8 +104,9 @@ class MOESAIC_API Layer {
   // One expert (leading extent 1): nothing larger than one expert is ever held twice. Not in place.
   // The layer is ready when all experts came, and with the same tensors: forward says what differs.
   void load_expert(std::int64_t local_expert, const LayerWeights& weights);
-  // The way back, bit for bit: fc1 and fc2 are the caller's [1, N, K], any strides. For callers that drop
-  // their copy after load. Refused on the CPU for weights of four bits, on CUDA for an inner stride other than 1.
+  // The way back, bit for bit: fc1 and fc2 are the caller's [1, N, K], any strides. For callers that
+  // drop their copy after load. Refused on the CPU for weights of four bits, on CUDA for an inner
+  // stride other than 1.
   void unpack_expert(std::int64_t local_expert, const Tensor& fc1, const Tensor& fc2) const;
   // Leading extent 1, intermediate = shared_intermediate. `gate` (optional, [H] or [1, H], float):
   // the shared output is multiplied by sigmoid(x . gate), as in Qwen2-MoE.
@@ -123,8 +124,8 @@ class MOESAIC_API Layer {
 
   // Allocates nothing, synchronizes nothing, reads nothing back. Throws kNotReady (experts or a
   // needed router are missing), kInvalidArgument and kUnsupported before any output is touched;
-  // kDevice when a launch fails, after which outputs are undefined. Values never raise: ids outside contribute nothing, NaN and Inf stay in
-  // their token's row.
+  // kDevice when a launch fails, after which outputs are undefined. Values never raise: ids outside
+  // contribute nothing, NaN and Inf stay in their token's row.
   void forward(const ForwardArgs& args) const;
 
   // The ways each product can run here, as FlashInfer's runner lists them, and which to take. Not

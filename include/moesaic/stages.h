@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Level 2: prepare, experts, finalize, usable apart so that a foreign dispatch / combine can sit
-// between them. vLLM's modular kernel defines the contract; `sorted` is SGLang's format, where rows stay where they are: its prepare is `align` (and `quantize`), its finalize `sum_slots`.
-// All throw kInvalidArgument for shapes, dtypes, strides and devices that do not fit, kUnsupported for
-// what the scheme has not, by name; values never raise.
+// between them. vLLM's modular kernel defines the contract; `sorted` is SGLang's format, where rows
+// stay where they are: its prepare is `align` (and `quantize`), its finalize `sum_slots`.
+// All throw kInvalidArgument for shapes, dtypes, strides and devices that do not fit, kUnsupported
+// for what the scheme has not, by name; values never raise.
 #pragma once
 
 #include <cstdint>

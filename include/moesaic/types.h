@@ -20,10 +20,10 @@
 namespace moesaic {
 
 // --- errors --------------------------------------------------------------------------------------
-// Every failure the host can see is thrown as an Error before any output is touched, kDevice excepted:
-// a launch may fail behind others, and outputs are undefined then. What CUDA reports later comes out of a later call. Its
-// text names the argument, what was expected, what came, and a way out. Values *inside* tensors
-// never raise.
+// Every failure the host can see is thrown as an Error before any output is touched, kDevice
+// excepted: a launch may fail behind others, and outputs are undefined then. What CUDA reports later
+// comes out of a later call. Its text names the argument, what was expected, what came, and a way
+// out. Values *inside* tensors never raise.
 enum class ErrorCode : int {
   kInvalidArgument = 1,  // a shape, dtype, stride or option is wrong: fix the call
   kUnsupported = 2,      // a valid request outside the support matrix: the text says what to use

@@ -15,6 +15,7 @@
 #include "checkpoint/slice.h"
 #include "checkpoint/stack.h"
 #include "checkpoint/writer.h"
+#include "words.h"
 
 namespace moesaic {
 namespace {
@@ -85,7 +86,7 @@ struct Checkpoint::Impl {
       if (s.layer.index == index) return s;
     std::string known;
     for (std::size_t i = 0; i < sources.size() && i < 64; ++i)
-      known += fmt::format("{}{}", i ? ", " : "", sources[i].layer.index);
+      append_word(known, std::to_string(sources[i].layer.index));
     invalid(fmt::format("layer {}: not an MoE layer of {}; there are {}{}", index, path, known,
                         sources.size() > 64 ? ", ..." : ""));
   }

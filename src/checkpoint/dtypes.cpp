@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 
+#include "words.h"
+
 namespace moesaic {
 namespace {
 
@@ -39,7 +41,7 @@ const StoredDType* find_stored_dtype(std::string_view name) {
 std::string read_dtypes() {
   std::string names;
   for (const StoredDType& d : kStoredDTypes)
-    if (d.view) names += (names.empty() ? "" : ", ") + std::string(d.name);
+    if (d.view) append_word(names, d.name);
   return names;
 }
 

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "checkpoint/files.h"
+#include "words.h"
 
 namespace moesaic {
 namespace {
@@ -221,7 +222,7 @@ constexpr std::array<Family, 12> kFamilies{{
 
 std::string family_names() {
   std::string names;
-  for (const Family& f : kFamilies) names += (names.empty() ? "" : ", ") + std::string(f.name);
+  for (const Family& f : kFamilies) append_word(names, f.name);
   return names;
 }
 
@@ -230,7 +231,7 @@ std::string family_names() {
 std::string routing_names() {
   std::string names;
   for (int i = 0; i < kNumRoutingMethods; ++i)
-    names += (i ? ", " : "") + std::string(name(static_cast<RoutingMethod>(i)));
+    append_word(names, name(static_cast<RoutingMethod>(i)));
   return names;
 }
 
@@ -238,8 +239,7 @@ std::string activation_names(bool only_gated) {
   std::string names;
   for (int i = 0; i < kNumActivations; ++i) {
     const auto a = static_cast<Activation>(i);
-    if (only_gated && !is_gated(a)) continue;
-    names += (names.empty() ? "" : ", ") + std::string(name(a));
+    if (!only_gated || is_gated(a)) append_word(names, name(a));
   }
   return names;
 }

@@ -16,6 +16,7 @@
 
 #include "check.h"
 #include "cpu/gemm.h"
+#include "words.h"
 
 namespace moesaic {
 namespace {
@@ -72,7 +73,7 @@ const CpuKernels* find(std::string_view source, std::string_view level) {
   std::string known;
   for (const CpuKernels* kernels : levels()) {
     if (kernels->name == level) return kernels;
-    known += (known.empty() ? "" : ", ") + std::string(kernels->name);
+    append_word(known, kernels->name);
   }
   unsupported(std::string(source) + ": this machine has no kernels named '" + std::string(level) +
               "'; it has: " + known);

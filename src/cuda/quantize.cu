@@ -60,9 +60,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const std::int64_t stride = static_cast<std::int64_t>(blocks) * rows;
   // All threads of a row (a warp, or the block) run the same turns: reductions may synchronize.
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / row_threads;
-       i < items; i += stride) {
+       i < items * p.parts; i += stride) {
     QuantizeRow row;
-    const bool live = find_row(p, i, &row);
+    const unsigned part = p.parts == 1 ? 0 : static_cast<unsigned>(i) % p.parts;
+    const bool live = find_row(p, p.parts == 1 ? i : static_cast<unsigned>(i) / p.parts, &row);
     if (!waited) {
       wait_for_earlier_kernels();
       waited = true;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float scale = given;
     if (p.granularity == ActScale::kToken) {
       unsigned top = 0;
-      for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t, float(&v)[kVec]) {
+      for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t, float (&v)[kVec]) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) top = max(top, magnitude(v[e]));
       });
@@ -88,7 +89,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p.granularity != ActScale::kToken && p.per_expert && lane == 0 && p.scale != nullptr)
       p.scale[row.expert] = scale;  // every row of the expert writes the same
     const float inverse = inverse_of(scale);
-    for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t column, float(&v)[kVec]) {
+    const int first = static_cast<int>(part) * row_threads + lane;
+    const int threads = static_cast<int>(p.parts) * row_threads;
+    for_row<In, kVec>(p, row, first, threads, [&](std::int64_t column, float (&v)[kVec]) {
       store_quantized<kVec>(p, row, column, v, scale, inverse);
     });
   }
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) tensor_absmax(QuantizeParams p) {
     unsigned top = 0;
     QuantizeRow row;
     if (find_row(p, item, &row))
-      for_row<In, kVec>(p, row, lane, 32, [&](std::int64_t, float(&v)[kVec]) {
+      for_row<In, kVec>(p, row, lane, 32, [&](std::int64_t, float (&v)[kVec]) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) top = max(top, finite_magnitude(v[e]));
       });
@@ -237,7 +240,13 @@ bool run_quantize(const QuantizeStage& stage, const DeviceTraits& device, cudaSt
   const std::int64_t live = std::min(rows, p.tiles != nullptr ? p.positions : rows);
   const bool warp_rows =
       p.columns <= 32 * (wide ? 8 : 1) || (live > device.sm_count * 16 && p.columns <= 8192);
-  const std::int64_t row_blocks = warp_rows ? ceil_div(rows, kWarps) : rows;
+  // Few wide rows whose scale is known are spread over more blocks: a thread's turns lie behind one
+  // another, and GEMM1 waits (7168 columns: 2.4 us).
+  if (p.granularity == ActScale::kTensorStatic && !warp_rows) {
+    const std::int64_t parts = ceil_div(p.columns, kThreads * (wide ? 8 : 1));
+    if (rows * parts <= device.sm_count * 2) p.parts = static_cast<unsigned>(parts);
+  }
+  const std::int64_t row_blocks = warp_rows ? ceil_div(rows, kWarps) : rows * p.parts;
 
   const int row_threads = warp_rows ? 32 : kThreads;
 

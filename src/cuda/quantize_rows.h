@@ -42,6 +42,7 @@ struct QuantizeParams {
   ActScale granularity = ActScale::kDefault;
   Int8Rounding int8_rounding = Int8Rounding::kNearest;
   std::int64_t group = 0, groups = 1;
+  unsigned parts = 1;  // of a row, each a block's
   const float* static_scale = nullptr;
   std::int64_t static_scales = 0, static_stride = 0;
   float* scale = nullptr;

@@ -8,10 +8,10 @@
 #include <cmath>
 #include <deque>
 #include <memory>
-#include <numeric>
 
 #include "backend.h"
 #include "check.h"
+#include "harness/bench_routing.h"
 #include "harness/formats.h"
 #include "harness/stopwatch.h"
 
@@ -55,56 +55,6 @@ Layer loaded_layer(const LayerConfig& config, const BenchSpec& spec, std::uint64
     layer.load_expert(e, there.empty() ? drawn[from].weights : there[from].weights);
   }
   return layer;
-}
-
-// One routing of the rotation, on the device.
-struct Routing {
-  DeviceTensor ids, weights, logits;
-  double active = 0;
-  std::int64_t busiest = 0;  // slots of the expert with the most
-};
-
-BatchOptions batch_of(const BenchSpec& spec, std::int64_t tokens, int r) {
-  return {.tokens = tokens,
-          .fill = Fill::kFast,
-          .load = spec.load,
-          .seed = mix(spec.seed, 1000 + static_cast<std::uint64_t>(r))};
-}
-
-Routing make_routing(const LayerConfig& config, const BenchSpec& spec, std::int64_t tokens, int r) {
-  LayerConfig narrow = config;
-  narrow.hidden =
-      1;  // no activations: all routings share them, as weights in between push them out of a cache
-  Batch batch = make_batch(narrow, batch_of(spec, tokens, r));
-  Routing out;
-  if (spec.source == RoutingSource::kLogits) {
-    out.logits = DeviceTensor::from(batch.router_logits, spec.device);
-    // What the default method makes of them: the top k.
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const float* z = batch.router_logits.as<float>() + t * config.experts;
-      std::vector<std::int32_t> order(static_cast<std::size_t>(config.experts));
-      std::iota(order.begin(), order.end(), 0);
-      std::partial_sort(order.begin(), order.begin() + config.top_k, order.end(),
-                        [&](std::int32_t a, std::int32_t b) { return z[a] > z[b]; });
-      std::copy_n(order.begin(), config.top_k,
-                  batch.topk_ids.as<std::int32_t>() + t * config.top_k);
-    }
-  }
-  // Another set of experts each time: under a skewed load the popular ones would otherwise stay in
-  // the cache from one run to the next.
-  std::vector<std::int64_t> slots(static_cast<std::size_t>(config.experts));
-  for (std::int64_t i = 0; i < tokens * config.top_k; ++i) {
-    std::int32_t& id = batch.topk_ids.as<std::int32_t>()[i];
-    if (id < 0 || id >= config.experts) continue;
-    if (spec.source == RoutingSource::kIds)
-      id = static_cast<std::int32_t>((id + r * config.top_k) % config.experts);
-    ++slots[static_cast<std::size_t>(id)];
-  }
-  out.active = static_cast<double>(active_experts(config, batch.topk_ids));
-  out.busiest = *std::max_element(slots.begin(), slots.end());
-  out.ids = DeviceTensor::from(batch.topk_ids, spec.device);
-  out.weights = DeviceTensor::from(batch.topk_weights, spec.device);
-  return out;
 }
 
 double ms_since(std::chrono::steady_clock::time_point begin) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing: one warp per token, its experts in registers, k picks of the largest key. Every sum has
-// a fixed tree, so a token's experts and weights do not depend on the batch.
+// Routing: one warp per token, or a block where experts are many. Every sum has a fixed tree, so a
+// token's experts and weights do not depend on the batch.
 //
 // Where a score is a monotone function of the logit and nothing is added to it, the logits
 // themselves are compared: a saturated sigmoid would make ties of numbers that differ.
 #include <algorithm>
 
+#include "cuda/choose_experts.h"
 #include "cuda/device.h"
 #include "cuda/element.h"
 #include "cuda/overlap.h"
@@ -41,13 +42,6 @@ struct RouteParams {
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 __device__ __forceinline__ float softplus(float z) {
   return fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z)));
-}
-
-// Order as of floats, -0 equal to 0; NaN below all numbers; 0 is free for "not to be chosen".
-__device__ __forceinline__ unsigned order_key(float v) {
-  if (v != v) return 1u;
-  const unsigned u = __float_as_uint(v + 0.0f);
-  return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
 struct SoftmaxSums {
@@ -117,50 +111,67 @@ __device__ __forceinline__ float sparsemixer_weight(const RouteParams& p, const 
   return 1.0f / warp_sum(sum);
 }
 
-template <int kPerLane>
-__global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
+// What the warps found, put together in their order.
+template <bool kOneWarp, typename F>
+__device__ __forceinline__ float over_warps(float mine, F&& both) {
+  if constexpr (kOneWarp) return mine;
+  __shared__ float warps[kMostThreads / 32];
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+  __syncthreads();
+  float all = warps[0];
+  for (unsigned w = 1; w < blockDim.x / 32; ++w) all = both(all, warps[w]);
+  return all;
+}
+
+// Up to 256 experts are one warp's, which then picks one after the other. A kernel this short takes
+// the time in which its instructions come from memory: with 16 experts to a lane they were so many
+// that 512 experts took 5 to 5.5 us, where a block takes 4; with 4 or 8, on the other hand, ranks
+// and barriers took 0.5 longer than picks.
+template <int kPerThread, bool kOneWarp>
+__global__ void __launch_bounds__(kOneWarp ? 32 : kMostThreads, 1) route_tokens(RouteParams p) {
   begin_kernel();
-  extern __shared__ float shared[];  // z [E]; grouped only: choice [E], group scores [G], kept [G]
+  // Of several warps candidates [E]; z [E]; grouped only: choice [E], group scores [G], kept [G].
+  extern __shared__ __align__(8) unsigned char shared[];
+  Candidate* const candidates = reinterpret_cast<Candidate*>(shared);
+  float* const at_hand = reinterpret_cast<float*>(candidates + (kOneWarp ? 0 : p.experts));
+  float* const choices = at_hand + p.experts;
   const std::int64_t token = blockIdx.x;
-  const int lane = threadIdx.x;
-  float z[kPerLane];
+  const int lane = threadIdx.x, threads = kOneWarp ? 32 : blockDim.x;
+  const auto expert_of = [&](int i) { return i * threads + lane; };
+  float z[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = i * 32 + lane;
+  for (int i = 0; i < kPerThread; ++i) {
     z[i] = -INFINITY;
-    if (expert < p.experts)
-      z[i] = load_float(p.logits, p.logits_dtype, token * p.logits_stride + expert);
+    if (expert_of(i) < p.experts)
+      z[i] = load_float(p.logits, p.logits_dtype, token * p.logits_stride + expert_of(i));
   }
   if (p.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (i * 32 + lane < p.experts) z[i] += load_float(p.bias, p.bias_dtype, i * 32 + lane);
+    for (int i = 0; i < kPerThread; ++i)
+      if (expert_of(i) < p.experts) z[i] += load_float(p.bias, p.bias_dtype, expert_of(i));
   }
-  float* const at_hand =
-      shared;  // read again for the chosen ones: from memory that would be a second trip
+  // Read again for the chosen ones: from memory that would be a second trip.
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i)
-    if (i * 32 + lane < p.experts) at_hand[i * 32 + lane] = z[i];
-  __syncwarp();
-  float* const choices = shared + p.experts;
+  for (int i = 0; i < kPerThread; ++i)
+    if (expert_of(i) < p.experts) at_hand[expert_of(i)] = z[i];
   SoftmaxSums softmax;
   if (p.selection == Score::kSoftmax || (p.weight == Score::kSoftmax && !p.renormalize) ||
       p.divisor == Divisor::kFloor) {
     float top = -INFINITY, sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, z[i]);
-    softmax.top = warp_max(top);
+    for (int i = 0; i < kPerThread; ++i) top = fmaxf(top, z[i]);
+    softmax.top = over_warps<kOneWarp>(warp_max(top), [](float a, float b) { return fmaxf(a, b); });
     if (softmax.top == -INFINITY) softmax.top = 0.0f;  // all -inf: -inf - -inf would be NaN
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (i * 32 + lane < p.experts) sum += expf(z[i] - softmax.top);
-    softmax.sum = warp_sum(sum);
+    for (int i = 0; i < kPerThread; ++i)
+      if (expert_of(i) < p.experts) sum += expf(z[i] - softmax.top);
+    softmax.sum = over_warps<kOneWarp>(warp_sum(sum), [](float a, float b) { return a + b; });
   }
   // Keys to choose by.
-  unsigned key[kPerLane];
+  unsigned key[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = i * 32 + lane;
+  for (int i = 0; i < kPerThread; ++i) {
+    const int expert = expert_of(i);
     key[i] = 0;
     if (expert >= p.experts) continue;
     float choice = p.selection == Score::kLogit ? z[i] : score(p.selection, z[i], softmax);
@@ -170,50 +181,39 @@ __global__ void __launch_bounds__(32, 1) route_tokens(RouteParams p) {
     if (p.groups > 1) choices[expert] = choice;
   }
   if (p.groups > 1) {
-    __syncwarp();
-    float* group_score = choices + p.experts;
-    bool* kept = reinterpret_cast<bool*>(group_score + p.groups);
-    choose_groups(p, choices, group_score, kept);
+    float* const group_score = choices + p.experts;
+    bool* const kept = reinterpret_cast<bool*>(group_score + p.groups);
+    __syncthreads();
+    if (lane < 32) choose_groups(p, choices, group_score, kept);
+    __syncthreads();
     const int size = p.experts / p.groups;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int expert = i * 32 + lane;
-      if (expert < p.experts && !kept[expert / size]) key[i] = 0;
-    }
+    for (int i = 0; i < kPerThread; ++i)
+      if (expert_of(i) < p.experts && !kept[expert_of(i) / size]) key[i] = 0;
   }
-  // Lane j keeps pick j.
-  int chosen = -1;
+  int chosen = -1;  // lane j has pick j
+  if constexpr (kOneWarp) {
+    chosen = pick_experts(key, p.top_k);
+    __syncwarp();  // what others have at hand
+  } else {
+    __shared__ int order[32];
+    choose_experts(key, p.top_k, candidates, order);
+    if (lane >= 32) return;
+    if (lane < p.top_k) chosen = order[lane];
+  }
+  const float chosen_z = chosen >= 0 ? at_hand[chosen] : -INFINITY;
   float weight = 0.0f;
-  for (int j = 0; j < p.top_k; ++j) {
-    unsigned best = 0;
-    int at = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (key[i] > best) {
-        best = key[i];
-        at = i * 32 + lane;
-      }
-    }
-    const unsigned top = __reduce_max_sync(kAllLanes, best);
-    const unsigned mine = best == top && top > 0 ? static_cast<unsigned>(at) : 0x7fffffffu;
-    const int pick = static_cast<int>(__reduce_min_sync(kAllLanes, mine));
-    const int expert = top > 0 ? pick : -1;
-    if (p.sparsemixer && expert >= 0) {
-      const float w = sparsemixer_weight(p, at_hand, at_hand[expert], chosen, j);
+  if (p.sparsemixer) {
+    for (int j = 0; j < p.top_k; ++j) {
+      if (__shfl_sync(kAllLanes, chosen, j) < 0) break;
+      const float w =
+          sparsemixer_weight(p, at_hand, __shfl_sync(kAllLanes, chosen_z, j), chosen, j);
       if (lane == j) weight = w;
     }
-    if (lane == j) chosen = expert;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (i * 32 + lane == expert) key[i] = 0;
-  }
-  // Weights.
-  const bool mine = lane < p.top_k && chosen >= 0;
-  const float chosen_z = mine ? at_hand[chosen] : -INFINITY;
-  if (!p.sparsemixer) {
+  } else {
     if (p.weight == Score::kSoftmax && p.renormalize && p.divisor != Divisor::kFloor)
       softmax = {.top = warp_max(chosen_z), .sum = 1.0f};  // the sum over S divides below
-    weight = mine ? score(p.weight, chosen_z, softmax) : 0.0f;
+    weight = chosen >= 0 ? score(p.weight, chosen_z, softmax) : 0.0f;
   }
   if (p.renormalize) {
     float sum = warp_sum(weight);
@@ -315,23 +315,24 @@ void run_route(const RouteStage& stage, const DeviceTraits& device, cudaStream_t
     logits = stage.logits_scratch;
   }
   const RouteParams p = make_params(stage, logits);
-  std::size_t shared = static_cast<std::size_t>(p.experts) * 4;
-  if (p.groups > 1)
-    shared +=
-        static_cast<std::size_t>(p.experts + p.groups) * 4 + static_cast<std::size_t>(p.groups);
-  const auto go = [&](auto kernel) {
+  const auto experts = static_cast<std::size_t>(p.experts);
+  std::size_t shared = experts * sizeof(float);
+  if (p.groups > 1) {
+    const auto groups = static_cast<std::size_t>(p.groups);
+    shared += (experts + groups) * sizeof(float) + groups * sizeof(bool);
+  }
+  const auto go = [&](auto kernel, int warps) {
     launch("route", kernel,
            {.grid = dim3(static_cast<unsigned>(tokens)),
-            .block = dim3(32),
-            .shared_bytes = shared,
+            .block = dim3(static_cast<unsigned>(32 * warps)),
+            .shared_bytes = shared + (warps > 1 ? experts * sizeof(Candidate) : 0),
             .dependency = overlap(device)},
            stream, p);
   };
-  const int per_lane = (p.experts + 31) / 32;
-  if (per_lane <= 4) return go(route_tokens<4>);
-  if (per_lane <= 8) return go(route_tokens<8>);
-  if (per_lane <= 16) return go(route_tokens<16>);
-  go(route_tokens<64>);
+  if (p.experts <= 128) return go(route_tokens<4, true>, 1);
+  if (p.experts <= 256) return go(route_tokens<8, true>, 1);
+  constexpr int kOfWarp = 32 * kExpertsOfThread;
+  go(route_tokens<kExpertsOfThread, false>, (p.experts + kOfWarp - 1) / kOfWarp);
 }
 
 }  // namespace moesaic::cuda

@@ -162,6 +162,7 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
                   .b = run.fc1,
                   .activation = &plan.config.activation,
                   .c = buffers.intermediate,
+                  .next_task = run.next_task,
                   .tactic = run.tactics.gemm1,
                   .scratch = buffers.gemm_scratch};
   const bool quantized = let_gemm1_quantize(run, buffers, &gemm1);
@@ -178,6 +179,7 @@ void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream st
                 .row_weights = run.row_weights,
                 .c = run.output,
                 .c_row = run.output_row,
+                .next_task = run.next_task != nullptr ? run.next_task + 1 : nullptr,
                 .tactic = run.tactics.gemm2,
                 .scratch = buffers.gemm_scratch},
                stream);

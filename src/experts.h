@@ -43,6 +43,7 @@ struct ExpertsRun {
   const float* row_weights = nullptr;  // by slot, multiplies the output
   Tensor output;
   RowOf output_row = RowOf::kPosition;
+  std::int32_t* next_task = nullptr;  // [2], or null: zeros, a counter of tasks for each product
   TacticPair tactics{};
 };
 void run_experts(const ExpertsRun& run, const ExpertsBuffers& buffers, Stream stream);

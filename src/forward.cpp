@@ -17,6 +17,7 @@ namespace {
 struct RoutedBuffers {  // of one chunk of `tokens` tokens
   RowMap rows;
   std::int32_t* slot_row = nullptr;
+  std::int32_t* next_task = nullptr;  // [2]: of both products
   void* align_scratch = nullptr;
   InputBuffers input;
   ExpertsBuffers experts;
@@ -37,6 +38,7 @@ RoutedBuffers take_routed(Arena& arena, const LayerPlan& plan, std::int64_t toke
   RoutedBuffers b;
   b.rows = take_row_map(arena, slots, experts, slots);
   b.rows.row_slot = arena.take<std::int32_t>(slots);
+  b.next_task = arena.take<std::int32_t>(2);
   b.slot_row = arena.take<std::int32_t>(slots);
   b.align_scratch = arena.take(plan.backend->align_scratch_bytes(slots, plan.config.experts));
   b.input = take_input_buffers(
@@ -129,10 +131,12 @@ void bring_rows(const LoadedLayer& layer, const Chunk& chunk, const RoutedBuffer
     plan.backend->quantize(quantize.stage, stream);
     return;
   }
+  run->next_task = b.next_task;
   AlignStage align{.topk_ids = chunk.ids,
                    .experts = plan.config.experts,
                    .local = plan.config.local,
                    .rows = b.rows,
+                   .next_task = b.next_task,
                    .slot_row = b.slot_row,
                    .tokens_per_expert = chunk.tokens_per_expert,
                    .scratch = b.align_scratch};

@@ -116,6 +116,7 @@ class Aligner {
       if (padded_) first = end_blocks(local, first - rows, rows);
     }
     if (stage_.rows.num_tiles != nullptr) *stage_.rows.num_tiles = static_cast<std::int32_t>(tiles);
+    if (stage_.next_task != nullptr) stage_.next_task[0] = stage_.next_task[1] = 0;
     if (stage_.dropped != nullptr) *stage_.dropped = static_cast<std::int32_t>(dropped);
     if (padded_) finish_lists(first);
   }

@@ -277,6 +277,7 @@ AlignParams align_params(const AlignStage& s) {
                 .tile_rows = rows.tile_rows > 0 ? rows.tile_rows : 1,
                 .groups = static_cast<int>(padded ? s.experts : s.local.count),
                 .num_tiles = rows.num_tiles,
+                .next_task = s.next_task,
                 .row_slot = rows.row_slot,
                 .slot_row = s.slot_row,
                 .block_experts = s.block_experts,

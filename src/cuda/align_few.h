@@ -60,6 +60,7 @@ __device__ __forceinline__ void align_few(const AlignParams& p) {
   if (lane == 0) {
     if (p.num_tiles != nullptr)
       *p.num_tiles = static_cast<std::int32_t>(all_tiles < p.max_tiles ? all_tiles : p.max_tiles);
+    if (p.next_task != nullptr) p.next_task[0] = p.next_task[1] = 0;
     if (p.dropped != nullptr) *p.dropped = all_lost;
   }
 }

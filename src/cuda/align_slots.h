@@ -31,6 +31,7 @@ struct AlignParams {
   // global ids as in the original, so that filtered blocks lie where their expert would.
   int groups = 0;
   std::int32_t* num_tiles = nullptr;
+  std::int32_t* next_task = nullptr;
   std::int32_t* row_slot = nullptr;
   std::int32_t* slot_row = nullptr;
   std::int32_t* block_experts = nullptr;
@@ -133,6 +134,7 @@ __device__ __forceinline__ std::int32_t finish_counts(const AlignParams& p,
     if (p.num_tiles != nullptr)
       *p.num_tiles =
           total.tiles < p.max_tiles ? total.tiles : static_cast<std::int32_t>(p.max_tiles);
+    if (p.next_task != nullptr) p.next_task[0] = p.next_task[1] = 0;
     if (p.num_padded != nullptr) *p.num_padded = total.rows;
     if (p.dropped != nullptr) *p.dropped = lost_total.rows;
   }

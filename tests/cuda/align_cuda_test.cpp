@@ -53,7 +53,7 @@ void check_align(const AlignCase& c, std::uint64_t seed) {
   const std::size_t n = static_cast<std::size_t>(positions);
   Twin<std::int32_t> row_slot(n), slot_row(static_cast<std::size_t>(slots)),
       counts(static_cast<std::size_t>(c.local.count)), num_tiles(1), dropped(1), num_padded(1),
-      blocks(padded ? n / static_cast<std::size_t>(c.block_rows) : 1);
+      next_task(2), blocks(padded ? n / static_cast<std::size_t>(c.block_rows) : 1);
   Twin<std::int64_t> tiles(static_cast<std::size_t>(tiles_max) * sizeof(Tile) / 8);
   for (const Device device : kBoth) {
     const Scratch scratch(device, of(device).align_scratch_bytes(slots, c.experts));
@@ -81,6 +81,7 @@ void check_align(const AlignCase& c, std::uint64_t seed) {
          .rows = rows,
          .block_experts = padded ? blocks.on(device) : nullptr,
          .num_padded = padded ? num_padded.on(device) : nullptr,
+         .next_task = next_task.on(device),
          .slot_row = slot_row.on(device),
          .tokens_per_expert = counts.on(device),
          .dropped = dropped.on(device),
@@ -91,6 +92,7 @@ void check_align(const AlignCase& c, std::uint64_t seed) {
   EXPECT_EQ(slot_row.differences(), "") << "slot_row";
   EXPECT_EQ(counts.differences(), "") << "tokens_per_expert";
   EXPECT_EQ(dropped.differences(), "") << "dropped";
+  EXPECT_EQ(next_task.differences(), "") << "next_task";
   if (padded) {
     EXPECT_EQ(blocks.differences(), "") << "block_experts";
     EXPECT_EQ(num_padded.differences(), "") << "num_padded";

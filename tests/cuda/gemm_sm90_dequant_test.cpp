@@ -209,6 +209,27 @@ TEST_F(GemmSm90Dequant, ScalesOfFourStages) {
   }
 }
 
+// Many tasks, dealt out by a counter: each one once, to the bits of tasks that come in turn.
+TEST_F(GemmSm90Dequant, TasksDealtOut) {
+  const cuda::GemmFamily& family = cuda::family_sm90_dequant();
+  for (const std::int64_t k : {256, 1024}) {  // in runs, and alone
+    ProductCase c{.name = "int4 k " + std::to_string(k)};
+    c.format = WeightFormat::kU4, c.scales = Scales::kGroup, c.group_k = 128;
+    c.experts = 8, c.tokens = 100, c.top_k = 2, c.n = k == 256 ? 9600 : 4112, c.k = k;
+    c.seed = std::random_device{}();
+    SCOPED_TRACE(c.name + " seed " + std::to_string(c.seed));
+    Product product(c);
+    product.pack(cuda::Arrangement::kRearranged);
+    const auto in_turn = product.run(family, -1, 16, 4);
+    EXPECT_EQ(product.tasks_dealt(), 0);
+    product.deal_tasks();
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_TRUE(product.run(family, -1, 16, 4) == in_turn);
+      EXPECT_GT(product.tasks_dealt(), 800);
+    }
+  }
+}
+
 // A caller's scales in rows with gaps, which are NaN, at every alignment of their copies.
 TEST_F(GemmSm90Dequant, ScalesInRowsWithGaps) {
   std::random_device seeds;

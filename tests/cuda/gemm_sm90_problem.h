@@ -105,6 +105,7 @@ class Problem {
     OnDevice<std::uint8_t> a(a_), w(w_), bias(bias_), out(Bytes(c_bytes + 2 * kGuard, kPoison));
     OnDevice<float> w_scale(w_scale_), a_scale(a_scale_), weights(row_weights_), alpha(alpha_),
         given(quantize.scale), scale(no_scales());
+    OnDevice<std::int32_t> counter(std::vector<std::int32_t>{0});
     const Device on{DeviceType::kCuda, 0};
     WeightOperand b{.spec = spec_};
     b.plain.weight = Tensor::contiguous(w.get(), c_.dtype, {c_.experts, c_.n, c_.k}, on);
@@ -148,12 +149,18 @@ class Problem {
     }
     stage.c.strides = {c_stride_, c_.c_column};
     stage.c_row = c_.c_row;
+    stage.next_task = deals_ ? counter.get() : nullptr;
     stage.tactic = tactic;
     EXPECT_TRUE(!quantizes || family_sm90().gemm1_quantizes(stage, device)) << c_.text();
     family_sm90().run(stage, device, nullptr);
     check_cuda(cudaDeviceSynchronize(), c_.text().c_str());
+    dealt_ = counter.host()[0];
     return {out.host(), scale.host()};
   }
+
+  // From the next run on, a counter deals out the tasks; and how many it has dealt in the last run.
+  void deal_tasks() { deals_ = true; }
+  std::int32_t tasks_dealt() const { return dealt_; }
 
   // Norm-wise and per element; every byte that is not an expected element must be poison.
   ::testing::AssertionResult check(const Bytes& got) {
@@ -258,6 +265,7 @@ class Problem {
           ++position;
         }
       }
+      if (filtered && e > 0) tiles_.push_back({static_cast<std::int32_t>(e), 0, position});
     }
     num_tiles_ = static_cast<std::int32_t>(tiles_.size());
     tiles_.resize(tiles_.size() + 3,
@@ -401,6 +409,8 @@ class Problem {
   }
 
   Case c_;
+  bool deals_ = false;
+  std::int32_t dealt_ = 0;
   std::mt19937 random_;
   WeightSpec spec_;
   ActivationSpec activation_;

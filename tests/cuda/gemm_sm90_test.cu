@@ -98,6 +98,35 @@ TEST(Sm90, RunsOfTasks) {
   }
 }
 
+// Many tasks, dealt out by a counter: each one once, to the bits of tasks that come in turn.
+TEST(Sm90, TasksDealtOut) {
+  if (!hopper()) GTEST_SKIP() << "needs a GPU of compute capability 9.0";
+  unsigned seed = 250;
+  for (const std::int64_t tile_rows : {16, 64}) {
+    for (const Scales scales : {Scales::kNone, Scales::kBlock, Scales::kTensor}) {
+      Problem problem({.dtype = scales == Scales::kNone ? DType::kBF16 : DType::kF8E4M3,
+                       .scales = scales,
+                       .experts = 40,
+                       .n = 2064,
+                       .k = 784,
+                       .tokens = 150,
+                       .top_k = 2,
+                       .tile_rows = tile_rows,
+                       .c_row = RowOf::kSlot,
+                       .filtered = true},
+                      ++seed);
+      const Bytes in_turn = problem.run(-1, *hopper());
+      EXPECT_EQ(problem.tasks_dealt(), 0);
+      EXPECT_TRUE(problem.check(in_turn));
+      problem.deal_tasks();
+      for (int i = 0; i < 3; ++i) {
+        EXPECT_TRUE(problem.run(-1, *hopper()) == in_turn) << "tiles of " << tile_rows;
+        EXPECT_GT(problem.tasks_dealt(), 500) << "tiles of " << tile_rows;
+      }
+    }
+  }
+}
+
 // Tiles whose halves nearly fill blocks of 64 tokens: there the pair kernel for e4m3 exchanges the
 // sides, by itself as other bits would tell.
 TEST(Sm90, UprightTiles) {

@@ -86,8 +86,11 @@ class Product {
     stage_.c.shape = {rows, columns};
     stage_.c.strides = {case_.c_transposed ? 1 : pitch, case_.c_transposed ? pitch : 1};
     stage_.tactic = tactic;
+    const Buffer counter = upload(std::vector<std::int32_t>{0});
+    stage_.next_task = deals_ ? static_cast<std::int32_t*>(counter->data()) : nullptr;
     family.run(stage_, device_traits(), nullptr);
     cuda_ok(cudaDeviceSynchronize());
+    std::memcpy(&dealt_, counter->read().data(), sizeof dealt_);
     std::vector<std::uint8_t> bytes = c.read();
     const auto intact = [](std::uint8_t b) { return b == 0xfb; };
     EXPECT_TRUE(std::all_of(bytes.begin(), bytes.begin() + kGuard, intact))
@@ -99,6 +102,10 @@ class Product {
     verify(bytes, rows, pitch);
     return bytes_by_slot(bytes, pitch);
   }
+
+  // From the next run on, a counter deals out the tasks; and how many it has dealt in the last run.
+  void deal_tasks() { deals_ = true; }
+  std::int32_t tasks_dealt() const { return dealt_; }
 
  private:
   static constexpr Device kGpu{DeviceType::kCuda, 0};
@@ -483,6 +490,8 @@ class Product {
   std::unique_ptr<cuda::CudaWeights> packed_;
   WeightOperand operand_;
   GemmStage stage_;
+  bool deals_ = false;
+  std::int32_t dealt_ = 0;
   std::vector<Buffer> buffers_, rows_buffers_;
   std::vector<double> values_, a_, bias_;
   std::vector<float> base_, base_scale_, alpha_, weights_, terms_[3];

@@ -42,6 +42,8 @@ struct DequantShape {
   static constexpr bool kKeepsTokens = false;  // not measured
   static constexpr int kBoxWarps = 1;
   static constexpr Tiles kTiles = Tiles::kListed;
+  static constexpr Deal kDeal =
+      kWarpwise && kSteps == 8 && Weight::kHasAll ? Deal::kByCounter : Deal::kInTurn;
   static constexpr Order kOrder = Order::kListed;
   static constexpr bool kHasRuns = kLoop == Loop::kFreeInRuns, kSmall = kHasRuns;
   static constexpr bool kKeepsThread = false;  // see thread_index
@@ -81,7 +83,7 @@ struct DequantShape {
 
   // As many stages as fit.
   static constexpr int kFixedBytes =
-      kWarpgroups * kEpilogueBytes + kTableBytes + kTaskBytes + kGatherBytes;
+      kWarpgroups * kEpilogueBytes + kTableBytes + kTaskBytes + kGatherBytes + dealt_bytes(kDeal);
   static constexpr int kPerStage = kStageBytes + kScaleBytes + kTableBytes + kTaskBytes + 16;
   static constexpr int kFitting = (228 * 1024 / kPerSm - 1024 - kFixedBytes) / kPerStage;
   static constexpr int kStages = kFitting < kMostStages_ ? kFitting : kMostStages_;
@@ -111,6 +113,7 @@ using DequantTwinRuns = DequantShape<W, E, kSteps,   16,  2,    1,           128
 template <typename W, Element E, int kSteps>
 struct DequantNarrowUnlisted : DequantNarrow<W, E, kSteps> {
   static constexpr Tiles kTiles = Tiles::kFromIds;
+  static constexpr Deal kDeal = Deal::kInTurn;
 };
 // Not for every scheme, for the library's size: each of these kernels is 0.1 MB.
 template <typename W, int kSteps>

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     }
     ptx::barrier_init_fence();
   }
+  clear_dealt<S>(shared);
   __syncthreads();
   if (threadIdx.x < 128) {
     if constexpr (S::kWarpgroups >= 2 && !S::kWarpwise)

@@ -34,12 +34,16 @@ __device__ __forceinline__ std::uint32_t existing_row(const Params& p, int weigh
   return p.interleaved ? 2 * output + half : output + half * columns;
 }
 
+template <typename S>
+using DequantSchedule = Schedule<S::kTokens, 1, kWalk<S>, S::kTiles, S::kOrder, S::kDeal>;
+
 // --- warp 0
 template <typename S>
 __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S>& shared) {
   if (!p.settled) wait_for_earlier_kernels();
-  Schedule<S::kTokens, 1, kWalk<S>, S::kTiles> schedule(p);
+  DequantSchedule<S> schedule(p, dealt_ring<S>(p, shared));
   Cursor<S::kStages> cursor;
+  Dealer<S::kDeal> dealer(p, dealt_ring<S>(p, shared));
   int ring = 0, term_place = 0;
   for (;;) {
     Task task = schedule.next();
@@ -47,6 +51,7 @@ __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S
     term_place = (term_place + loaded_run<S>(task)) % 2;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
+      if (task.expert != kEndOfTasks) dealer.ask();
       for (int r = 0; r < run; ++r) {
         const std::int64_t row =
             static_cast<std::int64_t>(task.weight_task + r) * p.task_weight_rows;
@@ -66,6 +71,7 @@ __device__ void load_packed_weights(const DequantParams& p, const SharedMemory<S
                              i * S::kRowBytes, y, 0, u, task.expert);
           }
           cursor.advance();
+          dealer.hand_on((run - r) * stages - i - 1);
         }
       }
     }
@@ -98,7 +104,7 @@ __device__ void load_scales(const DequantParams& p, const SharedMemory<S>& share
   constexpr int kMine = S::kWeightRows / 32;
   const int lane = ptx::thread_index() % 32;
   if (!p.settled) wait_for_earlier_kernels();
-  Schedule<S::kTokens, 1, kWalk<S>, S::kTiles> schedule(p);
+  DequantSchedule<S> schedule(p, dealt_ring<S>(p, shared));
   Cursor<S::kStages> cursor;
   ScaleSlot<S> slot;
   for (;;) {

@@ -138,34 +138,26 @@ class EpilogueBase {
 
   // S::kBringsTerms: by a loading warp's thread, to place `term_place`, for row i of a task. Where
   // there are none to bring, all places hold what a row then has (place_terms).
-  __device__ static bool has_terms_to_bring(const Params& p) {
-    return (p.weight_scale != nullptr && !p.block_scaled) || p.bias.data != nullptr ||
-           p.alpha != nullptr;
-  }
-  // One factor for all rows of an expert, and nothing else: it comes once.
-  __device__ static bool has_one_term(const Params& p) {
-    return p.weight_scale != nullptr && !p.block_scaled && p.scale_row == 0 &&
-           p.bias.data == nullptr && p.alpha == nullptr;
-  }
   __device__ static float* one_term_at(unsigned char* shared, int term_place) {
     return inverse_scale_at(shared, (S::kTermPlaces + 3) / 4 * 4 + term_place);
   }
   __device__ static void bring(const Params& p, unsigned char* shared, int expert, int weight_task,
                                int i, int term_place) {
-    if (has_one_term(p)) {
+    if (p.terms == Terms::kOne) {
       if (i == 32)
         ptx::copy_async_4(ptx::shared_address(one_term_at(shared, term_place)),
                           p.weight_scale + expert * p.scale_expert);
-    } else if (has_terms_to_bring(p))
+    } else if (p.terms == Terms::kRows) {
       fetch_row_terms(
           p, expert, weight_task, [i] { return i; }, row_terms_at(shared, term_place) + i);
+    }
     if (p.quantizer.kind == Quantizes::kStatic && i == 0)
       ptx::copy_async_4(ptx::shared_address(inverse_scale_at(shared, term_place)),
                         p.quantizer.given + expert * p.quantizer.expert_stride);
   }
   // Once a task's first stage is there: behind its sums it would be waited for.
   __device__ void spread_terms() const {
-    if (has_one_term(p_) && thread_ < S::kWeightRows)
+    if (p_.terms == Terms::kOne && thread_ < S::kWeightRows)
       row_terms()[thread_] = {*one_term_at(shared_, term_place_), 0.0f};
     invert_scale();
   }
@@ -174,7 +166,7 @@ class EpilogueBase {
       *inverse_scale() = inverse_of(*inverse_scale());
   }
   __device__ static void place_terms(const Params& p, unsigned char* shared, int i) {
-    if (has_terms_to_bring(p) || i >= S::kWeightRows) return;
+    if (p.terms != Terms::kNone || i >= S::kWeightRows) return;
     for (int term_place = 0; term_place < S::kTermPlaces; ++term_place)
       row_terms_at(shared, term_place)[i] = {1.0f, 0.0f};
   }

@@ -246,6 +246,12 @@ void set_scales(Params& p, const GemmStage& stage, const Tensor& scale) {
   }
 }
 
+Terms terms(const Params& p) {
+  const bool scaled = p.weight_scale != nullptr && !p.block_scaled;
+  if (p.bias.data != nullptr || p.alpha != nullptr) return Terms::kRows;
+  return !scaled ? Terms::kNone : p.scale_row == 0 ? Terms::kOne : Terms::kRows;
+}
+
 Direct direct(const Params& p, const GemmStage& stage, const KernelTraits& traits) {
   if (p.block_scaled && p.quantizer.kind == Quantizes::kStatic)
     unsupported("c: block scales quantize in groups, not with one static scale");
@@ -291,6 +297,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   Params p{};
   set_arguments(p, stage, element, task);
   set_scales(p, stage, weights_of(*stage.b).scale);
+  p.terms = terms(p);
   p.direct = direct(p, stage, traits);
   set_weights(p, stage,
               {.element = element,
@@ -300,6 +307,9 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.upright = upright(p);
   p.scale_quads = scale_quads(p);
   const int grid = grid_size(p, task, device);
+  // The counter answers while a task's stages are asked for, if these are three.
+  constexpr std::int64_t kDealtBytes = 3 * 256;
+  if (p.k_bytes * task.run < kDealtBytes) p.next_task = nullptr;
   const auto launch = stage.unlisted.any() ? launch_unlisted(element) : traits.launch;
   launch(p, grid, stream);
 }

@@ -61,6 +61,11 @@ enum class Tiles : unsigned char {
 // then: GEMM1 of deepseek-v3-ep8 (K = 7168, T = 1024) takes 6% less, but 8% more where K is 2048.
 enum class Order : unsigned char { kListed, kFullFirst };
 
+// How a CTA comes by its tasks: see sm90/deal.h.
+enum class Deal : unsigned char { kInTurn, kByCounter };
+inline constexpr int kDealtRing = 16;  // no loading warp is further behind than a ring of stages
+constexpr int dealt_bytes(Deal deal) { return deal == Deal::kByCounter ? 8 * kDealtRing : 0; }
+
 template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_,
           int kStages_, int kPair_ = 1, ScalesAlongK kAlongK_ = ScalesAlongK::kPossible,
           Tiles kTiles_ = Tiles::kListed>
@@ -80,6 +85,8 @@ struct Shape {
   static constexpr bool kSmall = kTokens <= 64;           // registers to spare, tasks short
   static constexpr bool kKeepsThread = kSmall;            // see thread_index
   static constexpr bool kHasRuns = kSmall || kPair == 2;  // see Params::run
+  static constexpr Deal kDeal =
+      kSmall && kTiles == Tiles::kListed ? Deal::kByCounter : Deal::kInTurn;
   static constexpr Order kOrder = kHasUpright ? Order::kFullFirst : Order::kListed;
   // A task has a group of 128 columns of a gated row: see sm90/groups.h.
   static constexpr bool kHasGroups = kHasUpright && kWarpgroups == 2;
@@ -137,7 +144,7 @@ struct Shape {
   static constexpr int kGatherBytes = kPassRows * kPassRoom * 4;
   static constexpr int kSharedBytes =
       kStages * (kStageBytes + kScaleBytes) + kWarpgroups * kEpilogueBytes +
-      kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8;
+      kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8 + dealt_bytes(kDeal);
   static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
   static_assert(kPerSm == 1 || kSharedBytes <= kSpreadBytes);
   static_assert(kTokenBytes % 1024 == 0);
@@ -211,6 +218,9 @@ enum class Direct : unsigned char { kNo, kAny, kPlain };
 constexpr OutType plain_type(Element element) {
   return element == Element::kF16 ? OutType::kF16 : OutType::kBF16;
 }
+// What is known of a task's weight rows beside block scales: nothing; one factor, of all rows of
+// the expert; or something of each row.
+enum class Terms : unsigned char { kNone, kOne, kRows };
 inline constexpr std::uint32_t kNoRow = 0xffffffffu;  // in place of a row of C: not stored
 
 struct Params {
@@ -228,6 +238,7 @@ struct Params {
   std::int32_t run, weight_runs;  // weight_runs: along the weight rows
   std::int32_t task_weight_rows;  // weight rows of a task: kWeightRows, or 32 of 64
   std::int32_t group_tiles;       // tiles that are walked together, if experts allow: see Schedule
+  std::int32_t* next_task;        // Deal::kByCounter: zero at first; null: all tasks come in turn
   bool even_tiles;                // give the tiles of an expert the same number of rows
   bool settled;                   // the tile list is older than the previous kernel
   bool weights_once;              // L2 need not keep weights: see reads_weights_once
@@ -249,6 +260,7 @@ struct Params {
   const float* alpha;         // [E]
   const float* weight_scale;  // cell (row / scale_group, k group) of expert e
   std::int64_t scale_expert, scale_row, scale_k, scale_group;
+  Terms terms;        // S::kBringsTerms
   bool block_scaled;  // weight and activation scales change along K
   bool scale_quads;   // scales of four chunks can be loaded at once: see TokenLoader::store_scales
   bool upright;       // tokens may take the 64-row side: see sm90/upright.h
@@ -265,6 +277,12 @@ struct Params {
   StorePath store;
   QuantizerView quantizer;
 };
+
+// Whether the loading warps bring anything for the epilogue, S::kBringsTerms. (Found out anew by
+// every task from what it follows from, it cost block scales 3% where GEMM2's K is 256 or 512.)
+__device__ __forceinline__ bool brings_terms(const Params& p) {
+  return p.terms != Terms::kNone || p.quantizer.kind == Quantizes::kStatic;
+}
 
 template <typename S>
 std::size_t shared_size(const Params& p) {

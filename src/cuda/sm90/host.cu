@@ -195,6 +195,7 @@ void set_arguments(Params& p, const GemmStage& stage, Element element, const Tas
   p.columns = p.gated ? spec.n / 2 : spec.n;
   p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, task.tokens));
   // (Tiles of 16 rows are what dividing them evenly in units of 16 would give.)
+  p.next_task = p.sub_tiles == 1 && !stage.unlisted.any() ? stage.next_task : nullptr;
   p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows > 16 && stage.rows.tile_rows % 16 == 0;
   p.task_weight_rows = task.weight_rows;
   p.weight_tasks = static_cast<std::int32_t>(ceil_div(spec.n, task.weight_rows));
@@ -283,6 +284,9 @@ int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device) {
   const std::int64_t cheap = kGroupTokens / (p.rows.tile_rows * p.k_bytes);
   p.group_tiles = static_cast<std::int32_t>(std::max(filling, std::min(cheap, kMostGroupTiles)));
   p.spread = task.per_sm > 1 && tasks <= device.sm_count;
+  // With fewer tasks than that the counter levels out less than asking it costs at a CTA's end.
+  constexpr std::int64_t kLeastDealt = 3;  // of a CTA
+  if (tasks < kLeastDealt * teams) p.next_task = nullptr;
   return static_cast<int>(tasks < teams ? tasks : teams) * task.pair;
 }
 

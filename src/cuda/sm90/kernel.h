@@ -41,7 +41,7 @@ class Multiplier : private MultiplierBase<S, Params> {
       for (int r = 0;; task = load_task_of_run(ring, r)) {
         if constexpr (!S::kBringsTerms) {
           epilogue(ring, task).begin(task);
-        } else if (p_.quantizer.kind == Quantizes::kStatic || Epilogue<S>::has_one_term(p_)) {
+        } else if (p_.quantizer.kind == Quantizes::kStatic || p_.terms == Terms::kOne) {
           ptx::barrier_wait(shared_.full(cursor_.stage), cursor_.round);
           epilogue(ring, task).spread_terms();
         }
@@ -399,6 +399,7 @@ __global__ void __cluster_dims__(S::kPair, 1, 1) __launch_bounds__(S::kThreads, 
     }
     ptx::barrier_init_fence();
   }
+  clear_dealt<S>(shared);
   if constexpr (S::kPair == 2)
     ptx::cluster_sync();
   else

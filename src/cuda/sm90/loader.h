@@ -21,7 +21,8 @@ class TokenLoader {
     // trips to memory less between the end of the kernel in front and the first product.
     if (!p_.settled) begin_kernel();
     const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
-    Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>, S::kTiles, S::kOrder> schedule(p_);
+    Schedule<S::kTokens * S::kPair, S::kPair, kWalk<S>, S::kTiles, S::kOrder, S::kDeal> schedule(
+        p_, dealt_ring<S>(p_, shared_));
     Task task = part_of<S::kPair>(schedule.next(), rank);
     fetch_slots(task);
     // The first task's table is written before the wait, too, where it needs nothing that the
@@ -48,10 +49,11 @@ class TokenLoader {
       const Run run{task.expert, task.weight_task, loaded_run<S>(task)};
       const bool last = task.expert == kEndOfTasks;
       // The next task is looked up behind this one's first stage (in front of it, where there is no
-      // other), so that its slots are on their way while the rest is loaded.
+      // other), so that its slots are on their way while the rest is loaded; but behind all of them
+      // where a counter deals it out, which has answered by then.
       const bool others = S::kHasRuns && ((S::kSmall && load.stages > 1) || run.length > 1);
       for (int part = 0, r = 0, from = 0; r < run.length; ++part) {
-        if (!last && part == (others ? 1 : 0)) {
+        if (S::kDeal == Deal::kInTurn && !last && part == (others ? 1 : 0)) {
           task = part_of<S::kPair>(schedule.next(), rank);
           fetch_slots(task);
         }
@@ -68,6 +70,10 @@ class TokenLoader {
         }
       }
       if (last) return;
+      if constexpr (S::kDeal == Deal::kByCounter) {
+        task = part_of<S::kPair>(schedule.next(), rank);
+        fetch_slots(task);
+      }
     }
   }
 
@@ -192,7 +198,7 @@ class TokenLoader {
   // `term_place`; returns the next one's. It arrives with the first stage's tokens.
   __device__ int bring_terms(int expert, int weight_task, int term_place) {
     static_assert(!S::kBringsTerms || (S::kWeightRows == kLoaders<S> && S::kBox == S::kTokens));
-    if (expert < 0) return term_place;
+    if (!brings_terms(p_) || expert < 0) return term_place;
     Epilogue<S>::bring(p_, shared_.epilogue(0), expert, weight_task, me(), term_place);
     __syncwarp();
     return term_place == S::kTermPlaces - 1 ? 0 : term_place + 1;

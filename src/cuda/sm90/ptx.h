@@ -194,6 +194,18 @@ __device__ __forceinline__ float4 load_shared_4(std::uint32_t from) {
                : "r"(from));
   return v;
 }
+// Eight bytes that another warp may be waiting for: seen together, or not yet.
+__device__ __forceinline__ void load_shared_pair(std::uint32_t from, unsigned& a, unsigned& b) {
+  asm volatile("{ .reg .b64 v; ld.volatile.shared.b64 v, [%2]; mov.b64 {%0, %1}, v; }"
+               : "=r"(a), "=r"(b)
+               : "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_pair(std::uint32_t to, unsigned a, unsigned b) {
+  asm volatile("{ .reg .b64 v; mov.b64 v, {%1, %2}; st.volatile.shared.b64 [%0], v; }" ::"r"(to),
+               "r"(a), "r"(b)
+               : "memory");
+}
 // Stores 8x8 matrices of 16-bit elements transposed: lane l gives the address of row l.
 __device__ __forceinline__ void store_matrix_x2_transposed(std::uint32_t dst, std::uint32_t a,
                                                            std::uint32_t b) {

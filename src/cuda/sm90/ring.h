@@ -40,6 +40,8 @@ struct SharedMemory {
     return ptx::shared_address(tasks() + S::kRing) + stage * 8;
   }
   __device__ std::uint32_t empty(int stage) const { return full(S::kStages + stage); }
+  // Deal::kByCounter: see sm90/deal.h.
+  __device__ std::uint32_t dealt() const { return full(2 * S::kStages); }
 };
 
 // A position in the ring of stages and the parity of its round.

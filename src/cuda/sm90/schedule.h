@@ -3,6 +3,7 @@
 // lies on the device; the host knows only its capacity.
 #pragma once
 
+#include "cuda/sm90/deal.h"
 #include "cuda/sm90/gemm.h"
 #include "cuda/sm90/ptx.h"
 
@@ -45,8 +46,8 @@ struct SecondWalk<Order::kFullFirst> {
 //
 // Wave w of the grid takes tasks w * grid ...; inside a wave CTAs are rotated by a prime, for
 // otherwise a grid that is a multiple of the group would give one CTA nothing but full tiles and
-// another nothing but remainders. (A counter in memory would balance better, but somebody would
-// have to zero it.)
+// another nothing but remainders. Where there is a counter, it gives them to whoever is done with
+// others instead (sm90/deal.h).
 //
 // An expert's rows are divided evenly over its tiles: 257 rows would otherwise be 256 and 1, and
 // the CTAs that read the same weights would run apart, so far that L2 has forgotten them.
@@ -54,10 +55,12 @@ struct SecondWalk<Order::kFullFirst> {
 // A full warp runs this together: lane l holds tile l of the group's window.
 // kPair CTAs run the same tasks; kTokens is what they can take together.
 template <int kTokens, int kPair, Walk kHow = Walk::kAsNeeded, Tiles kTiles = Tiles::kListed,
-          Order kOrder = Order::kListed>
-class Schedule : private SecondWalk<kOrder> {
+          Order kOrder = Order::kListed, Deal kDeal = Deal::kInTurn>
+class Schedule : private SecondWalk<kOrder>, private DealtTasks<kDeal> {
  public:
-  __device__ explicit Schedule(const Params& p) : p_(p), rotation_(blockIdx.x / kPair) {
+  // dealt: see dealt_ring.
+  __device__ explicit Schedule(const Params& p, std::uint32_t dealt = 0)
+      : DealtTasks<kDeal>(dealt), p_(p), rotation_(blockIdx.x / kPair) {
     if constexpr (kTiles != Tiles::kListed) {
       if (p.unlisted.ids != nullptr)
         make_tiles();
@@ -77,7 +80,7 @@ class Schedule : private SecondWalk<kOrder> {
   __device__ Task next() {
     for (;;) {
       const unsigned stride = gridDim.x / kPair;
-      const unsigned wanted = wave_ + rotation_;
+      const unsigned wanted = this->deals() ? this->dealt() : wave_ + rotation_;
       wave_ += stride;
       rotation_ += 41 % stride;
       if (rotation_ >= stride) rotation_ -= stride;
@@ -117,7 +120,11 @@ class Schedule : private SecondWalk<kOrder> {
       task.rows = __shfl_sync(~0u, tile_.y, source) - skip;
       const unsigned low = __shfl_sync(~0u, static_cast<unsigned>(tile_.z), source);
       const unsigned high = __shfl_sync(~0u, static_cast<unsigned>(tile_.w), source);
-      if (task.rows <= 0) continue;
+      if (task.rows <= 0) {
+        if (!this->deals()) continue;
+        task.expert = kFiltered;  // it was dealt to this CTA, which says so to all of its warps
+        task.rows = 0;
+      }
       if (task.rows > kTokens) task.rows = kTokens;
       task.first = static_cast<std::int64_t>(std::uint64_t{high} << 32 | low) + skip;
       task.weight_task = static_cast<std::int32_t>(row_run) * p_.run;

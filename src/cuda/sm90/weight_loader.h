@@ -37,7 +37,9 @@ template <typename S>
 __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
   if (!p.settled) wait_for_earlier_kernels();
   const std::uint32_t rank = S::kPair == 2 ? ptx::cluster_rank() : 0;
-  Schedule<S::kTokens * S::kPair, S::kPair, Walk::kAsNeeded, S::kTiles, S::kOrder> schedule(p);
+  Schedule<S::kTokens * S::kPair, S::kPair, Walk::kAsNeeded, S::kTiles, S::kOrder, S::kDeal>
+      schedule(p, dealt_ring<S>(p, shared));
+  Dealer<S::kDeal> dealer(p, dealt_ring<S>(p, shared));
   Cursor<S::kStages> cursor;
   const std::uint64_t once = ptx::read_once_policy();
   int ring = 0, term_place = 0;
@@ -46,10 +48,11 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
     task.term_place = term_place;
     // Tasks without products (filtered, or without rows in this half of a pair) take no turn: of
     // those that meet for their groups two in succession must differ.
-    if (task.expert >= 0 && task.rows > 0)
+    if ((!S::kBringsTerms || brings_terms(p)) && task.expert >= 0 && task.rows > 0)
       term_place = (term_place + loaded_run<S>(task)) % S::kTermPlaces;
     if (threadIdx.x == 0) {
       const int stages = stages_of<S>(p, task), run = loaded_run<S>(task);
+      if (task.expert != kEndOfTasks) dealer.ask();
       for (int r = 0; r < run; ++r) {
         const std::int64_t row =
             static_cast<std::int64_t>(task.weight_task + r) * p.task_weight_rows;
@@ -81,6 +84,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<S>& shared) {
             }
           }
           cursor.advance();
+          dealer.hand_on((run - r) * stages - i - 1);
         }
       }
     }

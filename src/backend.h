@@ -64,7 +64,8 @@ struct WeightOperand {
 // --- stage arguments ----------------------------------------------------------------------------
 // Whether a stage may read its list (align: the ids; all others: what align or tiles wrote) before the stage in front
 // of it has ended: CUDA's launches overlap (cuda/overlap.h, rules 2 and 3), the CPU's do not. kSettled: the list was
-// complete before that stage began. Behind GEMM1 every stage of a layer has it so: align came before GEMM1.
+// complete before that stage began. Behind GEMM1 every stage of a layer has it so: align came before GEMM1. (A product's
+// counter is of the same age, and is written before that wait, too: nothing in front of it knows this word.)
 enum class ListAge : std::uint8_t { kNew, kSettled };
 
 // The scale of activation row r (of tile expert e), K group g: data[r*row + g*group + e*expert].
@@ -167,7 +168,8 @@ struct GemmStage {
   GemmQuantizer quantizer;
   RowOf c_row = RowOf::kPosition;
   std::int32_t* next_task = nullptr;  // in and out [1]: zero at first, as old as the rows; where a product has more
-                                      // tasks than fit the device at once, it may count here who takes the next; may be null
+                                      // tasks than fit the device at once, it may count here who takes the next: once for each zero.
+                                      // May be null
   int tactic = -1;
   void* scratch = nullptr;       // gemm_scratch_bytes
 };

@@ -5,11 +5,14 @@
 
 #include <cuda_runtime.h>
 
+#include <climits>
+
 #include "cuda/element.h"
 
 namespace moesaic::cuda {
 
 inline constexpr int kExpertsOfThread = 4, kMostThreads = 2048 / kExpertsOfThread;
+inline constexpr int kMostRanked = 128;
 
 // Order as of floats, -0 equal to 0; NaN below all numbers; 0 is free for "not to be chosen".
 __device__ __forceinline__ unsigned order_key(float v) {
@@ -50,6 +53,31 @@ struct alignas(8) Candidate {
   int expert;
 };
 
+// One pick after the other among many candidates, by one warp, which takes them out of the list.
+__device__ __forceinline__ void pick_candidates(Candidate* candidates, int all, int picks,
+                                                int* order) {
+  const int lane = threadIdx.x;
+  for (int j = 0; j < picks; ++j) {
+    Candidate best{0, INT_MAX};
+    int at = 0;
+    for (int c = lane; c < all; c += 32) {
+      const Candidate one = candidates[c];
+      if (one.key > best.key || (one.key == best.key && one.expert < best.expert)) {
+        best = one;
+        at = c;
+      }
+    }
+    const unsigned top = __reduce_max_sync(kAllLanes, best.key);
+    const unsigned mine = best.key == top ? static_cast<unsigned>(best.expert) : INT_MAX;
+    const unsigned pick = __reduce_min_sync(kAllLanes, mine);
+    if (mine == pick) {
+      order[j] = best.expert;
+      candidates[at].key = 0;
+    }
+    __syncwarp();
+  }
+}
+
 // How many lanes have a larger value, or the same in front of this one.
 __device__ __forceinline__ int rank_in_warp(unsigned value) {
   const int lane = threadIdx.x % 32;
@@ -66,8 +94,9 @@ __device__ __forceinline__ int rank_in_warp(unsigned value) {
 // picks, and -1 as above. candidates: room for all experts.
 //
 // In each warp at least `picks` keys reach the bound that so many lanes' largest reach, so the
-// largest of these bounds serves all. What reaches it is as a rule a few dozen, and each finds its
-// rank among them; where many keys are equal it is more, which takes longer.
+// largest of these bounds serves all. Of different keys a few dozen reach it (10 picks of 512), and
+// each finds its rank among them. With many picks, or equal keys (a token of zeros behind a router
+// without bias has no others), they are too many for that.
 __device__ __forceinline__ void choose_experts(const unsigned (&key)[kExpertsOfThread], int picks,
                                                Candidate* candidates, int* order) {
   __shared__ unsigned bounds[kMostThreads / 32];
@@ -89,6 +118,11 @@ __device__ __forceinline__ void choose_experts(const unsigned (&key)[kExpertsOfT
     if (key[i] >= bound) candidates[atomicAdd(&count, 1)] = {key[i], i * threads + thread};
   __syncthreads();
   const int all = count;
+  if (all > kMostRanked) {
+    if (thread < 32) pick_candidates(candidates, all, picks, order);
+    __syncthreads();
+    return;
+  }
   for (int c = thread; c < all; c += threads) {
     const Candidate mine = candidates[c];
     int rank = 0;

@@ -16,7 +16,7 @@
 //    start at once, where that one touches before its wait nothing but weights and what was
 //    complete before the kernel in front of *this* one let anybody start. So it is with the
 //    quantizer between GEMM1 and GEMM2 (the lists are older than GEMM1), and with align behind the
-//    quantizer of x, and with tiles (the product touches nothing before it waits for its list).
+//    quantizer of x, and with tiles (what follows touches nothing before it waits for the list).
 // 4. Every grid waits before it ends, whatever it had to do: its successor waits for nobody else.
 #pragma once
 

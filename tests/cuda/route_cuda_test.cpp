@@ -112,6 +112,23 @@ TEST(RouteCuda, NotANumberRanksLast) {
   }
 }
 
+// Of many experts, where a block routes: NaN, infinities, and nothing but equal keys.
+TEST(RouteCuda, OddValuesOfManyExperts) {
+  MOESAIC_NEEDS_CUDA();
+  std::uint64_t seed = 550;
+  for (const std::int64_t experts : {257, 300, 512, 2048})
+    for (const std::int64_t top_k : {1, 8, 32}) {
+      RouteCase c{.spec = {.method = RoutingMethod::kRenormalize}, .experts = experts};
+      c.top_k = top_k, c.odd_values = true;
+      check_route(c, ++seed);
+      c.odd_values = false, c.row.assign(static_cast<std::size_t>(experts), 0.0);
+      check_route(c, ++seed);
+      for (std::int64_t e = 0; e < experts; ++e)  // fewer numbers than picks
+        c.row[static_cast<std::size_t>(e)] = e % 100 == 3 ? 1.0 : -HUGE_VAL;
+      check_route(c, ++seed);
+    }
+}
+
 // A group of NaN ranks behind one of -infinity, and so does a sum of two with a NaN in it.
 TEST(RouteCuda, GroupsOfNaN) {
   MOESAIC_NEEDS_CUDA();

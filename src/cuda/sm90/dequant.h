@@ -89,7 +89,7 @@ struct DequantShape {
   static constexpr int kStages = kFitting < kMostStages_ ? kFitting : kMostStages_;
   static constexpr int kRing = kStages + 1;
   static constexpr int kSharedBytes = kFixedBytes + kStages * kPerStage;
-  static_assert(kStages >= 2 && kStageBytes % 1024 == 0);
+  static_assert(kStages >= 2 && kStages < kDealtRing && kStageBytes % 1024 == 0);
   static_assert(kPerSm == 1 || kSharedBytes <= kSpreadBytes);
 };
 

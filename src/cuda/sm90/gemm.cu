@@ -307,7 +307,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
   p.upright = upright(p);
   p.scale_quads = scale_quads(p);
   const int grid = grid_size(p, task, device);
-  // The counter answers while a task's stages are asked for, if these are three.
+  // The counter answers while a task's stages are asked for: three of Narrow, six of Middle.
   constexpr std::int64_t kDealtBytes = 3 * 256;
   if (p.k_bytes * task.run < kDealtBytes) p.next_task = nullptr;
   const auto launch = stage.unlisted.any() ? launch_unlisted(element) : traits.launch;

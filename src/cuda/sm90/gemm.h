@@ -63,7 +63,7 @@ enum class Order : unsigned char { kListed, kFullFirst };
 
 // How a CTA comes by its tasks: see sm90/deal.h.
 enum class Deal : unsigned char { kInTurn, kByCounter };
-inline constexpr int kDealtRing = 16;  // no loading warp is further behind than a ring of stages
+inline constexpr int kDealtRing = 16;  // no loading warp is a whole ring of stages behind
 constexpr int dealt_bytes(Deal deal) { return deal == Deal::kByCounter ? 8 * kDealtRing : 0; }
 
 template <Element kElement_, int kTokens_, int kWarpgroups_, int kBlocks_, int kChunks_,
@@ -145,6 +145,7 @@ struct Shape {
   static constexpr int kSharedBytes =
       kStages * (kStageBytes + kScaleBytes) + kWarpgroups * kEpilogueBytes +
       kRing * (kTableBytes + kTaskBytes) + kGatherBytes + 2 * kStages * 8 + dealt_bytes(kDeal);
+  static_assert(kStages < kDealtRing);
   static_assert((kSharedBytes + 1024) * kPerSm <= 228 * 1024);
   static_assert(kPerSm == 1 || kSharedBytes <= kSpreadBytes);
   static_assert(kTokenBytes % 1024 == 0);

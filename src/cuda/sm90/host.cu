@@ -195,6 +195,7 @@ void set_arguments(Params& p, const GemmStage& stage, Element element, const Tas
   p.columns = p.gated ? spec.n / 2 : spec.n;
   p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, task.tokens));
   // (Tiles of 16 rows are what dividing them evenly in units of 16 would give.)
+  // (A piece without rows would be dealt to somebody, and take him a stage.)
   p.next_task = p.sub_tiles == 1 && !stage.unlisted.any() ? stage.next_task : nullptr;
   p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows > 16 && stage.rows.tile_rows % 16 == 0;
   p.task_weight_rows = task.weight_rows;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which experts the tokens of a timed layer go to.
+// `moesaic bench`: which experts the tokens of a timed layer go to, another set in each run.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,9 @@ struct Routing {
   std::int64_t busiest = 0;  // slots of the expert with the most
 };
 
-// The rotation's routing `r`. From logits it is the same one as from ids.
+// How the rotation's batch `r` is drawn.
 BatchOptions batch_of(const BenchSpec& spec, std::int64_t tokens, int r);
+// Its routing: from logits the one that ids would say, so that both are timed on the same experts.
 Routing make_routing(const LayerConfig& config, const BenchSpec& spec, std::int64_t tokens, int r);
 
 }  // namespace moesaic::harness

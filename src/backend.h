@@ -97,7 +97,7 @@ struct AlignStage {
                                 // are. row_slot may be null when batched. T = 0 needs no scratch
   std::int32_t* block_experts = nullptr;  // out, block_rows only: [positions / block_rows]
   std::int32_t* num_padded = nullptr;     // out, block_rows only
-  std::int32_t* next_task = nullptr;          // out [2]: zeros, for both products' GemmStage; may be null
+  std::int32_t* next_task = nullptr;      // out [2]: zeros, for both products' GemmStage; may be null
   std::int32_t* slot_row = nullptr;           // out [T * k]: position or -1; may be null
   std::int32_t* tokens_per_expert = nullptr;  // out [E_local] (batched: clipped to capacity); may be null
   std::int32_t* dropped = nullptr;            // out [1]; may be null
@@ -167,9 +167,9 @@ struct GemmStage {
   Tensor c;                      // [*, N] f32, f16, bf16 in any strides; 8 bit with a quantizer
   GemmQuantizer quantizer;
   RowOf c_row = RowOf::kPosition;
-  std::int32_t* next_task = nullptr;  // in and out [1]: zero at first, as old as the rows; where a product has more
-                                      // tasks than fit the device at once, it may count here who takes the next: once for each zero.
-                                      // May be null
+  std::int32_t* next_task = nullptr;  // in and out [1], or null: align's zero. A product of more tasks than fit the
+                                      // device at once may count here who takes the next, so it is spent: one product
+                                      // for each zero
   int tactic = -1;
   void* scratch = nullptr;       // gemm_scratch_bytes
 };

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float scale = given;
     if (p.granularity == ActScale::kToken) {
       unsigned top = 0;
-      for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t, float (&v)[kVec]) {
+      for_row<In, kVec>(p, row, lane, row_threads, [&](std::int64_t, float(&v)[kVec]) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) top = max(top, magnitude(v[e]));
       });
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const float inverse = inverse_of(scale);
     const int first = static_cast<int>(part) * row_threads + lane;
     const int threads = static_cast<int>(p.parts) * row_threads;
-    for_row<In, kVec>(p, row, first, threads, [&](std::int64_t column, float (&v)[kVec]) {
+    for_row<In, kVec>(p, row, first, threads, [&](std::int64_t column, float(&v)[kVec]) {
       store_quantized<kVec>(p, row, column, v, scale, inverse);
     });
   }
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) tensor_absmax(QuantizeParams p) {
     unsigned top = 0;
     QuantizeRow row;
     if (find_row(p, item, &row))
-      for_row<In, kVec>(p, row, lane, 32, [&](std::int64_t, float (&v)[kVec]) {
+      for_row<In, kVec>(p, row, lane, 32, [&](std::int64_t, float(&v)[kVec]) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) top = max(top, finite_magnitude(v[e]));
       });

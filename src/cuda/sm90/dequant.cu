@@ -272,7 +272,7 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
        .swizzle = traits.row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B});
   p.flip = spec.format == WeightFormat::kI8 ? 0x80808080u : 0;
   set_cells(p, spec, weights_of(*stage.b), traits.scales);
-  const int grid = grid_size(p, traits.task, device);
+  const int grid = grid_size(p, stage, traits.task, device);
   traits.launch(p, grid, stream);
 }
 

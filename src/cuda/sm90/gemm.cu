@@ -306,10 +306,9 @@ void run(const GemmStage& stage, const DeviceTraits& device, cudaStream_t stream
                .weight_rows = task.weight_rows / task.pair});
   p.upright = upright(p);
   p.scale_quads = scale_quads(p);
-  const int grid = grid_size(p, task, device);
-  // The counter answers while a task's stages are asked for: three of Narrow, six of Middle.
-  constexpr std::int64_t kDealtBytes = 3 * 256;
-  if (p.k_bytes * task.run < kDealtBytes) p.next_task = nullptr;
+  // A counter answers while a task's stages are asked for: three of Narrow, six of Middle.
+  constexpr std::int64_t kLeastDealtBytes = 3 * 256;
+  const int grid = grid_size(p, stage, task, device, kLeastDealtBytes);
   const auto launch = stage.unlisted.any() ? launch_unlisted(element) : traits.launch;
   launch(p, grid, stream);
 }

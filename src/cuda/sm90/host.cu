@@ -195,8 +195,6 @@ void set_arguments(Params& p, const GemmStage& stage, Element element, const Tas
   p.columns = p.gated ? spec.n / 2 : spec.n;
   p.sub_tiles = static_cast<std::int32_t>(ceil_div(stage.rows.tile_rows, task.tokens));
   // (Tiles of 16 rows are what dividing them evenly in units of 16 would give.)
-  // (A piece without rows would be dealt to somebody, and take him a stage.)
-  p.next_task = p.sub_tiles == 1 && !stage.unlisted.any() ? stage.next_task : nullptr;
   p.even_tiles = p.sub_tiles == 1 && stage.rows.tile_rows > 16 && stage.rows.tile_rows % 16 == 0;
   p.task_weight_rows = task.weight_rows;
   p.weight_tasks = static_cast<std::int32_t>(ceil_div(spec.n, task.weight_rows));
@@ -275,7 +273,8 @@ std::string describe(const TaskShape& task) {
 // can look over with the next one's begin.
 constexpr std::int64_t kGroupTokens = 2 << 20, kMostGroupTiles = 31;
 
-int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device) {
+int grid_size(Params& p, const GemmStage& stage, const TaskShape& task, const DeviceTraits& device,
+              std::int64_t least_dealt_bytes) {
   const std::int64_t tasks = p.rows.max_tiles * p.sub_tiles * p.weight_runs;
   const std::int64_t teams = device.sm_count * task.per_sm / task.pair;
   // A group that just fills the machine ends with nearly every wave, and at each end the loading
@@ -285,9 +284,12 @@ int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device) {
   const std::int64_t cheap = kGroupTokens / (p.rows.tile_rows * p.k_bytes);
   p.group_tiles = static_cast<std::int32_t>(std::max(filling, std::min(cheap, kMostGroupTiles)));
   p.spread = task.per_sm > 1 && tasks <= device.sm_count;
-  // With fewer tasks than that the counter levels out less than asking it costs at a CTA's end.
+  // With fewer tasks than that a counter levels out less than asking it costs at a CTA's end. (And
+  // a piece of a tile that has no rows would be dealt to somebody, and take him a stage.)
   constexpr std::int64_t kLeastDealt = 3;  // of a CTA
-  if (tasks < kLeastDealt * teams) p.next_task = nullptr;
+  const bool deals = !stage.unlisted.any() && p.sub_tiles == 1 && tasks >= kLeastDealt * teams &&
+                     p.k_bytes * p.run >= least_dealt_bytes;
+  p.next_task = deals ? stage.next_task : nullptr;
   return static_cast<int>(tasks < teams ? tasks : teams) * task.pair;
 }
 

@@ -54,7 +54,9 @@ struct WeightBox {
 };
 void set_weights(Params& p, const GemmStage& stage, const WeightBox& box);  // behind set_arguments
 
-// CTAs to launch; and how many tiles they walk together.
-int grid_size(Params& p, const TaskShape& task, const DeviceTraits& device);
+// CTAs to launch; how many tiles they walk together; and whether the stage's counter deals out the
+// tasks, which it does from so many bytes of K a run on. Behind set_arguments.
+int grid_size(Params& p, const GemmStage& stage, const TaskShape& task, const DeviceTraits& device,
+              std::int64_t least_dealt_bytes = 0);
 
 }  // namespace moesaic::cuda::sm90

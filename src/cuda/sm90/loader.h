@@ -50,8 +50,8 @@ class TokenLoader {
       const bool last = task.expert == kEndOfTasks;
       // The next task is looked up behind this one's first stage (in front of it, where there is no
       // other), so that its slots are on their way while the rest is loaded; but behind all of them
-      // in kernels for a counter, which has answered by then. (To choose between both where there
-      // is none was slower in every case: log_sm90.md, tenth round.)
+      // in kernels for a counter, which has answered by then. (To choose between both, where lists
+      // have no counter, cost the others more than these gained: log_sm90.md, tenth round.)
       const bool others = S::kHasRuns && ((S::kSmall && load.stages > 1) || run.length > 1);
       for (int part = 0, r = 0, from = 0; r < run.length; ++part) {
         if (S::kDeal == Deal::kInTurn && !last && part == (others ? 1 : 0)) {
